@@ -1,0 +1,106 @@
+"""One form for every layer: the least total error within the budget of the whole model.
+
+Minimise sum_l s_l error_l(form) subject to sum_l cost_l(form) + rest <= budget, with s_l the layer's
+sensitivity. On the lower convex hulls of the curves one Lagrange multiplier solves this exactly up
+to the last step; what the hull leaves of the budget is then spent greedily on all points.
+Source: Shoham and Gersho, IEEE Trans. ASSP 36 (1988).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.types import ErrorCurve, Point, Price
+
+Cost = Callable[[Price], float]
+
+COSTS: dict[str, Cost] = {
+    "macs": lambda price: price.macs,
+    "parameters": lambda price: price.parameters,
+    "bytes": lambda price: price.bytes,
+}
+
+
+def lower_hull(points: Sequence[Point], cost: Cost) -> list[Point]:
+    """The points of the lower convex hull of error over cost, dearest (least error) first."""
+    hull: list[Point] = []
+    for point in sorted(points, key=lambda p: (cost(p.price), p.error)):
+        if hull and point.error >= hull[-1].error:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1], cost) <= _slope(hull[-1], point, cost):
+            hull.pop()
+        hull.append(point)
+    return hull[::-1]
+
+
+def _slope(cheap: Point, dear: Point, cost: Cost) -> float:
+    """Error saved for each unit of cost between two points."""
+    return (cheap.error - dear.error) / max(cost(dear.price) - cost(cheap.price), 1e-12)
+
+
+def allocate(
+    curves: Sequence[ErrorCurve],
+    budget: float,
+    rest: float,
+    cost: Cost,
+    sensitivity: Mapping[str, float] | None = None,
+) -> dict[str, Point]:
+    """A point for each curve, layer name -> point, with total cost at most ``budget``.
+
+    ``rest`` is the cost of everything in the model that the curves do not cover, in the unit of
+    ``cost``. Sensitivities default to 1. Raises BudgetError, naming the nearest budget that can be
+    met, when even the cheapest points cost more.
+    """
+    weights = {c.layer.name: 1.0 if sensitivity is None else sensitivity[c.layer.name] for c in curves}
+    hulls = {c.layer.name: lower_hull(c.points, cost) for c in curves}
+    steps = []
+    for name, hull in hulls.items():
+        for index, (dear, cheap) in enumerate(zip(hull, hull[1:], strict=False)):
+            steps.append((weights[name] * _slope(cheap, dear, cost), name, index + 1))
+    chosen = {name: hull[0] for name, hull in hulls.items()}
+    total = rest + sum(cost(point.price) for point in chosen.values())
+    # Hull slopes grow along each hull, so ascending order takes every layer's steps in order.
+    for _, name, index in sorted(steps):
+        if total <= budget:
+            break
+        total += cost(hulls[name][index].price) - cost(chosen[name].price)
+        chosen[name] = hulls[name][index]
+    if total > budget * (1 + 1e-9):
+        whole = rest + sum(cost(hull[0].price) for hull in hulls.values())
+        raise BudgetError(
+            f"The model can be made at most {_floor(whole / max(total, 1e-12))} times cheaper within what its "
+            f"layers bear; ask for that or less, or widen --include or --forms."
+        )
+    return _polish(curves, chosen, budget - total, cost, weights)
+
+
+def _floor(ratio: float) -> str:
+    return f"{int(ratio * 100) / 100:.2f}"
+
+
+def _polish(
+    curves: Sequence[ErrorCurve],
+    chosen: dict[str, Point],
+    slack: float,
+    cost: Cost,
+    weights: Mapping[str, float],
+) -> dict[str, Point]:
+    """Spend what is left, each time on the exchange that saves most error for its cost."""
+    while True:
+        best: tuple[float, str, Point] | None = None
+        for curve in curves:
+            name, present = curve.layer.name, chosen[curve.layer.name]
+            for point in curve.points:
+                extra = cost(point.price) - cost(present.price)
+                saved = weights[name] * (present.error - point.error)
+                if saved <= 0 or extra > slack:
+                    continue
+                gain = saved / max(extra, 1e-9)
+                if best is None or gain > best[0]:
+                    best = (gain, name, point)
+        if best is None:
+            return chosen
+        _, name, point = best
+        slack -= cost(point.price) - cost(chosen[name].price)
+        chosen = {**chosen, name: point}

@@ -1,0 +1,68 @@
+"""One array namespace for the solver: NumPy on a CPU, CuPy on a GPU, any array-API library in tests.
+
+The solver calls only what the array API standard has. What the standard lacks stands here once.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from onnx_lrsd.errors import DeviceError
+from onnx_lrsd.types import Array
+
+
+def namespace(x: Array) -> Any:
+    """The module whose functions work on ``x``."""
+    return x.__array_namespace__() if hasattr(x, "__array_namespace__") else np
+
+
+def cupy() -> ModuleType | None:
+    """CuPy with a usable device, or None."""
+    try:
+        import cupy as module
+
+        module.cuda.runtime.getDeviceCount()
+    except Exception:  # CuPy raises its own classes when the driver is missing
+        return None
+    return module
+
+
+def to_device(x: Array, device: str) -> Array:
+    """``x`` on the device: 'cpu' gives NumPy, 'cuda' CuPy, 'auto' CuPy where there is a GPU.
+
+    Raises DeviceError when 'cuda' is asked for and CuPy finds no device.
+    """
+    module = None if device == "cpu" else cupy()
+    if module is not None:
+        return module.asarray(x)
+    if device == "cuda":
+        raise DeviceError("CuPy finds no CUDA device: install onnx-lrsd[gpu], or use --device cpu.")
+    return np.asarray(x)
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """``x`` in host memory."""
+    return np.asarray(x.get() if hasattr(x, "get") else x)
+
+
+def top_eigenvectors(a: Array, count: int) -> tuple[Array, Array]:
+    """The ``count`` largest eigenvalues (descending) of symmetric ``a`` (n, n) and their vectors (n, count).
+
+    Signs are fixed (largest entry of each vector positive), so that equal input gives equal output
+    whatever the library's convention.
+    """
+    xp = namespace(a)
+    values, vectors = xp.linalg.eigh(a)
+    values, vectors = xp.flip(values)[:count], xp.flip(vectors, axis=1)[:, :count]
+    largest = xp.take_along_axis(vectors, xp.argmax(xp.abs(vectors), axis=0)[None, :], axis=0)
+    return values, vectors * xp.where(largest < 0, -1.0, 1.0).astype(vectors.dtype)
+
+
+def spd_inverse(a: Array) -> Array:
+    """Inverse of a symmetric positive definite (n, n), symmetric to the last bit."""
+    xp = namespace(a)
+    inverse = xp.linalg.inv(a)
+    return (inverse + inverse.T) / 2

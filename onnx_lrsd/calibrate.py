@@ -1,0 +1,146 @@
+"""Run the samples through ONNX Runtime and keep the moments of every layer's input.
+
+Activations are fetched, not recomputed; positions are sampled, so that the cost of the moments
+depends on the sizes of the layers and not on the number of samples or the size of the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_lrsd.dataset import Samples
+from onnx_lrsd.model import Model
+from onnx_lrsd.runtime import open_session
+from onnx_lrsd.solver.moments import MomentAccumulator, Rows, input_rows, positions_of, sample_positions
+from onnx_lrsd.types import Layer, Moments, Progress
+
+ROWS_PER_INPUT = 4
+FEWEST_ROWS, MOST_ROWS = 4096, 10_000
+"""Rows of a layer: four for each input, between these bounds. More rows cost more than they teach."""
+FETCHED_BYTES = 192 << 20
+"""Activations fetched in one batch, at most."""
+
+Weights = Mapping[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one run over the calibration samples taught.
+
+    ``layers`` know their positions. ``moments`` and ``outputs`` (rows of the layer's original
+    outputs, (count, n), at the sampled positions) are by layer name; ``shapes`` are those of the
+    layers' inputs in the smallest batch, by tensor. A later run with the same ``samples``,
+    ``batch`` and ``seed`` sees the same positions.
+    """
+
+    layers: tuple[Layer, ...]
+    moments: Mapping[str, Moments]
+    outputs: Mapping[str, Rows]
+    shapes: Mapping[str, tuple[int, ...]]
+    samples: Samples
+    batch: int
+    seed: int
+
+
+def calibrate(
+    model: Model,
+    layers: Sequence[Layer],
+    samples: Samples,
+    weights: Weights | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Moments of the inputs of ``layers`` over ``samples``.
+
+    With ``weights``, layer name -> (W (n, m), b (n,)), the original outputs are kept as well, for
+    ``recalibrate``. Memory is bounded by the layers: rows, not samples, are kept.
+    """
+    shapes = input_shapes(model, layers, samples)
+    batch = samples.batch_size(sum(4 * int(np.prod(shape)) for shape in set(shapes.values())), FETCHED_BYTES)
+    located = tuple(
+        replace(layer, positions=positions_of(layer, shapes[layer.input]) // samples.smallest_batch)
+        for layer in layers
+    )
+    accumulators = {layer.name: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in located}
+    outputs: dict[str, list[Rows]] = {layer.name: [] for layer in located}
+    for layer, rows in _observe(model, located, samples, batch, seed, progress, "calibrate"):
+        accumulators[layer.name].add(rows)
+        if weights is not None:
+            weight, bias = weights[layer.name]
+            outputs[layer.name].append(rows @ weight.T + bias)
+    kept = {name: np.concatenate(parts) for name, parts in outputs.items() if parts}
+    moments = {name: accumulator.result() for name, accumulator in accumulators.items()}
+    return Calibration(located, moments, kept, shapes, samples, batch, seed)
+
+
+def recalibrate(model: Model, layers: Sequence[Layer], reference: Calibration) -> dict[str, Moments]:
+    """Moments of the inputs that the rewritten ``model`` feeds to ``layers``, with the cross moment.
+
+    ``layers`` are as ``reference`` has them; what they should give are the original outputs kept there.
+    """
+    samples, done = reference.samples, dict.fromkeys((layer.name for layer in layers), 0)
+    accumulators = {layer.name: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in layers}
+    for layer, rows in _observe(model, layers, samples, reference.batch, reference.seed, None, ""):
+        at = done[layer.name]
+        accumulators[layer.name].add(rows, reference.outputs[layer.name][at : at + len(rows)])
+        done[layer.name] = at + len(rows)
+    return {name: accumulator.result() for name, accumulator in accumulators.items()}
+
+
+def _observe(
+    model: Model,
+    layers: Sequence[Layer],
+    samples: Samples,
+    batch: int,
+    seed: int,
+    progress: Progress | None,
+    stage: str,
+) -> Iterator[tuple[Layer, Rows]]:
+    """The sampled rows of every layer, batch by batch; the same ones for the same seed and batch."""
+    session = open_session(model.proto, folder=model.folder, outputs=sorted({x.input for x in layers}))
+    first = 0
+    for feed in samples.batches(batch):
+        count = samples.size_of(feed)
+        activations = session.run(feed)
+        for layer in layers:
+            x = activations[layer.input]
+            positions = _positions(layer, x.shape, first, count, samples.count, seed)
+            if len(positions):
+                yield layer, input_rows(layer, x, positions)
+        first += count
+        if progress is not None:
+            progress(stage, first, samples.count)
+
+
+def _positions(
+    layer: Layer, shape: tuple[int, ...], first: int, count: int, total: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """Positions in a batch of samples first..first+count-1, a share of the rows from each sample."""
+    each = positions_of(layer, shape) // count
+    wanted = _wanted(layer, total)
+    chosen = []
+    for index in range(count):
+        sample = first + index
+        quota = (sample + 1) * wanted // total - sample * wanted // total
+        rng = np.random.default_rng((seed, sample, layer.n, layer.m))
+        chosen.append(index * each + sample_positions(each, quota, rng))
+    return np.concatenate(chosen)
+
+
+def _wanted(layer: Layer, samples: int) -> int:
+    """Rows to gather for a layer in all; never more than the samples hold."""
+    wanted = min(max(ROWS_PER_INPUT * layer.m, FEWEST_ROWS), MOST_ROWS)
+    return min(wanted, layer.positions * samples) if layer.positions else wanted
+
+
+def input_shapes(model: Model, layers: Sequence[Layer], samples: Samples) -> dict[str, tuple[int, ...]]:
+    """Shapes of the layers' inputs in the smallest batch the model takes."""
+    names = sorted({layer.input for layer in layers})
+    feed = next(iter(samples.batches(1)))
+    session = open_session(model.proto, folder=model.folder, outputs=names)
+    return {name: value.shape for name, value in session.run(feed).items()}

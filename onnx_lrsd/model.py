@@ -1,0 +1,374 @@
+"""An ONNX file: load, edit through graphsurgeon, splice the edit back, save.
+
+The ModelProto is the truth and graphsurgeon's graph a working copy: a round trip through
+graphsurgeon loses metadata, annotations and more. ``splice`` therefore writes back only the nodes
+that changed; every other byte of the model stays as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import numpy_helper
+from onnx.external_data_helper import uses_external_data
+from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from onnx_lrsd.errors import ModelError, VerificationError
+
+G_LOGGER.severity = G_LOGGER.CRITICAL  # it logs to stdout, which belongs to the user
+
+PROTOBUF_LIMIT = 2**31 - 1
+EXTERNAL_THRESHOLD = 1024
+ALIGNMENT = 4096
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model. ``path`` is where it came from (None: memory); ``external``: it has data files."""
+
+    proto: onnx.ModelProto
+    path: Path | None = None
+    external: bool = False
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the model's external data lies."""
+        return self.path.parent if self.path is not None and self.external else None
+
+    def graph(self) -> gs.Graph:
+        """A working copy for passes. Weights are read when they are asked for, from disk if external."""
+        graph = gs.import_onnx(_importable(self.proto))
+        for tensor in graph.tensors().values():
+            values = getattr(tensor, "_values", None)
+            if isinstance(values, LazyValues) and type(values) is LazyValues:
+                tensor._values = _Mapped(values.tensor, self.folder)
+        graph.origin = {id(node): proto for node, proto in zip(graph.nodes, self.proto.graph.node, strict=True)}
+        listed = {value.name for value in self.proto.graph.input}
+        # Before IR version 4 every initializer had to be listed; since then a listed one is a default.
+        graph.overridable = listed if self.proto.ir_version >= 4 else set()
+        graph.keep = list(graph.nodes)  # the ids above stay theirs while these live
+        return graph
+
+    def splice(self, graph: gs.Graph) -> Model:
+        """This model with the edits made to ``graph``; a node that did not change keeps its bytes."""
+        nodes, replaced = [], {}
+        for node in self.proto.graph.node:
+            replaced.update((name, node) for name in node.output if name)
+        for node in graph.nodes:
+            origin = graph.origin.get(id(node))
+            if origin is not None and _same_ends(node, origin):
+                nodes.append(origin)
+                continue
+            nodes.append(gs.exporters.onnx_exporter.OnnxExporter.export_node(node))
+            for name in nodes[-1].output:
+                if name in replaced and replaced[name].op_type == node.op:
+                    nodes[-1].doc_string = replaced[name].doc_string
+                    nodes[-1].metadata_props.extend(replaced[name].metadata_props)
+        proto = onnx.ModelProto()
+        for descriptor, value in self.proto.ListFields():
+            if descriptor.name != "graph":
+                _assign(proto, descriptor, value)
+        for descriptor, value in self.proto.graph.ListFields():
+            if descriptor.name not in ("node", "initializer", "value_info", "quantization_annotation"):
+                _assign(proto.graph, descriptor, value)
+        proto.graph.node.extend(nodes)
+        self._splice_tensors(graph, proto)
+        proto.graph.SetInParent()
+        return Model(proto, self.path, self.external)
+
+    def _splice_tensors(self, graph: gs.Graph, proto: onnx.ModelProto) -> None:
+        """Initializers, value_info and annotations: add what is new, drop what this edit orphaned."""
+        before, after = self.proto.graph, proto.graph
+        used_before, used = _used(before), _used(after)
+        known = {tensor.name for tensor in before.initializer}
+        known |= {tensor.values.name for tensor in before.sparse_initializer}
+        listed = {value.name for value in before.input}
+        # A default of an input is part of the interface even when nothing reads it any more.
+        after.initializer.extend(
+            tensor
+            for tensor in before.initializer
+            if tensor.name in used or tensor.name not in used_before or tensor.name in listed
+        )
+        for name, tensor in graph.tensors().items():
+            if isinstance(tensor, gs.Constant) and name not in known and name in used:
+                after.initializer.append(numpy_helper.from_array(np.asarray(tensor.values), name))
+        gone = _named(before) - _named(after)
+        after.value_info.extend(value for value in before.value_info if value.name not in gone)
+        after.quantization_annotation.extend(
+            note for note in before.quantization_annotation if note.tensor_name not in gone
+        )
+
+
+class _Mapped(LazyValues):  # type: ignore[misc]  # graphsurgeon has no types
+    """Values of a tensor, from memory or mapped from the model's own data file."""
+
+    def __init__(self, tensor: onnx.TensorProto, folder: Path | None) -> None:
+        self.tensor, self.folder = tensor, folder
+        self.shape = list(tensor.dims)
+        self.dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        self.nbytes = int(np.prod(tensor.dims, dtype=np.int64)) * self.dtype.itemsize
+
+    def load(self) -> npt.NDArray[Any]:
+        return tensor_values(self.tensor, self.folder)
+
+
+def tensor_values(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[Any]:
+    """The values of ``tensor``, memory-mapped when they lie in a data file in ``folder``."""
+    if not uses_external_data(tensor):
+        return numpy_helper.to_array(tensor)
+    path, offset = _external(tensor, folder)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    shape = tuple(tensor.dims)
+    if not all(shape):
+        return np.zeros(shape, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+
+def _external(tensor: onnx.TensorProto, folder: Path | None) -> tuple[Path, int]:
+    """File and offset of external data, checked: inside the model's folder, there, and long enough."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if folder is None:
+        raise ModelError("The model keeps weights in a data file: give its path instead of the loaded model.")
+    path = folder / entries.get("location", "")
+    inside = path.resolve().is_relative_to(folder.resolve())
+    if not inside or os.path.isabs(entries.get("location", "")):
+        raise ModelError(f"Tensor {tensor.name} points to a file outside the model's folder: refuse models like this.")
+    if not path.is_file():
+        raise ModelError(f"The data file {path} of the model is missing: put it beside the model.")
+    bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    offset, size = int(entries.get("offset", 0)), int(np.prod(tensor.dims, dtype=np.int64)) * bits
+    if offset < 0 or offset + size > path.stat().st_size:
+        raise ModelError(f"The data file {path} is too short for tensor {tensor.name}: copy it again, whole.")
+    return path, offset
+
+
+def _importable(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """``proto`` itself, or a copy with plain types where graphsurgeon cannot read the output's type."""
+    odd = [i for i, o in enumerate(proto.graph.output) if not o.type.HasField("tensor_type")]
+    if not odd:
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for index in odd:
+        copy.graph.output[index].type.CopyFrom(onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None))
+    return copy
+
+
+def _same_ends(node: gs.Node, origin: onnx.NodeProto) -> bool:
+    return [t.name for t in node.inputs] == list(origin.input) and [t.name for t in node.outputs] == list(
+        origin.output
+    )
+
+
+def _assign(message: Any, descriptor: Any, value: Any) -> None:
+    if descriptor.is_repeated:
+        getattr(message, descriptor.name).extend(value)
+    elif descriptor.message_type is not None:
+        getattr(message, descriptor.name).CopyFrom(value)
+    else:
+        setattr(message, descriptor.name, value)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Every node of a graph and of the graphs inside its nodes."""
+    for node in graph.node:
+        yield node
+        for inner in subgraphs(node):
+            yield from _nodes(inner)
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs a node carries, such as the bodies of If and Loop."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _used(graph: onnx.GraphProto) -> set[str]:
+    """Names that some node or output reads, subgraphs included."""
+    names = {output.name for output in graph.output}
+    for node in _nodes(graph):
+        names.update(node.input)
+        for inner in subgraphs(node):
+            names.update(output.name for output in inner.output)
+    return names
+
+
+def _named(graph: onnx.GraphProto) -> set[str]:
+    names = _used(graph) | {value.name for value in graph.input} | {t.name for t in graph.initializer}
+    for node in graph.node:
+        names.update(node.output)
+    return names
+
+
+def load(source: str | Path | onnx.ModelProto) -> Model:
+    """Load a model; its external data stays on disk. A ModelProto is copied.
+
+    Raises ModelError when there is no such file, or it is not a whole ONNX model.
+    """
+    if isinstance(source, onnx.ModelProto):
+        proto, path = onnx.ModelProto(), None
+        proto.CopyFrom(source)
+        name = "The model"
+    else:
+        path = Path(source)
+        name = str(path)
+        proto = _read(path)
+    if not proto.ir_version or not proto.graph.node or not (proto.opset_import or proto.ir_version < 3):
+        raise ModelError(f"{name} holds no ONNX graph: give a model as an exporter wrote it.")
+    stored = list(_tensors(proto))
+    external = any(uses_external_data(tensor) for tensor in stored)
+    for tensor in stored:
+        if uses_external_data(tensor):
+            _external(tensor, path.parent if path is not None else None)
+    return Model(proto, path, external)
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"There is no file {path}: check the path.") from None
+    except IsADirectoryError:
+        raise ModelError(f"{path} is a folder: give the .onnx file in it.") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError:
+        raise ModelError(f"{path} is not a whole ONNX file: export or copy it again.") from None
+    return proto
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every stored tensor of the main graph and of the graphs inside its nodes."""
+    graphs = [proto.graph]
+    while graphs:
+        graph = graphs.pop()
+        yield from graph.initializer
+        for node in graph.node:
+            yield from (a.t for a in node.attribute if a.HasField("t"))
+            graphs.extend(subgraphs(node))
+
+
+def save(model: Model, path: str | Path) -> None:
+    """Write ``model``, all of it or nothing. External data in, external data out (``NAME.data``).
+
+    Raises ModelError when ``path`` is the model's own file or cannot be written.
+    """
+    path = Path(path)
+    if model.path is not None and path.exists() and path.samefile(model.path):
+        raise ModelError(f"{path} is the model itself: choose another output.")
+    if not path.parent.is_dir():
+        raise ModelError(f"There is no folder {path.parent} to write to: create it first.")
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder: name the output file.")
+    external = model.external or model.proto.ByteSize() > PROTOBUF_LIMIT
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-lrsd-") as folder:
+            written = Path(folder)
+            proto = model.proto
+            if external:
+                data = f"{path.name}.data"
+                proto = _externalise(model, written / data, data)
+            (written / path.name).write_bytes(proto.SerializeToString(deterministic=True))
+            if external:
+                os.replace(written / data, path.with_name(data))
+            os.replace(written / path.name, path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be written ({error.strerror}): choose another output.") from None
+    except EncodeError:
+        raise ModelError(f"{path} would exceed what one ONNX file can hold: save the input with external data.") from None
+
+
+def _externalise(model: Model, data: Path, location: str) -> onnx.ModelProto:
+    """A copy of the model whose large initializers are written to the file ``data``, one by one."""
+    proto = onnx.ModelProto()
+    for descriptor, value in model.proto.ListFields():
+        if descriptor.name != "graph":
+            _assign(proto, descriptor, value)
+    for descriptor, value in model.proto.graph.ListFields():
+        if descriptor.name != "initializer":
+            _assign(proto.graph, descriptor, value)
+    with data.open("wb") as file:
+        for tensor in model.proto.graph.initializer:
+            values = tensor_values(tensor, model.folder)
+            if values.nbytes < EXTERNAL_THRESHOLD or tensor.data_type == onnx.TensorProto.STRING:
+                proto.graph.initializer.append(tensor)
+                continue
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+            stub = proto.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            stub.doc_string = tensor.doc_string
+            stub.data_location = onnx.TensorProto.EXTERNAL
+            entries = {"location": location, "offset": file.tell(), "length": values.nbytes}
+            for key, entry in entries.items():
+                stub.external_data.add(key=key, value=str(entry))
+            values.tofile(file)
+    return proto
+
+
+def size_on_disk(path: str | Path) -> int:
+    """Bytes of a model file and of the data files it names."""
+    path = Path(path)
+    proto = onnx.ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    files = {path}
+    for tensor in _tensors(proto):
+        if uses_external_data(tensor):
+            files.add(_external(tensor, path.parent)[0])
+    return sum(file.stat().st_size for file in files)
+
+
+def model_bytes(model: Model) -> int:
+    """Bytes the model takes when it is written: the file and what it keeps in data files."""
+    outside = 0
+    if model.external:
+        for tensor in model.proto.graph.initializer:
+            if uses_external_data(tensor):
+                item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+                outside += int(np.prod(tensor.dims, dtype=np.int64)) * item
+    return int(model.proto.ByteSize()) + outside
+
+
+def check(model: Model, like: Model) -> None:
+    """onnx.checker, as strictly as the original model ``like`` passes it.
+
+    Raises VerificationError when the model fails where the original did not.
+    """
+    for full in (True, False):
+        if _complaint(like, full) is not None:
+            continue
+        complaint = _complaint(model, full)
+        if complaint is not None:
+            raise VerificationError(f"The rewritten model does not pass onnx.checker ({complaint}): please report this.")
+        return
+
+
+def _complaint(model: Model, full: bool) -> str | None:
+    """What onnx.checker says against the model, or None. Large and external models are checked by path."""
+    with contextlib.ExitStack() as stack:
+        target: onnx.ModelProto | str = model.proto
+        if model.external or model.proto.ByteSize() > PROTOBUF_LIMIT:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            target = str(Path(folder) / "model.onnx")
+            save(model, target)
+        try:
+            onnx.checker.check_model(target, full_check=full)
+        except Exception as error:  # ValidationError, InferenceError, and plain ones from C++
+            lines = str(error).strip().splitlines()
+            return lines[0][:200] if lines else type(error).__name__
+    return None

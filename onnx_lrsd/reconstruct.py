@@ -1,0 +1,73 @@
+"""Fit the chosen forms in graph order, each layer for the inputs it will really see.
+
+A layer behind rewritten layers gets other inputs than in the original network. It is fitted to give
+the *original* outputs on those inputs (asymmetric reconstruction; Zhang, Zou, He, Sun, TPAMI 2016),
+so that errors do not pile up. Layers are taken in a bounded number of stages, with one run of the
+rewritten network before each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_lrsd.calibrate import Calibration, recalibrate
+from onnx_lrsd.model import Model
+from onnx_lrsd.passes import split
+from onnx_lrsd.solver.decompose import decompose
+from onnx_lrsd.solver.whiten import pose
+from onnx_lrsd.types import Factors, Form, Layer, Moments, Progress
+
+STAGES = 16
+"""Runs of the network, at most."""
+
+WeightOf = Callable[[Layer], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
+
+
+def reconstruct(
+    model: Model,
+    layers: Sequence[Layer],
+    forms: Mapping[str, Form],
+    weight_of: WeightOf,
+    calibration: Calibration | None,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Model, dict[str, Factors]]:
+    """The model with every layer in ``forms`` rewritten, and the factors by layer name.
+
+    ``layers`` are in graph order. Without ``calibration`` the weights alone decide.
+    """
+    graph = model.graph()
+    chosen = [layer for layer in layers if layer.name in forms]
+    fitted: dict[str, Factors] = {}
+    rewritten = model
+    for stage in _stages(chosen):
+        moments: Mapping[str, Moments] = {}
+        if calibration is not None:
+            changed = rewritten is not model
+            moments = recalibrate(rewritten, stage, calibration) if changed else calibration.moments
+        for layer in stage:
+            weight, bias = weight_of(layer)
+            problem = pose(layer, weight, bias, moments.get(layer.name), device)
+            fitted[layer.name] = decompose(problem, forms[layer.name])
+            split(graph, layer, fitted[layer.name])
+            if progress is not None:
+                progress("decompose", len(fitted), len(chosen))
+        rewritten = model.splice(graph)
+    return rewritten, fitted
+
+
+def _stages(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Consecutive layers in at most STAGES groups of like size; layers of one input stay together."""
+    size = -(-len(layers) // STAGES)
+    stages: list[list[Layer]] = []
+    for layer in layers:
+        together = stages and stages[-1][-1].input == layer.input
+        if stages and (together or len(stages[-1]) < size):
+            stages[-1].append(layer)
+        else:
+            stages.append([layer])
+    return stages

@@ -1,0 +1,43 @@
+"""The best U V of every rank at once: one symmetric eigenproblem, no SVD of the weight, no whitening inverse.
+
+min |W - U V|_H^2 has U = P_r, V = P_r^T W with P the eigenvectors of W H W^T. Where n > m the
+smaller problem is L^T W^T W L with H = L L^T.
+Source: Eckart and Young, Psychometrika 1 (1936); Yu, Liu, Wang, Tao, CVPR 2017 (SVD-free).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnx_lrsd.arrays import namespace, top_eigenvectors
+from onnx_lrsd.solver.whiten import Metric
+from onnx_lrsd.types import Array
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Factors of every rank r: ``left[:, :r] @ right[:r]``; ``errors[r]`` is relative to tr(W H W^T)."""
+
+    left: Array
+    right: Array
+    errors: Array
+
+
+def low_rank(weight: Array, metric: Metric) -> LowRank:
+    """Solve for ``weight`` (n, m) and all ranks up to min(n, m)."""
+    xp = namespace(weight)
+    n, m = weight.shape
+    if n <= m or metric.rows is not None:
+        sandwich = metric.apply(weight) @ weight.T
+        values, left = top_eigenvectors((sandwich + sandwich.T) / 2, min(n, m))
+        right = left.T @ weight
+    else:
+        scale, vectors = xp.linalg.eigh(metric.matrix(weight))
+        scale = xp.sqrt(xp.maximum(scale, scale[-1] * 1e-14))
+        root = weight @ (vectors * scale)
+        values, inner = top_eigenvectors(root.T @ root, m)
+        left, right = root @ inner, (inner / scale[:, None]).T @ vectors.T
+    values = xp.maximum(values, 0.0)
+    tail = xp.flip(xp.cumulative_sum(xp.flip(values)))
+    total = tail[0] if float(tail[0]) > 0 else xp.ones_like(tail[0])
+    return LowRank(left, right, xp.concat([tail, xp.zeros_like(tail[:1])]) / total)

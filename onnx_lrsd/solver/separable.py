@@ -1,0 +1,154 @@
+"""Two factors of which the first is shared by several kernel positions.
+
+Split the inputs of a layer into groups b = 0..B-1 that the first factor treats alike, so that
+x = (x_0, ..., x_{B-1}) with x_b of length A, m = A B. The weight becomes
+
+    W_b ~ H_b V,    V (r, A), H (B, n, r):    y = sum_b H_b (V x_b).
+
+One family holds every two-factor form. *Channel*: B = 1. *Spatial* (k x 1, then 1 x k): b is the
+kernel column, A = channels x kernel rows. *Channel-in* (1 x 1, then k x k): b is the kernel
+position, A = channels.
+
+The error tr(D C D^T) is quadratic in each factor: alternating least squares in the metric C of the
+data. H is a linear regression on the r B features V x_b. V solves
+sum_{bd} H_b^T H_d V C_db = sum_b H_b^T (W C)_b by conjugate gradients, preconditioned with
+(sum_b H_b^T H_b) kron (mean_b C_bb), which is exact for B = 1; the (r A, r A) matrix is never formed.
+Source: Jaderberg, Vedaldi, Zisserman, BMVC 2014 (the spatial form); "Distribution-Aware Tensor
+Decomposition for Compression of Convolutional Neural Networks", NeurIPS 2025 (the metric).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnx_lrsd.arrays import namespace, spd_inverse, top_eigenvectors
+from onnx_lrsd.types import Array
+
+RIDGE = 1e-6
+"""Relative to the mean diagonal; float32 normal equations stay positive definite with it."""
+
+
+@dataclass(frozen=True)
+class Separable:
+    """One layer prepared for fits of any rank.
+
+    ``weight`` (B, n, A); ``metric`` (B, B, A, A), the damped centred second moment C_bd =
+    E[x_b x_d^T]; ``product`` (B, n, A), (W C)_b; ``energy`` tr(W C W^T); ``whiten`` (A, A) and
+    ``basis`` (A, A): rows of ``basis`` are the right singular directions of the stacked W_b in the
+    metric mean_b C_bb, best first, orthonormal in that metric; ``inverse`` (A, A) of that metric.
+    """
+
+    weight: Array
+    metric: Array
+    product: Array
+    energy: float
+    basis: Array
+    inverse: Array
+
+
+def prepare(weight: Array, metric: Array) -> Separable:
+    """Factorise once what all ranks share: ``weight`` (B, n, A), ``metric`` (B, B, A, A)."""
+    xp = namespace(weight)
+    groups = weight.shape[0]
+    product = xp.sum(xp.matmul(weight[:, None], metric), axis=0)
+    energy = float(xp.sum(weight * product))
+    mean = xp.sum(xp.stack([metric[b, b] for b in range(groups)]), axis=0) / groups
+    values, vectors = xp.linalg.eigh(mean.astype(xp.float64))
+    values = xp.maximum(values, values[-1] * 1e-10)
+    root, inverse_root = vectors * xp.sqrt(values), vectors / xp.sqrt(values)
+    stacked = xp.reshape(weight, (-1, weight.shape[2])).astype(xp.float64)
+    if stacked.shape[0] < stacked.shape[1]:
+        white = stacked @ root
+        _, _, right = xp.linalg.svd(white, full_matrices=True)
+        basis = right @ inverse_root.T
+    else:
+        white = stacked @ root
+        _, right = top_eigenvectors(white.T @ white, white.shape[1])
+        basis = right.T @ inverse_root.T
+    dtype = weight.dtype
+    return Separable(
+        weight, metric, product, energy, basis.astype(dtype), (inverse_root @ inverse_root.T).astype(dtype)
+    )
+
+
+def fit(
+    problem: Separable, rank: int, sweeps: int = 4, steps: int = 6, start: Array | None = None
+) -> tuple[Array, Array, float]:
+    """V (rank, A), H (B, n, rank) and the error relative to ``energy``.
+
+    ``start`` (rank', A) warm-starts V; missing rows come from ``basis``.
+    """
+    xp = namespace(problem.weight)
+    v = problem.basis[:rank]
+    if start is not None:
+        v = xp.concat([start[:rank], v[start.shape[0] :]], axis=0)
+    h, error = _outer(problem, v)
+    if problem.weight.shape[0] == 1:
+        return v, h, error
+    for _ in range(sweeps):
+        v = _orthonormalise(problem, _inner(problem, v, h, steps))
+        h, error = _outer(problem, v)
+    return v, h, error
+
+
+def _outer(problem: Separable, v: Array) -> tuple[Array, float]:
+    """H (B, n, r) for a fixed V, and the error it leaves."""
+    xp = namespace(v)
+    groups, _, _, width = problem.metric.shape
+    rank = v.shape[0]
+    features = xp.matmul(xp.matmul(v, problem.metric), v.T)
+    gram = xp.reshape(xp.permute_dims(features, (0, 2, 1, 3)), (groups * rank, groups * rank))
+    gram = gram.astype(xp.float64)
+    gram = (gram + gram.T) / 2
+    gram = gram + RIDGE * xp.linalg.trace(gram) / gram.shape[0] * xp.eye(gram.shape[0], dtype=gram.dtype)
+    right = xp.matmul(problem.product, v.T)
+    stacked = xp.reshape(xp.permute_dims(right, (1, 0, 2)), (right.shape[1], -1)).astype(xp.float64)
+    solution = xp.linalg.solve(gram, stacked.T).T
+    error = max(1 - float(xp.sum(solution * stacked)) / problem.energy, 0.0)
+    h = xp.permute_dims(xp.reshape(solution, (-1, groups, rank)), (1, 0, 2))
+    return h.astype(v.dtype), error
+
+
+def _inner(problem: Separable, v: Array, h: Array, steps: int) -> Array:
+    """V for a fixed H: ``steps`` of preconditioned conjugate gradients from the present V."""
+    xp = namespace(v)
+    groups = h.shape[0]
+    transposed = xp.permute_dims(h, (0, 2, 1))
+    gram = xp.matmul(transposed[:, None], h[None])
+    own = xp.sum(xp.stack([gram[b, b] for b in range(groups)]), axis=0)
+    own = own + RIDGE * xp.linalg.trace(own) / own.shape[0] * xp.eye(own.shape[0], dtype=own.dtype)
+    own_inverse = spd_inverse(own.astype(xp.float64)).astype(v.dtype)
+
+    def apply(x: Array) -> Array:
+        # sum_bd H_b^T H_d x C_db: the (r, r) products first, then one long product for each b.
+        total = xp.zeros_like(x)
+        for b in range(groups):
+            for d in range(groups):
+                total = total + (gram[b, d] @ x) @ problem.metric[d, b]
+        return total
+
+    residual = xp.sum(xp.matmul(transposed, problem.product), axis=0) - apply(v)
+    step = own_inverse @ residual @ problem.inverse
+    fall = float(xp.sum(residual * step))
+    for _ in range(steps):
+        image = apply(step)
+        curvature = float(xp.sum(step * image))
+        if curvature <= 0 or fall <= 0:
+            break
+        v = v + (fall / curvature) * step
+        residual = residual - (fall / curvature) * image
+        preconditioned = own_inverse @ residual @ problem.inverse
+        fall, before = float(xp.sum(residual * preconditioned)), fall
+        step = preconditioned + (fall / before) * step
+    return v
+
+
+def _orthonormalise(problem: Separable, v: Array) -> Array:
+    """Rows of V orthonormal in the metric mean_b C_bb: the next regression is then well conditioned."""
+    xp = namespace(v)
+    groups = problem.metric.shape[0]
+    gram = sum(v @ problem.metric[b, b] @ v.T for b in range(groups)) / groups
+    gram = gram.astype(xp.float64)
+    values, vectors = xp.linalg.eigh((gram + gram.T) / 2)
+    values = xp.maximum(values, values[-1] * 1e-12)
+    return ((vectors / xp.sqrt(values)).T @ v.astype(xp.float64)).astype(v.dtype)

@@ -1,0 +1,131 @@
+"""The least-squares problem of one layer: what to reproduce, and in which metric.
+
+With C = E[(x - mu)(x - mu)^T] the bias takes up the mean exactly, and what is left of the error of
+W~ is tr((W - W~) C (W - W~)^T). Solvers work in the damped metric H = C + lambda I.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_lrsd.arrays import namespace, to_device
+from onnx_lrsd.types import Array, Layer, Moments
+
+
+@dataclass(frozen=True)
+class Metric:
+    """H = C + damping I, with C (m, m) as ``second``, as ``rows`` (N, m) with C = rows^T rows / N, or I.
+
+    Where both are None nothing is known of the inputs and C is the identity.
+    """
+
+    second: Array | None
+    rows: Array | None
+    damping: float
+
+    def apply(self, weight: Array) -> Array:
+        """``weight`` (n, m) times H, (n, m)."""
+        return self.undamped(weight) + self.damping * weight
+
+    def undamped(self, weight: Array) -> Array:
+        """``weight`` (n, m) times C, (n, m)."""
+        if self.second is not None:
+            return weight @ self.second
+        if self.rows is not None:
+            return (weight @ self.rows.T) @ self.rows / self.rows.shape[0]
+        return weight
+
+    def matrix(self, like: Array) -> Array:
+        """H as an (m, m) array in the namespace, precision and device of ``like`` (n, m)."""
+        xp = namespace(like)
+        eye = xp.eye(like.shape[1], dtype=like.dtype)
+        if self.second is not None:
+            return self.second + self.damping * eye
+        if self.rows is not None:
+            return (self.rows.T @ self.rows) / self.rows.shape[0] + self.damping * eye
+        return (1 + self.damping) * eye
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Reproduce y = W x + b: ``weight`` (n, m) is what to aim at, float64.
+
+    For unchanged inputs that is W. For the inputs that a compressed network feeds, it is the ridge
+    regression of the original outputs on them. ``mean`` (m,) and ``output_mean`` (n,) carry the
+    bias. ``energy`` is E|y - E y|^2 and ``floor`` the part of it that no weight can reach.
+    """
+
+    layer: Layer
+    weight: Array
+    mean: Array
+    output_mean: Array
+    metric: Metric
+    energy: float
+    floor: float = 0.0
+
+    def error(self, weight: Array) -> float:
+        """E|y - y~|^2 / E|y - E y|^2 of ``weight`` (n, m) with its best bias; 0 for a constant output."""
+        if self.energy <= 0:
+            return 0.0
+        xp = namespace(weight)
+        difference = self.weight - weight
+        missed = float(xp.sum(self.metric.undamped(difference) * difference))
+        return max(missed + self.floor, 0.0) / self.energy
+
+    def bias(self, weight: Array) -> Array:
+        """The best bias (n,) of ``weight`` (n, m)."""
+        return self.output_mean - weight @ self.mean
+
+
+def relative_damping(inputs: int, rows: int) -> float:
+    """Damping in units of the mean diagonal of C: between .01 and .3, more the fewer rows there are."""
+    return min(0.3, max(0.01, 0.06 * inputs / max(rows, 1)))
+
+
+def pose(
+    layer: Layer, weight: np.ndarray, bias: np.ndarray, moments: Moments | None, device: str = "cpu"
+) -> Problem:
+    """The problem of one layer: ``weight`` (n, m), ``bias`` (n,), and the moments of its inputs.
+
+    With ``moments.cross`` the weight to aim at is (cross + lambda W)(C + lambda I)^-1, which gives
+    the original outputs on the new inputs (Zhang, Zou, He, Sun, TPAMI 2016, asymmetric
+    reconstruction, with ridge towards W). Without moments weights alone decide.
+    Raises ValueError where shapes do not fit.
+    """
+    if weight.shape != (layer.n, layer.m) or bias.shape != (layer.n,):
+        raise ValueError(f"weight {weight.shape} or bias {bias.shape} is not ({layer.n}, {layer.m}), ({layer.n},)")
+    w, b = to_device(weight.astype(np.float64), device), to_device(bias.astype(np.float64), device)
+    xp = namespace(w)
+    if moments is None or moments.count == 0:
+        metric = Metric(None, None, 0.0)
+        return Problem(layer, w, xp.zeros(layer.m, dtype=w.dtype), b, metric, float(xp.sum(w * w)))
+    second = None if moments.second is None else to_device(moments.second, device)
+    rows = None if moments.rows is None else to_device(moments.rows, device).astype(xp.float64)
+    mean = to_device(moments.mean, device)
+    trace = xp.linalg.trace(second) if second is not None else xp.sum(rows * rows) / moments.count
+    damping = relative_damping(layer.m, moments.count) * float(trace) / layer.m
+    metric = Metric(second, rows, max(damping, 1e-30))
+    if moments.cross is None:
+        energy = float(xp.sum(metric.undamped(w) * w))
+        return Problem(layer, w, mean, b + w @ mean, metric, energy)
+    cross = to_device(moments.cross, device)
+    best = _ridge(cross + metric.damping * w, metric)
+    energy = float(moments.output_energy or 0.0)
+    # E|y - y~|^2 = E|y|^2 - 2 tr(best cross^T) + tr(best C best^T), then the distance from best.
+    # Ridge makes `best` differ a little from the regression, so the cross term below is exact
+    # only up to that; it is folded into the floor, which error() adds.
+    floor = energy - 2 * float(xp.sum(best * cross)) + float(xp.sum(metric.undamped(best) * best))
+    return Problem(layer, best, mean, to_device(moments.output_mean, device), metric, energy, max(floor, 0.0))
+
+
+def _ridge(right: Array, metric: Metric) -> Array:
+    """``right`` (n, m) times H^-1; with rows F the (m, m) inverse is an (N, N) one (Woodbury)."""
+    xp = namespace(right)
+    if metric.rows is None:
+        return xp.linalg.solve(metric.matrix(right), right.T).T
+    rows, count = metric.rows, metric.rows.shape[0]
+    gram = rows @ rows.T / count + metric.damping * xp.eye(count, dtype=rows.dtype)
+    inner = xp.linalg.solve(gram, (right @ rows.T).T).T
+    return (right - inner @ rows / count) / metric.damping

@@ -1,0 +1,283 @@
+"""The nouns that the stages pass to each other: plain, frozen, and free of behaviour that costs.
+
+Throughout, a layer is ``y = W x + b`` with W of shape (n, m): n outputs, and the m inputs of
+one output. For a convolution x is a patch, flattened as (input channel, kernel position), so
+m = channels x kernel positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, TypeAlias
+
+Array: TypeAlias = Any
+"""A NumPy, CuPy or other array-API array."""
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called as ``progress(stage, done, total)``."""
+
+DENSE = "dense"
+CHANNEL = "channel"
+CHANNEL_IN = "channel-in"
+SPATIAL = "spatial"
+KINDS = (DENSE, CHANNEL, CHANNEL_IN, SPATIAL)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One Conv, Gemm or MatMul with a constant weight.
+
+    ``name`` is the tensor the layer gives (that of the BatchNormalization folded into it, if
+    any); ``node`` is what a person calls it. ``shape`` is the weight as the node reads it.
+    ``axis`` is the axis of the input that carries features: 1 for Conv, -1 for ``x @ W``, -2 for
+    ``W @ x``, 0 for a Gemm with transA. ``positions`` is how often W is applied in one sample
+    (0: not known), so that MACs = n m positions. The spatial tuples are empty but for Conv.
+    """
+
+    name: str
+    node: str
+    op: str
+    input: str
+    weight: str
+    shape: tuple[int, ...]
+    dtype: str
+    n: int
+    m: int
+    axis: int = -1
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    auto_pad: str = "NOTSET"
+    positions: int = 0
+
+    @property
+    def channels(self) -> int:
+        """Input channels of a Conv, input features of a Gemm or MatMul."""
+        return self.m // prod(self.kernel)
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A node that could carry a weight but is left as it is, and why."""
+
+    node: str
+    op: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and centred second moment of the inputs of one layer, float64.
+
+    ``mean`` is (m,), ``second`` is (m, m), E[(x - mean)(x - mean)^T] in activation units squared,
+    over ``count`` rows. When there are fewer rows than inputs, ``rows`` (count, m), float32 and
+    centred, stands in its place and no (m, m) matrix is ever formed.
+
+    When the layer will see other inputs than the original network's (because layers before it
+    were rewritten), ``cross`` (n, m) is E[(y - E y)(x - mean)^T] for the *original* outputs y,
+    ``output_mean`` (n,) is E y and ``output_energy`` is E|y - E y|^2.
+    """
+
+    name: str
+    count: int
+    mean: Array
+    second: Array | None = None
+    rows: Array | None = None
+    cross: Array | None = None
+    output_mean: Array | None = None
+    output_energy: float | None = None
+
+
+@dataclass(frozen=True, order=True)
+class Form:
+    """How a weight is written: the kind of factors, their rank, and the channels of the sparse part.
+
+    ``channels`` counts the input channels that the channel-structured S keeps in full; 0 means
+    there is no S. Dense, low rank, sparse and both are points of one space.
+    """
+
+    kind: str = DENSE
+    rank: int = 0
+    channels: int = 0
+
+    def __str__(self) -> str:
+        rank = f" {self.rank}" if self.rank else ""
+        return f"{self.kind}{rank}" + (f" + S {self.channels}" if self.channels else "")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A weight in its new form.
+
+    ``kernels`` are applied first to last. Gemm and MatMul: matrices (out, in). Conv: kernels
+    (out, in, *spatial) whose spatial extents multiply up to the layer's own. ``sparse`` is
+    (n, j, *kernel) and reads the input channels ``channels`` (ascending). ``bias`` (n,) goes with
+    the sum. ``error`` is tr(D C D^T) / tr(W C W^T) on the calibration moments.
+    """
+
+    form: Form
+    kernels: tuple[Array, ...]
+    bias: Array
+    sparse: Array | None = None
+    channels: tuple[int, ...] = ()
+    error: float = 0.0
+    converged: bool = True
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a layer or a model costs for one sample; ``seconds`` is None where nobody measured."""
+
+    macs: int
+    parameters: int
+    bytes: int
+    seconds: float | None = None
+
+    def __add__(self, other: Price) -> Price:
+        both = self.seconds is not None and other.seconds is not None
+        return Price(
+            self.macs + other.macs,
+            self.parameters + other.parameters,
+            self.bytes + other.bytes,
+            (self.seconds or 0.0) + (other.seconds or 0.0) if both else None,
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of an error curve: a form, its relative output error, and its price."""
+
+    form: Form
+    error: float
+    price: Price
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """What one layer loses for each form it may take; the first point is dense, with error 0."""
+
+    layer: Layer
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The form a plan gives one layer, with the error and prices it was chosen for."""
+
+    form: Form
+    error: float
+    before: Price
+    after: Price
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Layer name -> choice, for every layer that was found. JSON in, JSON out, replayable."""
+
+    target: str
+    cost: str
+    choices: Mapping[str, Choice]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer. ``form`` is 'dense' where it was left, and ``reason`` says why."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    form: str
+    rank: int
+    nonzeros: int
+    pattern: str
+    macs_before: int
+    macs_after: int
+    bytes_before: int
+    bytes_after: int
+    parameters_before: int
+    parameters_after: int
+    error: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """|new - old|^2 / |old - E old|^2 over the held-out samples of one output of the model."""
+
+    name: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Measured facts of one model file: bytes of the file(s), parameters, MACs and latency of one run."""
+
+    bytes: int
+    parameters: int
+    macs: int
+    latency_ms: float | None
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What was asked for, what came out, and whether it holds."""
+
+    kind: str
+    asked: float
+    got: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of both models on the same labelled samples; ``interval`` is that of after - before."""
+
+    name: str
+    before: float
+    after: float
+    samples: int
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Two models side by side: measured, not predicted."""
+
+    before: Cost
+    after: Cost
+    latency_ratio: float | None
+    latency_interval: tuple[float, float] | None
+    outputs: tuple[OutputError, ...]
+    samples: int
+    metric: Metric | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything the tool says about one run: schema 1 of the JSON, the table, nothing else."""
+
+    input: str
+    output: str
+    target: str
+    cost: str
+    calibration_samples: int
+    calibration_source: str
+    verification: Verification | None
+    promise: Promise | None
+    layers: tuple[LayerReport, ...]
+    warnings: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in a model: layers with their dense price, what was declined, and the whole."""
+
+    layers: tuple[tuple[Layer, Price], ...]
+    declined: tuple[Declined, ...]
+    total: Price

@@ -1,0 +1,110 @@
+"""The constant behind a tensor: an initializer, a Constant node, or a chain of shape and type changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+
+Values = npt.NDArray[Any]
+
+
+def constant_value(tensor: gs.Tensor) -> Values | None:
+    """The value of ``tensor`` if it does not depend on any input of the model, else None.
+
+    Looks through Identity, Cast, Transpose, Reshape, Flatten, Squeeze and Unsqueeze.
+    """
+    if isinstance(tensor, gs.Constant):
+        return stored_values(tensor)
+    if len(tensor.inputs) != 1:
+        return None
+    node = tensor.inputs[0]
+    if node.op == "Constant":
+        return _constant_node(node)
+    fold = _FOLDS.get(node.op)
+    if fold is None or node.domain not in (None, "", "ai.onnx"):
+        return None
+    inputs = [constant_value(given) for given in node.inputs]
+    if not inputs or any(value is None for value in inputs):
+        return None
+    return fold(node, [value for value in inputs if value is not None])
+
+
+def stored_values(tensor: gs.Constant) -> Values:
+    """Values of a constant without replacing the stored TensorProto (``.values`` would)."""
+    values = tensor._values
+    return np.asarray(values if isinstance(values, np.ndarray) else values.load())
+
+
+def overridable(tensor: gs.Tensor, names: set[str]) -> bool:
+    """Whether a caller of the model may override the constant behind ``tensor``."""
+    if isinstance(tensor, gs.Constant):
+        return tensor.name in names
+    return any(overridable(given, names) for node in tensor.inputs for given in node.inputs)
+
+
+def quantised(tensor: gs.Tensor) -> bool:
+    """Whether ``tensor`` comes out of a DequantizeLinear, perhaps reshaped on the way."""
+    return any(
+        node.op == "DequantizeLinear" or (node.op in _FOLDS and quantised(node.inputs[0])) for node in tensor.inputs
+    )
+
+
+def _constant_node(node: gs.Node) -> Values | None:
+    for name, value in node.attrs.items():
+        if name == "value":
+            return stored_values(value)
+        if name in ("value_float", "value_floats"):
+            return np.asarray(value, dtype=np.float32)
+        if name in ("value_int", "value_ints"):
+            return np.asarray(value, dtype=np.int64)
+    return None
+
+
+def _cast(node: gs.Node, inputs: list[Values]) -> Values | None:
+    to = node.attrs["to"]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(to) if isinstance(to, int) else np.dtype(to)
+    return inputs[0].astype(dtype)
+
+
+def _transpose(node: gs.Node, inputs: list[Values]) -> Values | None:
+    return np.transpose(inputs[0], node.attrs.get("perm"))
+
+
+def _reshape(node: gs.Node, inputs: list[Values]) -> Values | None:
+    shape = [int(d) for d in (inputs[1] if len(inputs) > 1 else node.attrs["shape"])]
+    if not node.attrs.get("allowzero", 0):
+        shape = [inputs[0].shape[i] if d == 0 else d for i, d in enumerate(shape)]
+    return inputs[0].reshape(shape)
+
+
+def _flatten(node: gs.Node, inputs: list[Values]) -> Values | None:
+    axis = node.attrs.get("axis", 1) % (inputs[0].ndim + 1)
+    return inputs[0].reshape(int(np.prod(inputs[0].shape[:axis], dtype=np.int64)), -1)
+
+
+def _axes(node: gs.Node, inputs: list[Values]) -> tuple[int, ...] | None:
+    axes = inputs[1] if len(inputs) > 1 else node.attrs.get("axes")
+    return None if axes is None else tuple(int(axis) for axis in axes)
+
+
+def _squeeze(node: gs.Node, inputs: list[Values]) -> Values | None:
+    return np.squeeze(inputs[0], _axes(node, inputs))
+
+
+def _unsqueeze(node: gs.Node, inputs: list[Values]) -> Values | None:
+    return np.expand_dims(inputs[0], _axes(node, inputs) or ())
+
+
+_FOLDS = {
+    "Identity": lambda node, inputs: inputs[0],
+    "Cast": _cast,
+    "Transpose": _transpose,
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+}

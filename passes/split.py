@@ -1,0 +1,42 @@
+"""Put the factors of a layer in its place."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from onnx_lrsd.passes.find_layers import producer
+from onnx_lrsd.passes.split_conv import split_conv
+from onnx_lrsd.passes.split_linear import split_gemm, split_matmul
+from onnx_lrsd.passes.tidy import remove_node, remove_orphans
+from onnx_lrsd.passes.writer import Writer
+from onnx_lrsd.types import Factors, Layer
+
+SPLITTERS = {"Conv": split_conv, "Gemm": split_gemm, "MatMul": split_matmul}
+
+
+def split(graph: gs.Graph, layer: Layer, factors: Factors) -> None:
+    """Replace ``layer`` by ``factors`` in ``graph``. The tensor ``layer.name`` keeps its name.
+
+    A BatchNormalization or Add that the layer absorbed goes with it; so does what computed a weight
+    that nothing reads any more.
+    """
+    node = producer(graph, layer)
+    target = graph.tensors()[layer.name]
+    last = target.inputs[0]
+    source = graph.tensors()[layer.input]
+    write = Writer(graph, layer, graph.opset)
+    result = SPLITTERS[layer.op](write, layer, source, factors)
+    place = next(i for i, other in enumerate(graph.nodes) if other is last)
+    old_inputs = [given for gone in (node, last) for given in gone.inputs if given is not source]
+    for gone in dict.fromkeys((id(node), id(last))):
+        old = node if id(node) == gone else last
+        old.inputs.clear()
+        old.outputs.clear()
+    final = write.nodes[-1]
+    assert final.outputs[0] is result
+    final.outputs[0] = target
+    graph.nodes[place:place] = write.nodes
+    remove_node(graph, node)
+    if last is not node:
+        remove_node(graph, last)
+    remove_orphans(graph, old_inputs)

@@ -1,0 +1,60 @@
+"""Writes the nodes that take a layer's place: names derived from the layer's, its dtype, its position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnx_lrsd.types import Layer
+
+
+class Writer:
+    """Collects the new nodes of one layer; names are ``NODE/lrsd/PART``, unique in the graph."""
+
+    def __init__(self, graph: gs.Graph, layer: Layer, opset: int) -> None:
+        self.nodes: list[gs.Node] = []
+        self._layer, self._opset = layer, opset
+        self._taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+        self._dtype = onnx.helper.tensor_dtype_to_np_dtype(
+            getattr(onnx.TensorProto, {"float32": "FLOAT", "float64": "DOUBLE"}.get(layer.dtype, layer.dtype.upper()))
+        )
+
+    def constant(self, part: str, values: np.ndarray) -> gs.Constant:
+        """``values`` in the layer's dtype, as an initializer."""
+        return gs.Constant(self._name(f"{part}_weight"), np.ascontiguousarray(values).astype(self._dtype))
+
+    def node(
+        self, op: str, part: str, inputs: Sequence[gs.Tensor], attributes: dict[str, Any], optional_c: bool = False
+    ) -> gs.Tensor:
+        """A new node and its one output. Gemm without C gets a zero where the opset demands one."""
+        given = list(inputs)
+        if optional_c and self._opset < 11:
+            given.append(self.constant(f"{part}_zero", np.zeros(1)))
+        if op in ("Gemm", "Add") and self._opset < 7:
+            attributes = {**attributes, "broadcast": 1}
+        output = gs.Variable(self._name(f"{part}_out"))
+        self.nodes.append(gs.Node(op, self._name(part), dict(attributes), given, [output]))
+        return output
+
+    def gather(self, source: gs.Tensor, channels: Sequence[int], axis: int, total: int) -> gs.Tensor:
+        """The chosen channels of ``source``; ``source`` itself when all are chosen."""
+        if len(channels) == total:
+            return source
+        indices = gs.Constant(self._name("S_channels"), np.asarray(channels, dtype=np.int64))
+        output = gs.Variable(self._name("S_in"))
+        # Gather takes negative axes from opset 11 on only; -1 and -2 come from MatMul alone.
+        self.nodes.append(gs.Node("Gather", self._name("S_gather"), {"axis": axis}, [source, indices], [output]))
+        return output
+
+    def _name(self, part: str) -> str:
+        base = f"{self._layer.node}/lrsd/{part}"
+        name, count = base, 1
+        while name in self._taken:
+            count += 1
+            name = f"{base}_{count}"
+        self._taken.add(name)
+        return name
