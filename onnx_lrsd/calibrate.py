@@ -6,7 +6,7 @@ depends on the sizes of the layers and not on the number of samples or the size 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.model import Model
-from onnx_lrsd.runtime import open_session
+from onnx_lrsd.runtime import Feed, open_session
 from onnx_lrsd.solver.moments import MomentAccumulator, Rows, input_rows, positions_of, sample_positions
 from onnx_lrsd.types import Layer, Moments, Progress
 
@@ -102,11 +102,11 @@ def _observe(
     stage: str,
 ) -> Iterator[tuple[Layer, Rows]]:
     """The sampled rows of every layer, batch by batch; the same ones for the same seed and batch."""
-    session = open_session(model.proto, folder=model.folder, outputs=sorted({x.input for x in layers}))
+    watch = _watcher(model, layers, samples)
     first = 0
     for feed in samples.batches(batch):
         count = samples.size_of(feed)
-        activations = session.run(feed)
+        activations = watch(feed)
         for layer in layers:
             x = activations[layer.input]
             positions = _positions(layer, x.shape, first, count, samples.count, seed)
@@ -139,8 +139,19 @@ def _wanted(layer: Layer, samples: int) -> int:
 
 
 def input_shapes(model: Model, layers: Sequence[Layer], samples: Samples) -> dict[str, tuple[int, ...]]:
-    """Shapes of the layers' inputs in the smallest batch the model takes."""
-    names = sorted({layer.input for layer in layers})
+    """Shapes of the inputs of ``layers``, by tensor, in the smallest batch the model takes."""
     feed = next(iter(samples.batches(1)))
-    session = open_session(model.proto, folder=model.folder, outputs=names)
-    return {name: value.shape for name, value in session.run(feed).items()}
+    return {name: value.shape for name, value in _watcher(model, layers, samples)(feed).items()}
+
+
+def _watcher(model: Model, layers: Sequence[Layer], samples: Samples) -> Callable[[Feed], Feed]:
+    """A function from a feed to the inputs of ``layers``; those that are fed need no run."""
+    names = {layer.input for layer in layers}
+    fed = names & {*samples.arrays, *samples.constants}
+    computed = sorted(names - fed)
+    session = open_session(model.proto, folder=model.folder, outputs=computed) if computed else None
+
+    def watch(feed: Feed) -> Feed:
+        return {name: feed[name] for name in fed} | (session.run(feed) if session is not None else {})
+
+    return watch

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,10 +22,11 @@ import onnx
 from onnx_lrsd.allocate import COSTS, allocate
 from onnx_lrsd.calibrate import Calibration, calibrate, input_shapes
 from onnx_lrsd.dataset import Samples, read_samples
-from onnx_lrsd.errors import BudgetError, ModelError, UnsupportedModelError
-from onnx_lrsd.model import Model, check, load, save, size_on_disk
+from onnx_lrsd.errors import BudgetError, DataError, UnsupportedModelError
+from onnx_lrsd.model import Model, check, load, save
 from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.reconstruct import reconstruct
+from onnx_lrsd.reconstruct import WeightOf, reconstruct
+from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.solver.curve import errors
 from onnx_lrsd.solver.moments import positions_of
 from onnx_lrsd.solver.whiten import pose
@@ -49,7 +51,7 @@ from onnx_lrsd.types import (
     Report,
     Verification,
 )
-from onnx_lrsd.verify import compare, total_macs
+from onnx_lrsd.verify import compare, made_up_samples, total_price
 
 HELD_OUT = 0.2
 """Share of the calibration samples that only verification sees, where no evaluation data is given."""
@@ -93,7 +95,6 @@ class _Run:
     """One call of ``optimize``: what every stage needs to see."""
 
     options: Options
-    source: Model
     progress: Progress | None
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -161,22 +162,36 @@ def optimize(
         device=settings.device,
         progress=progress,
     )
+    chosen: Mapping[str, Form]
     if plan is None:
-        with run.clock("curves"):
+        with run.clock("decompose"):
             curves = _curves(run, layers, weight_of, known)
-        plan = _plan(run, source, curves, total, known, fit, check_on)
+        planner = _Planner(run, source, curves, total, known)
+        if settings.ratio is not None:
+            with run.clock("plan"):
+                chosen = planner.for_ratio(settings.ratio)
+        else:
+            with run.clock("plan"):
+                chosen = planner.for_error(settings.max_error or 0.0, fit, check_on)
+        plan = _as_plan(settings, curves, chosen, run.reasons)
     else:
-        _fits(plan, layers)
-    if dry_run:
-        return Result(source, _report(run, source, output, layers, declined, plan, {}, known, None, total), plan)
-    with run.clock("decompose"):
-        rewritten, factors = fit(forms=_forms(plan))
-    with run.clock("verify"):
-        check(rewritten, source)
-        rewritten, factors, verification = _verify(run, source, rewritten, factors, check_on, output)
-    if output is not None:
-        save(rewritten, output)
-    report = _report(run, source, output, layers, declined, plan, factors, known, verification, total)
+        _must_fit(plan, layers)
+        chosen = {name: choice.form for name, choice in plan.choices.items() if choice.form.kind != DENSE}
+    rewritten, factors, verification = source, {}, None
+    if not dry_run:
+        with run.clock("decompose"):
+            rewritten, factors = fit(forms=chosen)
+        with run.clock("verify"):
+            check(rewritten, source)
+            verification = compare(source, rewritten, check_on, progress=progress)
+            if _worse(verification):
+                run.warnings.append("The rewritten model was not better as a whole: the original is handed back.")
+                run.reasons.update(dict.fromkeys(factors, "the whole model was not better for it"))
+                rewritten, factors = source, {}
+                verification = compare(source, source, check_on)
+        if output is not None:
+            save(rewritten, output)
+    report = _report(run, source, output, layers, declined, plan, factors, known, verification)
     return Result(rewritten, report, plan)
 
 
@@ -282,3 +297,198 @@ def _curves(
         if run.progress is not None:
             run.progress("curves", done + 1, len(layers))
     return curves
+
+
+class _Planner:
+    """Chooses a form for every layer; what measurement finds to be no faster is left dense."""
+
+    ROUNDS = 4
+
+    def __init__(
+        self, run: _Run, source: Model, curves: Sequence[ErrorCurve], total: Price, known: Calibration
+    ) -> None:
+        self.run, self.source, self.known = run, source, known
+        self.curves = list(curves)
+        self.cost = COSTS[run.options.cost]
+        self.whole = self.cost(total)
+        self.rest = max(self.whole - sum(self.cost(curve.points[0].price) for curve in curves), 0.0)
+        self.times: dict[object, float] = {}
+
+    def for_ratio(self, ratio: float) -> dict[str, Form]:
+        """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.
+
+        Raises BudgetError where the layers do not bear it.
+        """
+        for _ in range(self.ROUNDS):
+            points = allocate(self.curves, self.whole / ratio, self.rest, self.cost)
+            chosen = {name: point.form for name, point in points.items() if point.form.kind != DENSE}
+            if not self._drop_slow(chosen):
+                return chosen
+        return chosen
+
+    def for_error(self, most: float, fit: Callable[..., Any], samples: Samples) -> dict[str, Form]:
+        """The cheapest forms found whose outputs stay within ``most`` on half of the held-out samples.
+
+        The other half is for the report to confirm on. The search brackets the ratio.
+        """
+        search = samples if samples.count < 4 else samples.take(np.arange(0, samples.count, 2))
+        low, high, best = 1.0, 0.0, dict[str, Form]()
+        ratio = 2.0
+        for _ in range(SEARCHES):
+            try:
+                chosen = self.for_ratio(ratio)
+            except BudgetError:
+                high = ratio
+            else:
+                rewritten, _ = fit(forms=chosen, progress=None)
+                outputs = compare(self.source, rewritten, search, latency=False).outputs
+                if max(output.relative_error for output in outputs) <= most:
+                    low, best = ratio, chosen
+                else:
+                    high = ratio
+            ratio = ratio * 1.5 if not high else low + (high - low) / 2
+            if high and high / low < 1.05:
+                break
+        return best
+
+    def _drop_slow(self, chosen: dict[str, Form]) -> bool:
+        """Leave dense for good the layers whose form is not faster here; whether there were any."""
+        layers = [curve.layer for curve in self.curves]
+        measured = speedups(self.source, layers, chosen, self.known.shapes, self.times, self.run.progress)
+        slow = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}
+        for index, curve in enumerate(self.curves):
+            name = curve.layer.name
+            if name in slow:
+                form = chosen[name]
+                self.run.reasons[name] = f"as {form} it ran {slow[name]:.2f} times as fast as before"
+                faster = tuple(p for p in curve.points if p.form.kind == DENSE or p.price.macs < _macs(curve, form))
+                self.curves[index] = ErrorCurve(curve.layer, faster)
+        return bool(slow)
+
+
+def _macs(curve: ErrorCurve, form: Form) -> int:
+    """MACs below which a form may still be tried after ``form`` was too slow: a quarter less."""
+    return price(curve.layer, form).macs * 3 // 4
+
+
+def _as_plan(
+    options: Options, curves: Sequence[ErrorCurve], chosen: Mapping[str, Form], reasons: Mapping[str, str]
+) -> Plan:
+    choices = {}
+    for curve in curves:
+        form = chosen.get(curve.layer.name, Form(DENSE))
+        point = next(p for p in curve.points if p.form == form)
+        reason = "" if form.kind != DENSE else reasons.get(curve.layer.name, NOT_NEEDED)
+        choices[curve.layer.name] = Choice(form, point.error, curve.points[0].price, point.price, reason)
+    return Plan(options.target, options.cost, choices)
+
+
+NOT_NEEDED = "the budget is met at less error without it"
+
+
+def _must_fit(plan: Plan, layers: Sequence[Layer]) -> None:
+    unknown = sorted(set(plan.choices) - {layer.name for layer in layers})
+    if unknown:
+        raise DataError(
+            f"The plan names the layer {unknown[0]}, which this model does not have: "
+            "make a plan for this model with --save-plan."
+        )
+
+
+def _worse(found: Verification) -> bool:
+    """Larger, or slower beyond what the measurement leaves open."""
+    larger = found.after.bytes > found.before.bytes
+    slower = found.latency_interval is not None and found.latency_interval[1] < 1
+    return larger or slower
+
+
+def _locate(layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layer, ...]:
+    """The layers with their positions in one smallest batch."""
+    return tuple(replace(layer, positions=positions_of(layer, shapes[layer.input])) for layer in layers)
+
+
+def _report(
+    run: _Run,
+    source: Model,
+    output: Path | None,
+    layers: Sequence[Layer],
+    declined: Sequence[Declined],
+    plan: Plan,
+    factors: Mapping[str, Factors],
+    known: Calibration,
+    verification: Verification | None,
+) -> Report:
+    options = run.options
+    rows = [_layer_report(layer, plan, factors.get(layer.name), run.reasons) for layer in layers]
+    rows += [_declined_report(entry) for entry in declined]
+    versions = {}
+    for package in ("onnx-lrsd", "onnx", "onnxruntime", "onnx-graphsurgeon", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return Report(
+        str(source.path or "model"),
+        str(output or ""),
+        plan.target,
+        plan.cost,
+        known.samples.count if known.moments else 0,
+        known.samples.source if known.moments else "",
+        verification,
+        _promise(options, plan, verification),
+        tuple(rows),
+        tuple(run.warnings),
+        dict(run.seconds),
+        versions,
+    )
+
+
+def _promise(options: Options, plan: Plan, found: Verification | None) -> Promise | None:
+    if found is None:
+        return None
+    if options.ratio is not None:
+        before, after = (
+            COSTS[plan.cost](Price(cost.macs, cost.parameters, cost.bytes)) for cost in (found.before, found.after)
+        )
+        got = before / max(after, 1)
+        return Promise("ratio", options.ratio, got, got >= options.ratio * 0.995)
+    if options.max_error is not None:
+        got = max((output.relative_error for output in found.outputs), default=0.0)
+        return Promise("max_error", options.max_error, got, got <= options.max_error)
+    return None
+
+
+def _layer_report(
+    layer: Layer, plan: Plan, factors: Factors | None, reasons: Mapping[str, str]
+) -> LayerReport:
+    choice = plan.choices.get(layer.name)
+    before = price(layer, Form(DENSE))
+    form = Form(DENSE)
+    error, reason = 0.0, reasons.get(layer.name) or (choice.reason if choice else "") or NOT_NEEDED
+    if factors is not None:
+        form, error, reason = factors.form, factors.error, ""
+    elif choice is not None and choice.form.kind != DENSE and layer.name not in reasons:
+        form, error, reason = choice.form, choice.error, "planned"
+    after = price(layer, form)
+    taps = layer.m // layer.channels
+    return LayerReport(
+        layer.node,
+        layer.op,
+        layer.shape,
+        form.kind,
+        form.rank,
+        layer.n * form.channels * taps,
+        "channels" if form.channels else "none",
+        before.macs,
+        after.macs,
+        before.bytes,
+        after.bytes,
+        before.parameters,
+        after.parameters,
+        error,
+        reason,
+    )
+
+
+def _declined_report(entry: Declined) -> LayerReport:
+    return LayerReport(entry.node, entry.op, (), DENSE, 0, 0, "none", 0, 0, 0, 0, 0, 0, 0.0, entry.reason)

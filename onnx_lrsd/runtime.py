@@ -6,7 +6,6 @@ import importlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,20 +15,12 @@ import numpy.typing as npt
 import onnx
 
 from onnx_lrsd.errors import DeviceError, ModelError
+from onnx_lrsd.types import InputSpec
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
 LIMIT = 2**31 - 2**20
 """Bytes of a model that protobuf can hold in one message, less some room for what we add."""
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """An input the caller must feed: numpy dtype name and shape, symbolic dimensions as text or None."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str | None, ...]
 
 
 def onnxruntime() -> ModuleType:

@@ -281,3 +281,12 @@ class Inspection:
     layers: tuple[tuple[Layer, Price], ...]
     declined: tuple[Declined, ...]
     total: Price
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input the caller must feed: numpy dtype name and shape, symbolic dimensions as text or None."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]

@@ -44,7 +44,7 @@ def forms(layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
     taps = prod(layer.kernel)
     found: list[Form] = []
     for kind in kinds:
-        if kind == CHANNEL_IN and taps == 1 or kind == SPATIAL and not _square(layer):
+        if kind == DENSE or (kind == CHANNEL_IN and taps == 1) or (kind == SPATIAL and not _square(layer)):
             continue
         top = {
             CHANNEL: min(layer.n, layer.m),
