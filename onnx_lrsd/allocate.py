@@ -11,21 +11,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from onnx_lrsd.errors import BudgetError
-from onnx_lrsd.types import ErrorCurve, Point, Price
+from onnx_lrsd.types import ErrorCurve, Point
 
-Cost = Callable[[Price], float]
+Cost = Callable[[Point], float]
 
 COSTS: dict[str, Cost] = {
-    "macs": lambda price: price.macs,
-    "parameters": lambda price: price.parameters,
-    "bytes": lambda price: price.bytes,
+    "macs": lambda point: point.price.macs,
+    "params": lambda point: point.price.parameters,
+    "bytes": lambda point: point.price.bytes,
 }
+
+
+def by_time(point: Point) -> float:
+    """Predicted time of a point, in MACs."""
+    return point.time
 
 
 def lower_hull(points: Sequence[Point], cost: Cost) -> list[Point]:
     """The points of the lower convex hull of error over cost, dearest (least error) first."""
     hull: list[Point] = []
-    for point in sorted(points, key=lambda p: (cost(p.price), p.error)):
+    for point in sorted(points, key=lambda p: (cost(p), p.error)):
         if hull and point.error >= hull[-1].error:
             continue
         while len(hull) > 1 and _slope(hull[-2], hull[-1], cost) <= _slope(hull[-1], point, cost):
@@ -36,7 +41,7 @@ def lower_hull(points: Sequence[Point], cost: Cost) -> list[Point]:
 
 def _slope(cheap: Point, dear: Point, cost: Cost) -> float:
     """Error saved for each unit of cost between two points."""
-    return (cheap.error - dear.error) / max(cost(dear.price) - cost(cheap.price), 1e-12)
+    return (cheap.error - dear.error) / max(cost(dear) - cost(cheap), 1e-12)
 
 
 def allocate(
@@ -59,15 +64,15 @@ def allocate(
         for index, (dear, cheap) in enumerate(zip(hull, hull[1:], strict=False)):
             steps.append((weights[name] * _slope(cheap, dear, cost), name, index + 1))
     chosen = {name: hull[0] for name, hull in hulls.items()}
-    total = rest + sum(cost(point.price) for point in chosen.values())
+    total = rest + sum(cost(point) for point in chosen.values())
     # Hull slopes grow along each hull, so ascending order takes every layer's steps in order.
     for _, name, index in sorted(steps):
         if total <= budget:
             break
-        total += cost(hulls[name][index].price) - cost(chosen[name].price)
+        total += cost(hulls[name][index]) - cost(chosen[name])
         chosen[name] = hulls[name][index]
     if total > budget * (1 + 1e-9):
-        whole = rest + sum(cost(hull[0].price) for hull in hulls.values())
+        whole = rest + sum(cost(hull[0]) for hull in hulls.values())
         raise BudgetError(
             f"The model can be made at most {_floor(whole / max(total, 1e-12))} times cheaper within what its "
             f"layers bear; ask for that or less, or widen --include or --forms."
@@ -92,7 +97,7 @@ def _polish(
         for curve in curves:
             name, present = curve.layer.name, chosen[curve.layer.name]
             for point in curve.points:
-                extra = cost(point.price) - cost(present.price)
+                extra = cost(point) - cost(present)
                 saved = weights[name] * (present.error - point.error)
                 if saved <= 0 or extra > slack:
                     continue
@@ -102,5 +107,5 @@ def _polish(
         if best is None:
             return chosen
         _, name, point = best
-        slack -= cost(point.price) - cost(chosen[name].price)
+        slack -= cost(point) - cost(chosen[name])
         chosen = {**chosen, name: point}

@@ -15,16 +15,23 @@ import numpy.typing as npt
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.model import Model
 from onnx_lrsd.runtime import Feed, open_session
-from onnx_lrsd.solver.moments import MomentAccumulator, Rows, input_rows, positions_of, sample_positions
+from onnx_lrsd.solver.moments import (
+    MomentAccumulator,
+    Rows,
+    input_rows,
+    output_rows,
+    positions_of,
+    sample_positions,
+)
 from onnx_lrsd.types import Layer, Moments, Progress
 
-ROWS_PER_INPUT = 4
-FEWEST_ROWS, MOST_ROWS = 4096, 10_000
-"""Rows of a layer: four for each input, between these bounds. More rows cost more than they teach."""
-FETCHED_BYTES = 192 << 20
+ROWS_PER_INPUT = 8
+FEWEST_ROWS, MOST_ROWS = 8192, 20_000
+"""Rows of a layer that factors are fitted to: eight for each input, between these bounds."""
+SURVEY = 2
+"""Every second row is enough for the error curves that the plan is made from."""
+FETCHED_BYTES = 384 << 20
 """Activations fetched in one batch, at most."""
-
-Weights = Mapping[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
 
 
 @dataclass(frozen=True)
@@ -50,30 +57,30 @@ def calibrate(
     model: Model,
     layers: Sequence[Layer],
     samples: Samples,
-    weights: Weights | None = None,
     *,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Moments of the inputs of ``layers`` over ``samples``.
+    """Moments of the inputs of ``layers`` over ``samples``, and the outputs they give.
 
-    With ``weights``, layer name -> (W (n, m), b (n,)), the original outputs are kept as well, for
-    ``recalibrate``. Memory is bounded by the layers: rows, not samples, are kept.
+    Memory is bounded by the layers: rows, not samples, are kept.
     """
     shapes = input_shapes(model, layers, samples)
-    batch = samples.batch_size(sum(4 * int(np.prod(shape)) for shape in set(shapes.values())), FETCHED_BYTES)
+    bytes_each = sum(4 * int(np.prod(shape)) for shape in shapes.values()) // samples.smallest_batch
+    batch = samples.batch_size(2 * bytes_each, FETCHED_BYTES)
     located = tuple(
         replace(layer, positions=positions_of(layer, shapes[layer.input]) // samples.smallest_batch)
         for layer in layers
     )
-    accumulators = {layer.name: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in located}
+    accumulators = {
+        layer.name: MomentAccumulator(layer, _wanted(layer, samples.count) // SURVEY) for layer in located
+    }
     outputs: dict[str, list[Rows]] = {layer.name: [] for layer in located}
-    for layer, rows in _observe(model, located, samples, batch, seed, progress, "calibrate"):
-        accumulators[layer.name].add(rows)
-        if weights is not None:
-            weight, bias = weights[layer.name]
-            outputs[layer.name].append(rows @ weight.T + bias)
-    kept = {name: np.concatenate(parts) for name, parts in outputs.items() if parts}
+    watch = _watcher(model, located, samples, outputs=True)
+    for layer, activations, positions in _observe(watch, located, samples, batch, seed, progress):
+        accumulators[layer.name].add(input_rows(layer, activations[layer.input], positions[::SURVEY]))
+        outputs[layer.name].append(output_rows(layer, activations[layer.name], positions))
+    kept = {name: np.concatenate(parts) for name, parts in outputs.items()}
     moments = {name: accumulator.result() for name, accumulator in accumulators.items()}
     return Calibration(located, moments, kept, shapes, samples, batch, seed)
 
@@ -85,36 +92,36 @@ def recalibrate(model: Model, layers: Sequence[Layer], reference: Calibration) -
     """
     samples, done = reference.samples, dict.fromkeys((layer.name for layer in layers), 0)
     accumulators = {layer.name: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in layers}
-    for layer, rows in _observe(model, layers, samples, reference.batch, reference.seed, None, ""):
+    watch = _watcher(model, layers, samples)
+    for layer, activations, positions in _observe(watch, layers, samples, reference.batch, reference.seed):
         at = done[layer.name]
-        accumulators[layer.name].add(rows, reference.outputs[layer.name][at : at + len(rows)])
-        done[layer.name] = at + len(rows)
+        done[layer.name] = at + len(positions)
+        wanted = reference.outputs[layer.name][at : done[layer.name]]
+        accumulators[layer.name].add(input_rows(layer, activations[layer.input], positions), wanted)
     return {name: accumulator.result() for name, accumulator in accumulators.items()}
 
 
 def _observe(
-    model: Model,
+    watch: Callable[[Feed], Feed],
     layers: Sequence[Layer],
     samples: Samples,
     batch: int,
     seed: int,
-    progress: Progress | None,
-    stage: str,
-) -> Iterator[tuple[Layer, Rows]]:
-    """The sampled rows of every layer, batch by batch; the same ones for the same seed and batch."""
-    watch = _watcher(model, layers, samples)
+    progress: Progress | None = None,
+) -> Iterator[tuple[Layer, Feed, npt.NDArray[np.int64]]]:
+    """Layer, activations and sampled positions, batch by batch; the same ones for the same seed and batch."""
     first = 0
     for feed in samples.batches(batch):
         count = samples.size_of(feed)
         activations = watch(feed)
         for layer in layers:
-            x = activations[layer.input]
-            positions = _positions(layer, x.shape, first, count, samples.count, seed)
+            shape = activations[layer.input].shape
+            positions = _positions(layer, shape, first, count, samples.count, seed)
             if len(positions):
-                yield layer, input_rows(layer, x, positions)
+                yield layer, activations, positions
         first += count
         if progress is not None:
-            progress(stage, first, samples.count)
+            progress("calibrate", first, samples.count)
 
 
 def _positions(
@@ -144,9 +151,11 @@ def input_shapes(model: Model, layers: Sequence[Layer], samples: Samples) -> dic
     return {name: value.shape for name, value in _watcher(model, layers, samples)(feed).items()}
 
 
-def _watcher(model: Model, layers: Sequence[Layer], samples: Samples) -> Callable[[Feed], Feed]:
-    """A function from a feed to the inputs of ``layers``; those that are fed need no run."""
-    names = {layer.input for layer in layers}
+def _watcher(
+    model: Model, layers: Sequence[Layer], samples: Samples, outputs: bool = False
+) -> Callable[[Feed], Feed]:
+    """A function from a feed to the inputs of ``layers``, and their outputs; what is fed needs no run."""
+    names = {layer.input for layer in layers} | ({layer.name for layer in layers} if outputs else set())
     fed = names & {*samples.arrays, *samples.constants}
     computed = sorted(names - fed)
     session = open_session(model.proto, folder=model.folder, outputs=computed) if computed else None

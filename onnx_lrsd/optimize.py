@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
-from onnx_lrsd.allocate import COSTS, allocate
+from onnx_lrsd.allocate import COSTS, allocate, by_time
 from onnx_lrsd.calibrate import Calibration, calibrate, input_shapes
 from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.errors import BudgetError, DataError, UnsupportedModelError
@@ -150,7 +150,7 @@ def optimize(
     weight_of = partial(read_weight, graph)
     fit_on, check_on = _samples(run, source, calibration, evaluation)
     with run.clock("calibrate"):
-        known = _calibrate(run, source, layers, weight_of, fit_on, check_on)
+        known = _calibrate(run, source, layers, fit_on, check_on)
     layers = known.layers
     total = total_price(source, check_on)
     fit = partial(
@@ -257,18 +257,13 @@ def _calibrate(
     run: _Run,
     source: Model,
     layers: Sequence[Layer],
-    weight_of: WeightOf,
     fit_on: Samples | None,
     check_on: Samples,
 ) -> Calibration:
     if fit_on is None:
         shapes = input_shapes(source, layers, check_on)
         return Calibration(_locate(layers, shapes), {}, {}, shapes, check_on, 1, run.options.seed)
-    weights = {}
-    for layer in layers:
-        weight, bias = weight_of(layer)
-        weights[layer.name] = (weight.astype(np.float32), bias.astype(np.float32))
-    return calibrate(source, layers, fit_on, weights, seed=run.options.seed, progress=run.progress)
+    return calibrate(source, layers, fit_on, seed=run.options.seed, progress=run.progress)
 
 
 def _curves(
@@ -278,7 +273,7 @@ def _curves(
     kinds = run.options.forms or KINDS
     curves = []
     for done, layer in enumerate(layers):
-        dense = Point(Form(DENSE), 0.0, price(layer, Form(DENSE)))
+        dense = _point(run.target, layer, Form(DENSE), 0.0)
         forms = run.target.forms(layer, kinds)
         moments = known.moments.get(layer.name)
         if not forms:
@@ -290,13 +285,17 @@ def _curves(
         if forms:
             problem = pose(layer, *weight_of(layer), moments, run.options.device)
             found = errors(problem, forms)
-            points += [Point(f, e, price(layer, f)) for f, e in found.items() if e <= MOST_ERROR]
+            points += [_point(run.target, layer, f, e) for f, e in found.items() if e <= MOST_ERROR]
             if len(points) == 1:
                 run.reasons[layer.name] = "every smaller form loses too much of its output"
         curves.append(ErrorCurve(layer, tuple(points)))
         if run.progress is not None:
             run.progress("curves", done + 1, len(layers))
     return curves
+
+
+def _point(target: Target, layer: Layer, form: Form, error: float) -> Point:
+    return Point(form, error, price(layer, form), target.cost(layer, form))
 
 
 class _Planner:
@@ -310,8 +309,8 @@ class _Planner:
         self.run, self.source, self.known = run, source, known
         self.curves = list(curves)
         self.cost = COSTS[run.options.cost]
-        self.whole = self.cost(total)
-        self.rest = max(self.whole - sum(self.cost(curve.points[0].price) for curve in curves), 0.0)
+        self.whole = self.cost(Point(Form(DENSE), 0.0, total))
+        self.rest = max(self.whole - sum(self.cost(curve.points[0]) for curve in curves), 0.0)
         self.times: dict[object, float] = {}
 
     def for_ratio(self, ratio: float) -> dict[str, Form]:
@@ -321,6 +320,8 @@ class _Planner:
         """
         for _ in range(self.ROUNDS):
             points = allocate(self.curves, self.whole / ratio, self.rest, self.cost)
+            if self.run.options.cost == "macs":
+                points = self._by_time(points, self.whole / ratio)
             chosen = {name: point.form for name, point in points.items() if point.form.kind != DENSE}
             if not self._drop_slow(chosen):
                 return chosen
@@ -349,6 +350,28 @@ class _Planner:
             ratio = ratio * 1.5 if not high else low + (high - low) / 2
             if high and high / low < 1.05:
                 break
+        return best
+
+    def _by_time(self, points: Mapping[str, Point], most_macs: float) -> Mapping[str, Point]:
+        """Points with the same MACs that are predicted to run faster, if there are any.
+
+        MACs are what was asked for, time is what is wanted: allocate by predicted time and bisect its
+        budget until the MACs are met.
+        """
+        rest = self.rest
+        low, high = 0.0, rest + sum(point.time for point in points.values())
+        best = points
+        for _ in range(16):
+            budget = (low + high) / 2
+            try:
+                found = allocate(self.curves, budget, rest, by_time)
+            except BudgetError:
+                low = budget
+                continue
+            if rest + sum(point.price.macs for point in found.values()) <= most_macs:
+                best, low = found, budget
+            else:
+                high = budget
         return best
 
     def _drop_slow(self, chosen: dict[str, Form]) -> bool:
@@ -448,7 +471,8 @@ def _promise(options: Options, plan: Plan, found: Verification | None) -> Promis
         return None
     if options.ratio is not None:
         before, after = (
-            COSTS[plan.cost](Price(cost.macs, cost.parameters, cost.bytes)) for cost in (found.before, found.after)
+            COSTS[plan.cost](Point(Form(DENSE), 0.0, Price(cost.macs, cost.parameters, cost.bytes)))
+            for cost in (found.before, found.after)
         )
         got = before / max(after, 1)
         return Promise("ratio", options.ratio, got, got >= options.ratio * 0.995)

@@ -47,8 +47,7 @@ def reconstruct(
     for stage in _stages(chosen):
         moments: Mapping[str, Moments] = {}
         if calibration is not None:
-            changed = rewritten is not model
-            moments = recalibrate(rewritten, stage, calibration) if changed else calibration.moments
+            moments = recalibrate(rewritten, stage, calibration)
         for layer in stage:
             weight, bias = weight_of(layer)
             problem = pose(layer, weight, bias, moments.get(layer.name), device)

@@ -1,11 +1,11 @@
-"""ONNX Runtime: open a model, watch its tensors, time it. The only file that imports it."""
+"""ONNX Runtime: open a model, run it, watch its tensors. The only file that imports it."""
 
 from __future__ import annotations
 
 import importlib
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,14 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+from onnx import numpy_helper
+from onnx.external_data_helper import uses_external_data
 
-from onnx_lrsd.errors import DeviceError, ModelError
+from onnx_lrsd.errors import DataError, DeviceError, ModelError
 from onnx_lrsd.types import InputSpec
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
-LIMIT = 2**31 - 2**20
-"""Bytes of a model that protobuf can hold in one message, less some room for what we add."""
+SHARED_BYTES = 1 << 20
+"""Weights from this size on are handed over in memory: protobuf ends at 2 GB, and copies cost."""
+SHARED_TYPES = frozenset(
+    getattr(onnx.TensorProto, name)
+    for name in ("FLOAT", "FLOAT16", "DOUBLE", "INT8", "UINT8", "INT16", "UINT16", "INT32", "INT64")
+)
 
 
 def onnxruntime() -> ModuleType:
@@ -32,24 +38,33 @@ def onnxruntime() -> ModuleType:
 
 
 class Session:
-    """A model that is open in ONNX Runtime, with the tensors it gives."""
+    """A model that is open in ONNX Runtime. ``inputs`` is what it must be fed, ``outputs`` what it gives."""
 
-    def __init__(self, session: Any, outputs: Sequence[str], fed: Sequence[str]) -> None:
+    def __init__(self, session: Any, inputs: Sequence[InputSpec], outputs: Sequence[str]) -> None:
         self._session = session
-        self._outputs = list(outputs)
-        self._fed = set(fed)
+        self._takes = {value.name for value in session.get_inputs()}
+        self._takes |= {value.name for value in session.get_overridable_initializers()}
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
 
     def run(self, feed: Feed) -> dict[str, Any]:
-        """Tensor name -> value. Raises ModelError when the model fails on this feed."""
-        given = {name: value for name, value in feed.items() if name in self._fed}
+        """Tensor name -> value; what the feed has beyond the model's inputs is passed over.
+
+        Raises DataError when the feed does not fit the inputs, ModelError when a node fails on it.
+        """
+        given = {name: value for name, value in feed.items() if name in self._takes}
         try:
-            values = self._session.run(self._outputs, given)
+            values = self._session.run(self.outputs, given)
         except Exception as error:  # ONNX Runtime has no public base class for its errors
+            if type(error).__name__ in ("InvalidArgument", "ValueError"):
+                raise DataError(
+                    f"The samples do not fit the model ({gist(error)}): give each input as it wants it."
+                ) from error
             raise ModelError(
-                f"ONNX Runtime could not run the model on these samples ({first_line(error)}): "
+                f"ONNX Runtime could not run the model on these samples ({gist(error)}): "
                 "check that they are what the model expects."
             ) from error
-        return dict(zip(self._outputs, values, strict=True))
+        return dict(zip(self.outputs, values, strict=True))
 
 
 def open_session(
@@ -59,17 +74,39 @@ def open_session(
     outputs: Sequence[str] | None = None,
     threads: int | None = None,
     spinning: bool = True,
+    optimise: bool = True,
+    device: str = "cpu",
 ) -> Session:
     """Open ``proto``, whose external data lies in ``folder``, to give ``outputs``.
 
-    ``outputs`` may name any tensor of the main graph, inputs included; nodes that none of them needs
-    are left out. Raises ModelError when ONNX Runtime refuses the model.
+    ``outputs`` may name any tensor of the main graph, inputs and initializers included; nodes that none
+    of them needs are left out. ``threads`` None leaves the number to ONNX Runtime; ``spinning`` False
+    keeps idle threads from burning time that a model timed beside this one would miss. ``proto`` is not
+    changed, nor are its large weights copied into a message. Raises ModelError when ONNX Runtime refuses
+    the model, DeviceError when ``device`` 'cuda' is not there, ValueError for an output nobody computes.
     """
     ort = onnxruntime()
+    providers = _providers(ort, device)
     names = [output.name for output in proto.graph.output] if outputs is None else list(outputs)
-    watched = proto if outputs is None else _watch(proto, names)
+    options = _options(ort, folder, threads, spinning, optimise)
+    opened, weights = _cut(proto, _needed(proto, names), names)
+    session = _start(ort, opened, weights, options, providers)
+    if providers[0] not in session.get_providers():  # a CUDA that does not load is passed over in silence
+        raise DeviceError("ONNX Runtime cannot use the GPU here: run `onnx-lrsd doctor`, or choose the CPU.")
+    return Session(session, inputs_of(proto), names)
+
+
+def _options(
+    ort: ModuleType,
+    folder: Path | None = None,
+    threads: int | None = None,
+    spinning: bool = True,
+    optimise: bool = True,
+) -> Any:
     options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # its errors reach the user as one sentence, not as log lines
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -77,53 +114,90 @@ def open_session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return options
+
+
+def _start(
+    ort: ModuleType,
+    proto: onnx.ModelProto,
+    weights: Mapping[str, npt.NDArray[Any]],
+    options: Any,
+    providers: Sequence[str],
+) -> Any:
+    if weights:
+        values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
+        options.add_external_initializers(list(weights), values)
     try:
-        session = _open(ort, watched, options)
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime has no public base class for its errors
         raise ModelError(
-            f"ONNX Runtime does not open the model ({first_line(error)}): it must run there before it can be optimised."
+            f"ONNX Runtime does not open the model ({gist(error)}): "
+            "it must run there before it can be optimised."
         ) from error
-    return Session(session, names, [value.name for value in session.get_inputs()])
 
 
-def _open(ort: ModuleType, proto: onnx.ModelProto, options: Any) -> Any:
-    providers = ["CPUExecutionProvider"]
-    if proto.ByteSize() < LIMIT:
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=providers)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        onnx.save(proto, path, save_as_external_data=True, location="model.data")
-        return ort.InferenceSession(str(path), options, providers=providers)
+def _providers(ort: ModuleType, device: str) -> list[str]:
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise DeviceError("This ONNX Runtime has no CUDA: pip install onnx-lrsd[gpu], or choose the CPU.")
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
-def _watch(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """``proto`` cut down to what gives ``names``; tensors are typed by ONNX Runtime itself."""
+def _needed(proto: onnx.ModelProto, names: Sequence[str]) -> list[onnx.NodeProto]:
+    """The nodes that ``names`` depend on, in the order of the graph."""
     producers = {name: index for index, node in enumerate(proto.graph.node) for name in node.output if name}
+    known = {value.name for value in proto.graph.input} | {tensor.name for tensor in proto.graph.initializer}
+    known |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
+    for name in names:
+        if name not in producers and name not in known:
+            raise ValueError(f"{name} is no tensor of the main graph")
     kept: set[int] = set()
     waiting = list(names)
     while waiting:
         index = producers.get(waiting.pop())
-        if index is None or index in kept:
+        if index is not None and index not in kept:
+            kept.add(index)
+            waiting.extend(uses(proto.graph.node[index]))
+    return [proto.graph.node[index] for index in sorted(kept)]
+
+
+def _cut(
+    proto: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], names: Sequence[str]
+) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[Any]]]:
+    """A copy of ``proto`` with these nodes and outputs, and its large weights beside it, by name.
+
+    An output that the model does not declare is left untyped: ONNX Runtime infers its type.
+    """
+    source = proto.graph
+    declared = {value.name: value for value in source.output}
+    outputs = [declared.get(name, onnx.ValueInfoProto(name=name)) for name in names]
+    used = {name for node in nodes for name in uses(node)} | {value.name for value in outputs}
+    listed = {value.name for value in source.input}
+    graph = onnx.GraphProto(name=source.name, node=nodes, input=source.input, output=outputs)
+    weights: dict[str, npt.NDArray[Any]] = {}
+    for tensor in source.initializer:
+        if tensor.name not in used and tensor.name not in listed:
             continue
-        kept.add(index)
-        waiting.extend(uses(proto.graph.node[index]))
-    nodes = [node for index, node in enumerate(proto.graph.node) if index in kept]
-    needed = {name for node in nodes for name in uses(node)} | set(names)
-    graph = onnx.GraphProto(name=proto.graph.name)
-    graph.node.extend(nodes)
-    graph.input.extend(proto.graph.input)
-    graph.initializer.extend(t for t in proto.graph.initializer if t.name in needed)
-    graph.sparse_initializer.extend(t for t in proto.graph.sparse_initializer if t.values.name in needed)
-    typed = {value.name: value for value in proto.graph.output}
-    produced = [name for name in names if name in producers]
-    graph.output.extend(typed.get(name, onnx.ValueInfoProto(name=name)) for name in produced)
-    for name in names:
-        if name not in producers:  # an input is given back through an Identity of another name
-            raise ValueError(f"{name} is not computed by any node")
-    watched = onnx.ModelProto(ir_version=proto.ir_version, graph=graph)
-    watched.opset_import.extend(proto.opset_import)
-    watched.functions.extend(proto.functions)
-    return watched
+        if _is_shared(tensor) and tensor.name not in listed:
+            weights[tensor.name] = numpy_helper.to_array(tensor)
+            stub = graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            stub.data_location = onnx.TensorProto.EXTERNAL
+            stub.external_data.add(key="location", value="in memory")
+        else:
+            graph.initializer.append(tensor)
+    graph.sparse_initializer.extend(t for t in source.sparse_initializer if t.values.name in used)
+    copy = onnx.ModelProto(ir_version=proto.ir_version, graph=graph)
+    copy.opset_import.extend(proto.opset_import)
+    copy.functions.extend(proto.functions)
+    return copy, weights
+
+
+def _is_shared(tensor: onnx.TensorProto) -> bool:
+    if tensor.data_type not in SHARED_TYPES or uses_external_data(tensor):
+        return False
+    item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return bool(math.prod(tensor.dims) * item >= SHARED_BYTES)
 
 
 def uses(node: onnx.NodeProto) -> list[str]:
@@ -137,70 +211,59 @@ def uses(node: onnx.NodeProto) -> list[str]:
 
 
 def inputs_of(proto: onnx.ModelProto) -> list[InputSpec]:
-    """What a caller must feed; initializers that are listed among the inputs have a default."""
+    """What a caller must feed; an initializer that is listed among the inputs has a default.
+
+    Raises ModelError for an input that is no tensor.
+    """
     defaults = {tensor.name for tensor in proto.graph.initializer}
+    defaults |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
     return [_spec(value) for value in proto.graph.input if value.name not in defaults]
 
 
 def _spec(value: onnx.ValueInfoProto) -> InputSpec:
     tensor = value.type.tensor_type
     if not value.type.HasField("tensor_type") or not tensor.elem_type:
-        raise ModelError(f"Input {value.name} is not a tensor: models with sequence or map inputs are not supported.")
-    dims = tensor.shape.dim if tensor.HasField("shape") else ()
-    shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or None for d in dims)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-    return InputSpec(value.name, np.dtype(dtype).name, shape)
+        raise ModelError(
+            f"Input {value.name} is a sequence, a map or an optional, which cannot be fed from samples: "
+            "export the model with tensors as inputs."
+        )
+    shape = tuple(
+        d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or None
+        for d in tensor.shape.dim
+    )
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return InputSpec(value.name, dtype, shape, tensor.HasField("shape"))
 
 
 def shapes(
-    proto: onnx.ModelProto, feed: Feed, tensors: Sequence[str], folder: Path | None = None
+    proto: onnx.ModelProto, feed: Feed, tensors: Iterable[str], folder: Path | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Concrete shapes of ``tensors`` for one feed; initializers and inputs are read off directly."""
-    known = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
-    known |= {name: tuple(value.shape) for name, value in feed.items()}
-    found = {name: known[name] for name in tensors if name in known}
-    rest = [name for name in dict.fromkeys(tensors) if name not in known]
-    if rest:
-        values = open_session(proto, folder=folder, outputs=rest).run(feed)
-        found |= {name: tuple(np.shape(value)) for name, value in values.items()}
-    return found
+    """Concrete shapes of ``tensors`` for one feed, from one run.
 
-
-def pair_latency(
-    before: Callable[[], object], after: Callable[[], object], *, seconds: float = 2.0, most: int = 400
-) -> tuple[float, float, float, tuple[float, float]]:
-    """Median milliseconds of both, the median of before / after, and its 95 % interval.
-
-    Runs are interleaved (before, after, after, before), so that a slow spell of the machine falls on
-    both. The interval is distribution-free, from order statistics of the paired ratios.
-    Source: Conover, Practical Nonparametric Statistics, 3rd ed., section 3.2.
+    Only the shapes leave the run, so that memory is that of plain inference. Initializers and inputs
+    are read off directly. Raises as ``Session.run`` does.
     """
-    for run in (before, after, before, after):
-        run()
-    firsts: list[float] = []
-    seconds_taken: list[float] = []
-    deadline = time.perf_counter() + seconds
-    while len(firsts) < 7 or (time.perf_counter() < deadline and len(firsts) < most):
-        one, two, three, four = (_clock(run) for run in (before, after, after, before))
-        firsts.append(one + four)
-        seconds_taken.append(two + three)
-    a, b = np.array(firsts) / 2, np.array(seconds_taken) / 2
-    ratios = np.sort(a / b)
-    half = 0.98 * np.sqrt(len(ratios))  # 1.96 standard deviations of a Binomial(n, 1/2), halved
-    low = max(int(np.floor(len(ratios) / 2 - half)), 0)
-    high = min(int(np.ceil(len(ratios) / 2 + half)), len(ratios) - 1)
-    interval = float(ratios[low]), float(ratios[high])
-    return float(np.median(a)) * 1e3, float(np.median(b)) * 1e3, float(np.median(ratios)), interval
+    known = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    known |= {name: tuple(np.shape(value)) for name, value in feed.items()}
+    wanted = list(dict.fromkeys(tensors))
+    rest = [name for name in wanted if name not in known]
+    if rest:
+        names = [f"onnx-lrsd shape of {name}" for name in rest]
+        counters = [onnx.helper.make_node("Shape", [t], [n]) for t, n in zip(rest, names, strict=True)]
+        cut, weights = _cut(proto, [*_needed(proto, rest), *counters], names)
+        if not any(opset.domain in ("", "ai.onnx") for opset in cut.opset_import):
+            cut.opset_import.add(domain="", version=13)
+        ort = onnxruntime()
+        session = _start(ort, cut, weights, _options(ort, folder), _providers(ort, "cpu"))
+        measured = Session(session, inputs_of(proto), names).run(feed)
+        known |= {old: tuple(map(int, measured[new])) for old, new in zip(rest, names, strict=True)}
+    return {name: known[name] for name in wanted}
 
 
-def _clock(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def first_line(error: Exception) -> str:
-    """The gist of an error of another library: its first line, shortened."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = lines[0].split("Status Message: ")[-1].strip().rstrip(".")
+def gist(error: Exception) -> str:
+    """What an error of another library says, in one line: no status codes, no places in its source."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text.split("Status Message: ")[-1].split(" Please fix")[0]
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"^/\S+:\d+ .*?\)( const)? (?=\S)", "", text).rstrip(" .")
     return text if len(text) <= 200 else text[:197] + "..."

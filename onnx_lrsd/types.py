@@ -70,10 +70,10 @@ class Declined:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and centred second moment of the inputs of one layer, float64.
+    """Mean and centred second moment of the inputs of one layer.
 
-    ``mean`` is (m,), ``second`` is (m, m), E[(x - mean)(x - mean)^T] in activation units squared,
-    over ``count`` rows. When there are fewer rows than inputs, ``rows`` (count, m), float32 and
+    ``mean`` is (m,), float64; ``second`` is (m, m), float32, E[(x - mean)(x - mean)^T] in activation
+    units squared, over ``count`` rows. When there are fewer rows than inputs, ``rows`` (count, m), float32 and
     centred, stands in its place and no (m, m) matrix is ever formed.
 
     When the layer will see other inputs than the original network's (because layers before it
@@ -148,11 +148,15 @@ class Price:
 
 @dataclass(frozen=True)
 class Point:
-    """One point of an error curve: a form, its relative output error, and its price."""
+    """One point of an error curve: a form, its relative output error, its price, and its predicted time.
+
+    ``time`` is in MACs: those that run in the same time on the target.
+    """
 
     form: Form
     error: float
     price: Price
+    time: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -285,8 +289,12 @@ class Inspection:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input the caller must feed: numpy dtype name and shape, symbolic dimensions as text or None."""
+    """An input the caller must feed: numpy dtype name and shape, symbolic dimensions as text or None.
+
+    ``ranked`` is False where the model does not even state the number of dimensions; ``shape`` is () then.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str | None, ...]
+    ranked: bool = True

@@ -14,11 +14,15 @@ from onnx_lrsd.dataset import GUESSES, Samples, made_up
 from onnx_lrsd.errors import DataError, LrsdError, VerificationError
 from onnx_lrsd.model import Model, model_bytes
 from onnx_lrsd.passes import compute_tensors, macs, parameters
-from onnx_lrsd.runtime import inputs_of, open_session, pair_latency, shapes
+from onnx_lrsd.runtime import inputs_of, open_session, shapes
+from onnx_lrsd.timing import pair_latency
 from onnx_lrsd.types import Cost, Metric, OutputError, Price, Progress, Verification
 
 BATCH_BYTES = 64 << 20
 TRIAL_SECONDS, COMPARE_SECONDS = 0.25, 4.0
+
+THREADS = 1
+"""Timings are of one thread: what a second one adds depends on what else the machine does."""
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
@@ -96,7 +100,7 @@ def time_pair(
     feed: Feed,
     *,
     folder: Path | None = None,
-    threads: int | None = None,
+    threads: int = THREADS,
     seconds: float = TRIAL_SECONDS,
 ) -> tuple[float, tuple[float, float], float, float]:
     """How many times faster ``after`` runs, its 95 % interval, and both medians in milliseconds."""

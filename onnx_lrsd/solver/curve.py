@@ -53,5 +53,5 @@ def _family(problem: Problem, kind: str, family: list[Form]) -> Iterable[tuple[F
         yield from ((form, float(tail[form.rank]) * total) for form in ranked)
         return
     shared = prepare(problem.layer, weight, metric, kind)
-    for form in ranked:
-        yield form, separable.fit(shared, form.rank, sweeps=0)[2] * shared.energy
+    missed = separable.rank_errors(shared, ranked[-1].rank)
+    yield from ((form, float(missed[form.rank]) * shared.energy) for form in ranked)

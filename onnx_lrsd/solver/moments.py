@@ -113,8 +113,8 @@ class MomentAccumulator:
     """Streams rows into the moments of one layer.
 
     Rows are gathered into chunks of at least ``CHUNK``. All are centred on the mean of the first
-    chunk, so that the moment never is a difference of two large numbers and one float32 product a
-    chunk is exact enough; sums are float64. With ``expected`` rows fewer than half the inputs the
+    chunk, so that the moment never is a difference of two large numbers and float32 products are
+    exact enough. With ``expected`` rows fewer than half the inputs the
     rows themselves are kept and no (m, m) matrix is formed.
 
     With ``targets`` (rows of the original outputs) the cross moment is streamed as well.
@@ -189,7 +189,9 @@ class _Sums:
         self.count = 0
         self.origin, self.target_origin = rows.mean(axis=0), targets.mean(axis=0)
         self.sum, self.target_sum = np.zeros(m), np.zeros(n)
-        self.second, self.cross, self.energy = np.zeros((m, m)), np.zeros((n, m)), 0.0
+        # A few chunks in all: their float32 sum is as exact as the float32 products themselves.
+        self.second = np.zeros((m, m), np.float32)
+        self.cross, self.energy = np.zeros((n, m), np.float32), 0.0
 
     def add(self, rows: Rows, targets: Rows) -> None:
         shifted, target = rows - self.origin, targets - self.target_origin
@@ -202,8 +204,8 @@ class _Sums:
 
     def moments(self, name: str) -> Moments:
         shift, target_shift = self.sum / self.count, self.target_sum / self.count
-        second = self.second / self.count
-        second -= np.outer(shift, shift)
+        second = self.second / np.float32(self.count)
+        second -= np.outer(shift, shift).astype(np.float32)
         mean = self.origin + shift
         if not len(target_shift):
             return Moments(name, self.count, mean, second)
@@ -212,7 +214,7 @@ class _Sums:
             self.count,
             mean,
             second,
-            cross=self.cross / self.count - np.outer(target_shift, shift),
+            cross=self.cross / np.float32(self.count) - np.outer(target_shift, shift).astype(np.float32),
             output_mean=self.target_origin + target_shift,
             output_energy=max(self.energy / self.count - float(target_shift @ target_shift), 0.0),
         )

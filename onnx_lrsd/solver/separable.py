@@ -91,21 +91,45 @@ def fit(
     return v, h, error
 
 
+def rank_errors(problem: Separable, top: int) -> Array:
+    """Errors (top + 1,) of every rank up to ``top`` before any sweep, from one Cholesky factorisation.
+
+    V of rank r is the first r rows of ``basis``, so that the normal equations of all ranks are leading
+    blocks of one matrix G. In the factor of [[G, R^T], [R, *]] the lower left block Z = R L^-T holds
+    what each feature adds: error_r = 1 - sum of squares of its first r B columns.
+    """
+    xp = namespace(problem.weight)
+    gram, right = _normal_equations(problem, problem.basis[:top], by_rank=True)
+    size, outputs = gram.shape[0], right.shape[0]
+    corner = 2 * problem.energy * xp.eye(outputs, dtype=gram.dtype)
+    stacked = xp.concat([xp.concat([gram, right.T], axis=1), xp.concat([right, corner], axis=1)], axis=0)
+    added = xp.linalg.cholesky(stacked)[size:, :size]
+    gains = xp.sum(xp.reshape(added**2, (outputs, top, -1)), axis=(0, 2)) / problem.energy
+    return xp.maximum(1 - xp.concat([xp.zeros_like(gains[:1]), xp.cumulative_sum(gains)]), 0.0)
+
+
+def _normal_equations(problem: Separable, v: Array, *, by_rank: bool = False) -> tuple[Array, Array]:
+    """Gram matrix (B r, B r) of the features V x_b, ridged, and R (n, B r), both float64.
+
+    Features are ordered by group, or by rank with their groups together.
+    """
+    xp = namespace(v)
+    size = problem.metric.shape[0] * v.shape[0]
+    features = xp.matmul(xp.matmul(v, problem.metric), v.T)
+    right = xp.matmul(problem.product, v.T)
+    order, columns = ((2, 0, 3, 1), (1, 2, 0)) if by_rank else ((0, 2, 1, 3), (1, 0, 2))
+    gram = xp.reshape(xp.permute_dims(features, order), (size, size)).astype(xp.float64)
+    gram = (gram + gram.T) / 2 + RIDGE * xp.linalg.trace(gram) / size * xp.eye(size, dtype=gram.dtype)
+    return gram, xp.reshape(xp.permute_dims(right, columns), (right.shape[1], size)).astype(xp.float64)
+
+
 def _outer(problem: Separable, v: Array) -> tuple[Array, float]:
     """H (B, n, r) for a fixed V, and the error it leaves."""
     xp = namespace(v)
-    groups, _, _, width = problem.metric.shape
-    rank = v.shape[0]
-    features = xp.matmul(xp.matmul(v, problem.metric), v.T)
-    gram = xp.reshape(xp.permute_dims(features, (0, 2, 1, 3)), (groups * rank, groups * rank))
-    gram = gram.astype(xp.float64)
-    gram = (gram + gram.T) / 2
-    gram = gram + RIDGE * xp.linalg.trace(gram) / gram.shape[0] * xp.eye(gram.shape[0], dtype=gram.dtype)
-    right = xp.matmul(problem.product, v.T)
-    stacked = xp.reshape(xp.permute_dims(right, (1, 0, 2)), (right.shape[1], -1)).astype(xp.float64)
-    solution = xp.linalg.solve(gram, stacked.T).T
-    error = max(1 - float(xp.sum(solution * stacked)) / problem.energy, 0.0)
-    h = xp.permute_dims(xp.reshape(solution, (-1, groups, rank)), (1, 0, 2))
+    gram, right = _normal_equations(problem, v)
+    solution = xp.linalg.solve(gram, right.T).T
+    error = max(1 - float(xp.sum(solution * right)) / problem.energy, 0.0)
+    h = xp.permute_dims(xp.reshape(solution, (right.shape[0], -1, v.shape[0])), (1, 0, 2))
     return h.astype(v.dtype), error
 
 

@@ -40,12 +40,15 @@ class Metric:
     def matrix(self, like: Array) -> Array:
         """H as an (m, m) array in the namespace, precision and device of ``like`` (n, m)."""
         xp = namespace(like)
-        eye = xp.eye(like.shape[1], dtype=like.dtype)
         if self.second is not None:
-            return self.second + self.damping * eye
-        if self.rows is not None:
-            return (self.rows.T @ self.rows) / self.rows.shape[0] + self.damping * eye
-        return (1 + self.damping) * eye
+            result = xp.asarray(self.second, copy=True)
+        elif self.rows is not None:
+            result = (self.rows.T @ self.rows) / self.rows.shape[0]
+        else:
+            result = xp.eye(like.shape[1], dtype=like.dtype)
+        diagonal = xp.arange(result.shape[0])
+        result[diagonal, diagonal] += self.damping
+        return result
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def pose(
     if moments is None or moments.count == 0:
         metric = Metric(None, None, 0.0)
         return Problem(layer, w, xp.zeros(layer.m, dtype=w.dtype), b, metric, float(xp.sum(w * w)))
-    second = None if moments.second is None else to_device(moments.second, device)
+    second = None if moments.second is None else to_device(moments.second, device).astype(xp.float64)
     rows = None if moments.rows is None else to_device(moments.rows, device).astype(xp.float64)
     mean = to_device(moments.mean, device)
     trace = xp.linalg.trace(second) if second is not None else xp.sum(rows * rows) / moments.count
@@ -110,7 +113,7 @@ def pose(
     if moments.cross is None:
         energy = float(xp.sum(metric.undamped(w) * w))
         return Problem(layer, w, mean, b + w @ mean, metric, energy)
-    cross = to_device(moments.cross, device)
+    cross = to_device(moments.cross, device).astype(xp.float64)
     best = _ridge(cross + metric.damping * w, metric)
     energy = float(moments.output_energy or 0.0)
     # E|y - y~|^2 = E|y|^2 - 2 tr(best cross^T) + tr(best C best^T), then the distance from best.

@@ -19,16 +19,20 @@ BLOCK = 16
 WIDE = 64
 NODE = 200_000
 """MACs that run in the time one more node costs, about 4 microseconds."""
+VALUE = 32
+"""MACs that run in the time it takes to write one value and read it again, out of the cache."""
 RANKS = 20
 """Ranks tried for each kind: more would cost time and change no plan."""
 SPARSE_CHANNELS = (8, 16)
-"""Channels tried for S: up to 16 its convolution is unpadded."""
+"""Channels tried for S beside factors of a layer without kernel positions: up to 16 its node is unpadded.
+Beside the spatial form of a k x k convolution S never paid at equal MACs (benchmarks/RESULTS.md)."""
 
 
 def cost(layer: Layer, form: Form) -> float:
-    """Predicted time of one sample, in MACs: outputs padded to 16, and a fixed cost for each node."""
+    """Predicted time of one sample, in MACs: outputs padded to 16, values written, a fixed cost a node."""
     padded = sum(
-        ceil(out / BLOCK) * BLOCK * inner * times + NODE for out, inner, times in node_shapes(layer, form)
+        ceil(out / BLOCK) * BLOCK * (inner + VALUE) * times + NODE
+        for out, inner, times in node_shapes(layer, form)
     )
     return padded + (NODE if form.channels else 0)
 
@@ -55,14 +59,14 @@ def forms(layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
         if len(ranks) > RANKS:
             ranks = [ranks[i] for i in np.unique(np.geomspace(1, len(ranks), RANKS).round().astype(int)) - 1]
         found += [Form(kind, r) for r in ranks]
-        if kind == CHANNEL and layer.channels >= WIDE:
+        if taps == 1 and layer.channels >= WIDE:
             with_s = [Form(kind, r, j) for j in SPARSE_CHANNELS for r in ranks if j * 4 <= layer.channels]
             found += [form for form in with_s if pays(layer, form)]
     return tuple(found)
 
 
 def _ranks(layer: Layer, kind: str, top: int) -> list[int]:
-    thin = kind != CHANNEL or not layer.kernel
+    thin = min(layer.n, layer.channels) < WIDE and (kind != CHANNEL or not layer.kernel)
     return [*(range(4, BLOCK, 4) if thin else ()), *range(BLOCK, top + 1, BLOCK)]
 
 
