@@ -9,6 +9,7 @@ Source: Shoham and Gersho, IEEE Trans. ASSP 36 (1988).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.types import ErrorCurve, Point
@@ -17,7 +18,7 @@ Cost = Callable[[Point], float]
 
 COSTS: dict[str, Cost] = {
     "macs": lambda point: point.price.macs,
-    "params": lambda point: point.price.parameters,
+    "parameters": lambda point: point.price.parameters,
     "bytes": lambda point: point.price.bytes,
 }
 
@@ -61,7 +62,7 @@ def allocate(
     hulls = {c.layer.name: lower_hull(c.points, cost) for c in curves}
     steps = []
     for name, hull in hulls.items():
-        for index, (dear, cheap) in enumerate(zip(hull, hull[1:], strict=False)):
+        for index, (dear, cheap) in enumerate(pairwise(hull)):
             steps.append((weights[name] * _slope(cheap, dear, cost), name, index + 1))
     chosen = {name: hull[0] for name, hull in hulls.items()}
     total = rest + sum(cost(point) for point in chosen.values())
@@ -74,31 +75,31 @@ def allocate(
     if total > budget * (1 + 1e-9):
         whole = rest + sum(cost(hull[0]) for hull in hulls.values())
         raise BudgetError(
-            f"The model can be made at most {_floor(whole / max(total, 1e-12))} times cheaper within what its "
-            f"layers bear; ask for that or less, or widen --include or --forms."
+            f"The model can be made at most {_floor(whole / max(total, 1e-12))} times cheaper within what "
+            "its layers bear; ask for that or less, or widen --include or --forms."
         )
-    return _polish(curves, chosen, budget - total, cost, weights)
+    return spend(curves, chosen, budget - total, cost, weights)
 
 
 def _floor(ratio: float) -> str:
     return f"{int(ratio * 100) / 100:.2f}"
 
 
-def _polish(
+def spend(
     curves: Sequence[ErrorCurve],
     chosen: dict[str, Point],
     slack: float,
     cost: Cost,
-    weights: Mapping[str, float],
+    sensitivity: Mapping[str, float] | None = None,
 ) -> dict[str, Point]:
-    """Spend what is left, each time on the exchange that saves most error for its cost."""
+    """Spend ``slack`` of the budget, each time on the exchange that saves most error for its cost."""
     while True:
         best: tuple[float, str, Point] | None = None
         for curve in curves:
             name, present = curve.layer.name, chosen[curve.layer.name]
             for point in curve.points:
                 extra = cost(point) - cost(present)
-                saved = weights[name] * (present.error - point.error)
+                saved = (present.error - point.error) * (1.0 if sensitivity is None else sensitivity[name])
                 if saved <= 0 or extra > slack:
                     continue
                 gain = saved / max(extra, 1e-9)

@@ -27,7 +27,8 @@ def cupy() -> ModuleType | None:
         module.cuda.runtime.getDeviceCount()
     except Exception:  # CuPy raises its own classes when the driver is missing
         return None
-    return module
+    found: ModuleType = module
+    return found
 
 
 def to_device(x: Array, device: str) -> Array:

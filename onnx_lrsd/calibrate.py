@@ -68,10 +68,7 @@ def calibrate(
     shapes = input_shapes(model, layers, samples)
     bytes_each = sum(4 * int(np.prod(shape)) for shape in shapes.values()) // samples.smallest_batch
     batch = samples.batch_size(2 * bytes_each, FETCHED_BYTES)
-    located = tuple(
-        replace(layer, positions=positions_of(layer, shapes[layer.input]) // samples.smallest_batch)
-        for layer in layers
-    )
+    located = locate(layers, shapes, samples)
     accumulators = {
         layer.name: MomentAccumulator(layer, _wanted(layer, samples.count) // SURVEY) for layer in located
     }
@@ -143,6 +140,20 @@ def _wanted(layer: Layer, samples: int) -> int:
     """Rows to gather for a layer in all; never more than the samples hold."""
     wanted = min(max(ROWS_PER_INPUT * layer.m, FEWEST_ROWS), MOST_ROWS)
     return min(wanted, layer.positions * samples) if layer.positions else wanted
+
+
+def locate(
+    layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]], samples: Samples
+) -> tuple[Layer, ...]:
+    """``layers`` with positions and size, from the shapes of their inputs in the smallest batch."""
+    return tuple(
+        replace(
+            layer,
+            positions=positions_of(layer, shapes[layer.input]) // samples.smallest_batch,
+            size=shapes[layer.input][2:] if layer.op == "Conv" else (),
+        )
+        for layer in layers
+    )
 
 
 def input_shapes(model: Model, layers: Sequence[Layer], samples: Samples) -> dict[str, tuple[int, ...]]:

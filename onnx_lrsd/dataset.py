@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
-import base64
-import importlib.util
-import io
-import json
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from onnx_lrsd.errors import DataError
+from onnx_lrsd.slots import Slot, check_values, slots
+from onnx_lrsd.sources import LABELS, LONE, RawFeed, Values, feeds
 from onnx_lrsd.types import InputSpec
 
-Values: TypeAlias = npt.NDArray[Any]
-
-LABELS = "labels"
 MOST_IN_BATCH = 32
-GUESSES = (32, 64, 128, 224, 256)
-"""Sizes tried for a symbolic dimension when data has to be made up."""
+BATCH_BYTES = 256 << 20
+"""Inputs and activations of one batch, at most."""
+GUESSES = (32, 64, 128, 224, 256, 512)
+"""Sizes to try for open dimensions when data has to be made up."""
 
 
 @dataclass(frozen=True)
 class Samples:
     """Samples for a model: input name -> array whose first axis counts samples.
 
-    An input without a batch axis (a scalar, say) is in ``constants`` and goes into every feed.
+    ``arrays`` are as the user gave them, possibly mapped from a file; ``batches`` casts and lays
+    them out as the model wants, by ``slots``. What is the same for every sample and has no batch
+    axis (a sampling rate, say) is in ``constants``. ``labels`` has one entry for each sample.
     ``fixed`` is the model's fixed batch size, or None. ``notes`` say what was converted or dropped.
     """
 
     arrays: Mapping[str, Values]
-    constants: Mapping[str, Values]
-    labels: Values | None
-    source: str
+    constants: Mapping[str, Values] = field(default_factory=dict)
+    labels: Values | None = None
+    source: str = "the given data"
     fixed: int | None = None
     notes: tuple[str, ...] = ()
+    slots: Mapping[str, Slot] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
-        """Number of samples; 1 for a model whose inputs have no batch axis."""
+        """Number of samples; 1 for a model that is fed nothing but constants."""
         return min((len(array) for array in self.arrays.values()), default=1)
 
     @property
@@ -51,36 +49,49 @@ class Samples:
         """Samples in the smallest feed the model takes."""
         return self.fixed or 1
 
-    def batch_size(self, bytes_each: int, most_bytes: int) -> int:
-        """Samples to run at once when each takes ``bytes_each``."""
-        return self.fixed or max(1, min(MOST_IN_BATCH, most_bytes // max(bytes_each, 1)))
+    def batch_size(self, bytes_each: int = 0, most_bytes: int = BATCH_BYTES) -> int:
+        """Samples to run at once when activations take ``bytes_each`` per sample beside the inputs.
 
-    def batches(self, size: int) -> Iterator[dict[str, Values]]:
+        The fixed batch size, if there is one; else at most 32, and at most ``most_bytes`` in all.
+        """
+        each = bytes_each + sum(array[:1].nbytes for array in self.arrays.values())
+        return self.fixed or max(1, min(MOST_IN_BATCH, most_bytes // max(each, 1)))
+
+    def batches(self, size: int | None = None) -> Iterator[dict[str, Values]]:
         """Feeds of ``size`` samples (the fixed size, if there is one); the last may be smaller."""
-        size = self.fixed or size
+        size = self.fixed or size or self.batch_size()
         for start in range(0, self.count, size):
-            yield {name: array[start : start + size] for name, array in self.arrays.items()} | dict(self.constants)
+            feed = {
+                name: self.slots.get(name, Slot()).lay_out(array[start : start + size])
+                for name, array in self.arrays.items()
+            }
+            yield feed | dict(self.constants)
 
     def size_of(self, feed: Mapping[str, Values]) -> int:
         """How many samples a feed holds."""
-        return min((len(feed[name]) for name in self.arrays), default=1)
+        return min((self.slots.get(name, Slot()).size_of(feed[name]) for name in self.arrays), default=1)
 
-    def take(self, index: npt.NDArray[np.int64]) -> Samples:
-        """The samples at these positions."""
-        labels = None if self.labels is None else self.labels[index]
+    def take(self, which: slice | npt.NDArray[np.int64] | Sequence[int]) -> Samples:
+        """The samples at these positions. A slice leaves a mapped array in its file, positions copy."""
+        index = which if isinstance(which, slice) else np.asarray(which, dtype=np.int64)
         arrays = {name: array[index] for name, array in self.arrays.items()}
-        return Samples(arrays, self.constants, labels, self.source, self.fixed, self.notes)
+        return replace(self, arrays=arrays, labels=None if self.labels is None else self.labels[index])
 
-    def split(self, share: float, seed: int) -> tuple[Samples, Samples]:
-        """Two disjoint parts at random, the second with ``share`` of the samples, each at least one batch."""
+    def split(self, share: float | int, seed: int) -> tuple[Samples, Samples]:
+        """Two disjoint parts drawn at random, in their old order; each holds at least one batch.
+
+        The second has ``share`` of the samples, or ``share`` samples when that is a whole number.
+        Raises DataError when there are not enough for two parts.
+        """
         each = self.smallest_batch
         groups = self.count // each
         if groups < 2:
             raise DataError(
-                f"{self.source} holds {self.count} sample{'s' * (self.count != 1)}; at least {2 * each} are needed, "
+                f"{self.source} holds {_counted(self.count)}; at least {2 * each} are needed, "
                 "to calibrate on some and verify on others: give more samples."
             )
-        second = min(max(round(groups * share), 1), groups - 1)
+        wanted = share / each if isinstance(share, int) else groups * share
+        second = min(max(round(wanted), 1), groups - 1)
         order = np.random.default_rng(seed).permutation(groups)
         parts = np.sort(order[second:]), np.sort(order[:second])
         first, last = ((part[:, None] * each + np.arange(each)).ravel() for part in parts)
@@ -88,217 +99,186 @@ class Samples:
 
 
 def read_samples(source: Any, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:
-    """Read samples and check them against the model's ``inputs``.
+    """Read samples and check them against the model's ``inputs``; at most ``limit``, the first ones.
 
-    ``source``: Samples; a dict of arrays; an iterable of feeds (dicts); anything with ``get_next``,
-    as ONNX Runtime's CalibrationDataReader; or a path to .npz, .npy, a folder of such files (each
-    one sample or a batch of them), Polygraphy's JSON inputs, or ``file.py:function`` that yields
-    feeds. At most ``limit`` samples are taken, the first ones. Raises DataError.
+    ``source`` is a path: .npz with arrays named like the inputs (and ``labels``), .npy for a model
+    with one input, Polygraphy's JSON inputs, a folder of these, or ``file.py:function`` that yields
+    feeds (dicts of arrays); or in Python Samples, a dict of arrays, an array, an iterable of feeds, or
+    anything with ``get_next`` as ONNX Runtime's CalibrationDataReader.
+
+    The rank tells what an array is: that of the model's input, a batch (any number of samples,
+    along the model's batch axis or the first); one less, a single sample; one more, a stack of
+    feeds. An input without a batch axis may be given once for all samples or once for each.
+    Raises DataError when there are fewer than two samples, or they do not fit.
     """
     if isinstance(source, Samples):
-        return source if limit is None else source.take(np.arange(min(limit, source.count)))
-    name = "the given data"
-    if isinstance(source, (str, Path)):
-        name = str(source)
-        raw = _read_path(str(source), inputs)
-    elif isinstance(source, Mapping):
-        raw = dict(source)
-    else:
-        raw = _stack(_feeds(source), inputs, name)
-    return _checked(raw, inputs, name, limit)
+        _must_be_named({*source.arrays, *source.constants}, source.source, inputs)
+        return source if limit is None else source.take(slice(limit))
+    name, stream = feeds(source, [spec.name for spec in inputs])
+    return _Gathered(name, inputs).take_in(stream, limit).samples(limit)
 
 
-def _feeds(source: Any) -> Iterator[Mapping[str, Any]]:
-    if hasattr(source, "get_next"):
-        while (feed := source.get_next()) is not None:
-            yield feed
-        return
-    if not isinstance(source, Iterable):
-        raise DataError(f"Samples of type {type(source).__name__} cannot be read: give a dict of arrays or a path.")
-    yield from source
+class _Gathered:
+    """The arrays of a stream of feeds, samples first, until they are put together."""
 
+    def __init__(self, source: str, inputs: Sequence[InputSpec]) -> None:
+        self.source, self.inputs = source, inputs
+        self.slots, self.fixed = slots(inputs)
+        self.parts: dict[str, list[Values]] = {spec.name: [] for spec in inputs}
+        self.labels: list[Values] = []
+        self.count = 0
 
-def _read_path(text: str, inputs: Sequence[InputSpec]) -> dict[str, Values]:
-    script, _, function = text.rpartition(":")
-    if script.endswith(".py"):
-        return _stack(_run_script(Path(script), function), inputs, text)
-    path = Path(text)
-    if not path.exists():
-        raise DataError(f"There is no file {path}: check the path of the samples.")
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".npy", ".npz"))
-        if not files:
-            raise DataError(f"The folder {path} holds no .npy or .npz file: put the samples there.")
-        return _stack((_read_arrays(file, inputs) for file in files), inputs, text)
-    if path.suffix == ".json":
-        return _stack(_read_polygraphy(path), inputs, text)
-    if path.suffix not in (".npy", ".npz"):
-        raise DataError(f"{path} is not a kind of data that can be read: give .npz, .npy, .json, a folder or file.py:function.")
-    return _read_arrays(path, inputs)
+    def take_in(self, stream: Iterator[RawFeed], limit: int | None) -> _Gathered:
+        for feed in stream:
+            arrays = self._named(feed)
+            sizes = {}
+            for spec in self.inputs:
+                part = self.slots[spec.name].samples_first(arrays[spec.name])
+                if part is None:
+                    raise DataError(
+                        f"{spec.name} in {self.source} has shape {list(arrays[spec.name].shape)}; "
+                        f"the model wants {_wants(self.inputs)}: bring the samples to that shape."
+                    )
+                self.parts[spec.name].append(part)
+                sizes[spec.name] = len(part)
+            self._even_out(sizes)
+            if limit is not None and self.count >= limit:
+                break
+        if not self.count:
+            raise DataError(f"{self.source} holds no samples: give at least two.")
+        return self
 
-
-def _read_arrays(path: Path, inputs: Sequence[InputSpec]) -> dict[str, Values]:
-    try:
-        loaded = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
-        if isinstance(loaded, np.ndarray):
-            if len(inputs) != 1:
-                raise DataError(f"{path} holds one array but the model wants {_wants(inputs)}: give a .npz with these names.")
-            return {inputs[0].name: loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        reason = "it holds Python objects" if "pickle" in str(error) else "it is damaged or not a NumPy file"
-        raise DataError(f"{path} cannot be read ({reason}): write it again with numpy.savez.") from None
-
-
-def _read_polygraphy(path: Path) -> list[Mapping[str, Values]]:
-    """Feeds of ``polygraphy run --save-inputs``: JSON in which arrays are base64 of .npy."""
-
-    def decode(item: dict[str, Any]) -> Any:
-        if "array" in item and str(item.get("polygraphy_class", "")) == "ndarray" or set(item) == {"array"}:
-            return np.load(io.BytesIO(base64.b64decode(item["array"])), allow_pickle=False)
-        return item
-
-    try:
-        feeds = json.loads(path.read_text(), object_hook=decode)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not Polygraphy's JSON of inputs ({error}): save it again with --save-inputs.") from None
-    if isinstance(feeds, dict):
-        feeds = feeds.get("lst", [feeds])
-    if not isinstance(feeds, list) or not all(isinstance(feed, dict) for feed in feeds):
-        raise DataError(f"{path} does not hold a list of feeds: save it with polygraphy's --save-inputs.")
-    names = {"polygraphy_class"}
-    return [{k: v for k, v in feed.items() if k not in names} for feed in feeds]
-
-
-def _run_script(path: Path, function: str) -> Iterable[Mapping[str, Values]]:
-    """Feeds from ``function`` of a Python file; the file's code is run."""
-    if not path.is_file():
-        raise DataError(f"There is no file {path}: check the path of the script.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        feeds: Iterable[Mapping[str, Values]] = getattr(module, function)()
-        return list(feeds)
-    except Exception as error:  # the user's own code may raise anything
-        raise DataError(f"{path}:{function} failed ({type(error).__name__}: {error}): mend the script.") from error
-
-
-def _stack(feeds: Iterable[Mapping[str, Any]], inputs: Sequence[InputSpec], name: str) -> dict[str, Values]:
-    """One array for each input out of feeds that are batches, or single samples without a batch axis."""
-    ranks = {spec.name: len(spec.shape) for spec in inputs}
-    parts: dict[str, list[Values]] = {}
-    for feed in feeds:
+    def _named(self, feed: Any) -> dict[str, Values]:
+        """The arrays of one feed by input name; its labels are put aside."""
+        if isinstance(feed, np.ndarray):
+            feed = {LONE: feed}
         if not isinstance(feed, Mapping):
-            raise DataError(f"{name} yields {type(feed).__name__} where a dict of input name to array is wanted.")
-        for key, value in feed.items():
-            array = np.asarray(value)
-            single = array.ndim == ranks.get(key, array.ndim) - 1 or array.ndim == 0
-            parts.setdefault(key, []).append(array[None] if single else array)
-    if not parts:
-        raise DataError(f"{name} holds no samples: give at least two.")
-    try:
-        return {key: np.concatenate(arrays) for key, arrays in parts.items()}
-    except ValueError:
-        raise DataError(f"The samples in {name} differ in shape: bring them to one shape, by padding for example.") from None
+            raise DataError(
+                f"{self.source} yields {type(feed).__name__} where a dict of input name to array is wanted: "
+                f"yield {_wants(self.inputs)}."
+            )
+        arrays = {str(name): np.asarray(value) for name, value in feed.items()}
+        if LABELS not in self.parts and LABELS in arrays:
+            self.labels.append(np.atleast_1d(arrays.pop(LABELS)))
+        if len(arrays) == 1 and len(self.inputs) == 1 and self.inputs[0].name not in arrays:
+            arrays = {self.inputs[0].name: next(iter(arrays.values()))}
+        _must_be_named(set(arrays), self.source, self.inputs)
+        return arrays
+
+    def _even_out(self, sizes: Mapping[str, int]) -> None:
+        """Repeat what a feed gives once for all of its samples; everything else must agree."""
+        size = max((n for name, n in sizes.items() if self.slots[name].axis is not None), default=0)
+        size = size or max(sizes.values(), default=1)
+        for name, found in sizes.items():
+            if found == 1 and self.slots[name].axis is None:
+                part = self.parts[name][-1]
+                self.parts[name][-1] = np.broadcast_to(part, (size, *part.shape[1:]))
+            elif found != size:
+                listed = ", ".join(f"{name} {n}" for name, n in sizes.items())
+                raise DataError(
+                    f"{self.source} holds different numbers of samples ({listed}): give as many for each."
+                )
+        self.count += size
+
+    def samples(self, limit: int | None) -> Samples:
+        notes: list[str] = []
+        count = self.count if limit is None else min(limit, self.count)
+        arrays = {name: self._joined(name, parts)[:count] for name, parts in self.parts.items()}
+        labels = self._labels(count, notes)
+        for spec in self.inputs:
+            if note := check_values(arrays[spec.name], spec, f"{spec.name} in {self.source}"):
+                notes.append(note)
+        loose = [spec.name for spec in self.inputs if self.slots[spec.name].axis is None]
+        constants = {}
+        for name in loose if len(loose) < len(self.inputs) else ():
+            array = arrays[name]
+            if array.strides[0] == 0 or (array == array[:1]).all():
+                constants[name] = self.slots[name].lay_out(arrays.pop(name)[:1])
+        fixed = self.fixed
+        if any(name in arrays for name in loose):  # it differs from sample to sample, so feed one by one
+            if fixed is not None and fixed > 1:
+                raise DataError(
+                    f"{', '.join(n for n in loose if n in arrays)} in {self.source} must be the same for all "
+                    f"samples of a batch of {fixed}: give one value."
+                )
+            fixed = 1
+        whole = count - count % (fixed or 1)
+        if whole < count:
+            notes.append(f"The model takes batches of {fixed}: {_counted(count - whole)} left out.")
+        if whole < 2:
+            why = f"the model takes batches of {fixed}" if (fixed or 1) > 1 else "one is needed to verify on"
+            least = 2 * (fixed or 1)
+            raise DataError(f"{self.source} holds {_counted(count)} but {why}: give at least {least}.")
+        found = Samples(arrays, constants, labels, self.source, fixed, tuple(notes), self.slots)
+        return found if whole == count or not arrays else found.take(slice(whole))
+
+    def _joined(self, name: str, parts: Sequence[Values]) -> Values:
+        if len(parts) == 1:
+            return parts[0]
+        try:
+            return np.concatenate(parts)
+        except ValueError as error:
+            sizes = sorted({part.shape[1:] for part in parts})
+            raise DataError(
+                f"The samples of {name} in {self.source} differ in shape, as {list(sizes[0])} and "
+                f"{list(sizes[-1])} do: bring them to one shape, by padding for example."
+            ) from error
+
+    def _labels(self, count: int, notes: list[str]) -> Values | None:
+        if not self.labels:
+            return None
+        labels = np.concatenate([np.ravel(part) for part in self.labels])
+        if len(labels) == self.count:
+            return labels[:count]
+        notes.append(f"There are {len(labels)} labels for {_counted(self.count)}: they were not used.")
+        return None
 
 
-def _checked(raw: dict[str, Values], inputs: Sequence[InputSpec], name: str, limit: int | None) -> Samples:
-    wanted = {spec.name: spec for spec in inputs}
-    labels = raw.pop(LABELS, None) if LABELS not in wanted else None
-    if len(raw) == 1 and len(wanted) == 1 and not set(raw) & set(wanted):
-        raw = {inputs[0].name: next(iter(raw.values()))}
-    missing = [key for key in wanted if key not in raw]
-    unknown = [key for key in raw if key not in wanted]
-    if missing or unknown:
-        said = "has no " + ", ".join(missing) if missing else "has " + ", ".join(unknown) + ", which is no input"
-        raise DataError(f"{name} {said}; the model wants {_wants(inputs)}: name the arrays so.")
-    notes: list[str] = []
-    arrays: dict[str, Values] = {}
-    constants: dict[str, Values] = {}
-    for key, spec in wanted.items():
-        value = _cast(np.asarray(raw[key]), spec, name, notes)
-        if not spec.shape:
-            constants[key] = value.reshape(-1)[:1].reshape(()) if value.size else value
-        elif value.ndim == len(spec.shape) and _batchless(spec, value):
-            constants[key] = value
+def made_up(
+    inputs: Sequence[InputSpec], count: int = 1, seed: int = 0, *, size: int = GUESSES[0], fill: int = 1
+) -> Samples:
+    """Random samples, to learn shapes and to time models, and for nothing else.
+
+    ``count`` feeds' worth: numbers are standard normal, integers and booleans are ``fill``, and every
+    open dimension but the batch is ``size``. Whether the model runs on that, the caller must try.
+    """
+    rng = np.random.default_rng(seed)
+    layout, fixed = slots(inputs)
+    samples = count * (fixed or 1)
+    arrays, constants = {}, {}
+    for spec in inputs:
+        axis = layout[spec.name].axis
+        dims = [d if isinstance(d, int) else size for k, d in enumerate(spec.shape) if k != axis]
+        shape = (1 if axis is None else samples, *dims)
+        floating = spec.dtype != "object" and np.dtype(spec.dtype).kind in "fV"  # V: bfloat16 and smaller
+        values: Values = rng.standard_normal(shape, np.float32) if floating else np.full(shape, fill)
+        values = np.full(shape, "a") if spec.dtype == "object" else values.astype(spec.dtype)
+        if axis is None:
+            constants[spec.name] = layout[spec.name].lay_out(values)
         else:
-            arrays[key] = _shaped(value, spec, inputs, name)
-    counts = {key: len(value) for key, value in arrays.items()}
-    if counts and min(counts.values()) == 0:
-        raise DataError(f"{name} holds no samples: give at least two.")
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{key} {count}" for key, count in counts.items())
-        raise DataError(f"{name} holds different numbers of samples ({listed}): give as many for each input.")
-    fixed = {spec.shape[0] for spec in inputs if spec.name in arrays and isinstance(spec.shape[0], int)}
-    batch = int(max((int(f) for f in fixed if f is not None), default=0)) or None
-    count = min(counts.values(), default=1)
-    take = count if limit is None else min(limit, count)
-    if batch is not None and take % batch:
-        take -= take % batch
-        notes.append(f"The model takes batches of {batch}: {count - take} samples were left out.")
-        if not take:
-            raise DataError(f"{name} holds {count} samples but the model takes batches of {batch}: give more samples.")
-    if labels is not None:
-        labels = np.asarray(labels)
-        labels = labels[:take] if len(labels) == count else labels
-    return Samples({k: v[:take] for k, v in arrays.items()}, constants, labels, name, batch, tuple(notes))
+            arrays[spec.name] = values
+    return Samples(arrays, constants, None, "made up", fixed, (), layout)
 
 
-def _batchless(spec: InputSpec, value: Values) -> bool:
-    """Whether an input's first axis is no batch axis: one sample's worth, as the model states it, in full."""
-    return len(spec.shape) > 1 and spec.shape[0] == value.shape[0] and isinstance(spec.shape[0], int) and spec.shape[0] > 1
-
-
-def _shaped(value: Values, spec: InputSpec, inputs: Sequence[InputSpec], name: str) -> Values:
-    fits = value.ndim == len(spec.shape) and all(
-        not isinstance(want, int) or want == have for want, have in zip(spec.shape[1:], value.shape[1:], strict=True)
-    )
-    if not fits:
-        raise DataError(
-            f"{spec.name} in {name} has shape {list(value.shape)}; the model wants {_wants(inputs)} "
-            "(first axis: samples): bring the samples to that shape."
-        )
-    return value
-
-
-def _cast(value: Values, spec: InputSpec, name: str, notes: list[str]) -> Values:
-    if value.dtype.kind in "OUSV" and value.dtype.name != spec.dtype and spec.dtype != "object":
-        raise DataError(f"{spec.name} in {name} holds {value.dtype.name}, not numbers: give {spec.dtype}.")
-    if value.dtype.kind == "f" and not np.isfinite(value).all():
-        raise DataError(f"{spec.name} in {name} has NaN or infinite values: clean the samples first.")
-    if value.dtype.name != spec.dtype and spec.dtype != "object":
-        if value.dtype.kind == "f" and np.dtype(spec.dtype).kind in "iub" and not np.array_equal(value, np.round(value)):
-            raise DataError(f"{spec.name} in {name} holds fractions but the model wants {spec.dtype}: check the order of inputs.")
-        notes.append(f"{spec.name} was converted from {value.dtype.name} to {spec.dtype}.")
-        value = value.astype(spec.dtype)
-    return value
+def _must_be_named(names: set[str], source: str, inputs: Sequence[InputSpec]) -> None:
+    wanted = {spec.name for spec in inputs}
+    if names == wanted:
+        return
+    missing, unknown = sorted(wanted - names), sorted(names - wanted)
+    strangers = ", ".join(name or "one array without a name" for name in unknown)
+    if missing:
+        said = f"has no {', '.join(missing)}" + (f" but {strangers}" if unknown else "")
+    else:
+        said = f"has {strangers}, which the model does not take"
+    raise DataError(f"{source} {said}: name the arrays as the model does, {_wants(inputs)}.")
 
 
 def _wants(inputs: Sequence[InputSpec]) -> str:
-    listed = (f"{s.name} {s.dtype}[{', '.join('?' if d is None else str(d) for d in s.shape)}]" for s in inputs)
-    return ", ".join(listed) or "no inputs"
+    def dims(spec: InputSpec) -> str:
+        return ", ".join("?" if d is None else str(d) for d in spec.shape) if spec.ranked else "..."
+
+    return ", ".join(f"{spec.name} {spec.dtype}[{dims(spec)}]" for spec in inputs) or "no inputs"
 
 
-def made_up(inputs: Sequence[InputSpec], size: int, count: int = 1, seed: int = 0) -> Samples:
-    """Random samples, for shapes and timing only: ``size`` stands for every symbolic dimension but the first."""
-    rng = np.random.default_rng(seed)
-    arrays, constants = {}, {}
-    fixed = next((s.shape[0] for s in inputs if s.shape and isinstance(s.shape[0], int)), None)
-    for spec in inputs:
-        first = (fixed or 1) * count
-        shape = tuple(d if isinstance(d, int) else (first if i == 0 else size) for i, d in enumerate(spec.shape))
-        if shape and isinstance(spec.shape[0], int):
-            shape = (spec.shape[0] * count, *shape[1:])
-        kind = np.dtype(spec.dtype).kind if spec.dtype != "object" else "O"
-        value: Values
-        if kind in "fV":
-            value = rng.standard_normal(shape).astype(spec.dtype)
-        elif kind == "O":
-            value = np.full(shape, "a", dtype=object)
-        else:
-            value = np.ones(shape, dtype=spec.dtype)
-        (arrays if shape else constants)[spec.name] = value
-    return Samples(arrays, constants, None, "made-up data", int(fixed) if isinstance(fixed, int) else None)
+def _counted(count: int) -> str:
+    return f"{count} sample{'s' * (count != 1)}"

@@ -54,7 +54,9 @@ class Model:
             values = getattr(tensor, "_values", None)
             if isinstance(values, LazyValues) and type(values) is LazyValues:
                 tensor._values = _Mapped(values.tensor, self.folder)
-        graph.origin = {id(node): proto for node, proto in zip(graph.nodes, self.proto.graph.node, strict=True)}
+        graph.origin = {
+            id(node): proto for node, proto in zip(graph.nodes, self.proto.graph.node, strict=True)
+        }
         listed = {value.name for value in self.proto.graph.input}
         # Before IR version 4 every initializer had to be listed; since then a listed one is a default.
         graph.overridable = listed if self.proto.ir_version >= 4 else set()
@@ -63,7 +65,8 @@ class Model:
 
     def splice(self, graph: gs.Graph) -> Model:
         """This model with the edits made to ``graph``; a node that did not change keeps its bytes."""
-        nodes, replaced = [], {}
+        nodes: list[onnx.NodeProto] = []
+        replaced: dict[str, onnx.NodeProto] = {}
         for node in self.proto.graph.node:
             replaced.update((name, node) for name in node.output if name)
         for node in graph.nodes:
@@ -144,7 +147,9 @@ def _external(tensor: onnx.TensorProto, folder: Path | None) -> tuple[Path, int]
     path = folder / entries.get("location", "")
     inside = path.resolve().is_relative_to(folder.resolve())
     if not inside or os.path.isabs(entries.get("location", "")):
-        raise ModelError(f"Tensor {tensor.name} points to a file outside the model's folder: refuse models like this.")
+        raise ModelError(
+            f"Tensor {tensor.name} points to a file outside the model's folder: refuse models like this."
+        )
     if not path.is_file():
         raise ModelError(f"The data file {path} of the model is missing: put it beside the model.")
     bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
@@ -162,7 +167,9 @@ def _importable(proto: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for index in odd:
-        copy.graph.output[index].type.CopyFrom(onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None))
+        copy.graph.output[index].type.CopyFrom(
+            onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+        )
     return copy
 
 
@@ -292,7 +299,9 @@ def save(model: Model, path: str | Path) -> None:
     except OSError as error:
         raise ModelError(f"{path} cannot be written ({error.strerror}): choose another output.") from None
     except EncodeError:
-        raise ModelError(f"{path} would exceed what one ONNX file can hold: save the input with external data.") from None
+        raise ModelError(
+            f"{path} would exceed what one ONNX file can hold: save the input with external data."
+        ) from None
 
 
 def _externalise(model: Model, data: Path, location: str) -> onnx.ModelProto:
@@ -354,7 +363,9 @@ def check(model: Model, like: Model) -> None:
             continue
         complaint = _complaint(model, full)
         if complaint is not None:
-            raise VerificationError(f"The rewritten model does not pass onnx.checker ({complaint}): please report this.")
+            raise VerificationError(
+                f"The rewritten model does not pass onnx.checker ({complaint}): please report this."
+            )
         return
 
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
-from onnx_lrsd.allocate import COSTS, allocate, by_time
-from onnx_lrsd.calibrate import Calibration, calibrate, input_shapes
+from onnx_lrsd.allocate import COSTS, allocate, by_time, spend
+from onnx_lrsd.calibrate import Calibration, calibrate, input_shapes, locate
 from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.errors import BudgetError, DataError, UnsupportedModelError
 from onnx_lrsd.model import Model, check, load, save
@@ -28,7 +28,6 @@ from onnx_lrsd.passes import find_layers, read_weight
 from onnx_lrsd.reconstruct import WeightOf, reconstruct
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.solver.curve import errors
-from onnx_lrsd.solver.moments import positions_of
 from onnx_lrsd.solver.whiten import pose
 from onnx_lrsd.targets import TARGETS, Target, price
 from onnx_lrsd.trial import CLEARLY, speedups
@@ -177,7 +176,8 @@ def optimize(
     else:
         _must_fit(plan, layers)
         chosen = {name: choice.form for name, choice in plan.choices.items() if choice.form.kind != DENSE}
-    rewritten, factors, verification = source, {}, None
+    rewritten, verification = source, None
+    factors: dict[str, Factors] = {}
     if not dry_run:
         with run.clock("decompose"):
             rewritten, factors = fit(forms=chosen)
@@ -185,7 +185,9 @@ def optimize(
             check(rewritten, source)
             verification = compare(source, rewritten, check_on, progress=progress)
             if _worse(verification):
-                run.warnings.append("The rewritten model was not better as a whole: the original is handed back.")
+                run.warnings.append(
+                    "The rewritten model was not better as a whole: the original is handed back."
+                )
                 run.reasons.update(dict.fromkeys(factors, "the whole model was not better for it"))
                 rewritten, factors = source, {}
                 verification = compare(source, source, check_on)
@@ -204,7 +206,7 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     layers, declined = find_layers(source.graph())
     samples = made_up_samples(source)
     shapes = input_shapes(source, layers, samples)
-    located = _locate(layers, shapes)
+    located = locate(layers, shapes, samples)
     return Inspection(
         tuple((layer, price(layer, Form(DENSE))) for layer in located), declined, total_price(source, samples)
     )
@@ -225,15 +227,13 @@ def _select(found: Sequence[Layer], options: Options) -> tuple[tuple[Layer, ...]
 
 def _nothing_to_do(declined: Sequence[Declined]) -> str:
     if not declined:
-        return "The model has no Conv, Gemm or MatMul with a constant weight: there is nothing to optimise in it."
+        return "The model has no Conv, Gemm or MatMul with a constant weight: use it as it is."
     reasons = Counter(entry.reason for entry in declined)
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
     return f"No layer of the model can be worked on ({listed}): use it as it is."
 
 
-def _samples(
-    run: _Run, source: Model, calibration: Any, evaluation: Any
-) -> tuple[Samples | None, Samples]:
+def _samples(run: _Run, source: Model, calibration: Any, evaluation: Any) -> tuple[Samples | None, Samples]:
     """Samples to fit on (None: no data) and, apart from them, samples to verify on."""
     specs = inputs_of(source.proto)
     held = None if evaluation is None else read_samples(evaluation, specs)
@@ -262,13 +262,11 @@ def _calibrate(
 ) -> Calibration:
     if fit_on is None:
         shapes = input_shapes(source, layers, check_on)
-        return Calibration(_locate(layers, shapes), {}, {}, shapes, check_on, 1, run.options.seed)
+        return Calibration(locate(layers, shapes, check_on), {}, {}, shapes, check_on, 1, run.options.seed)
     return calibrate(source, layers, fit_on, seed=run.options.seed, progress=run.progress)
 
 
-def _curves(
-    run: _Run, layers: Sequence[Layer], weight_of: WeightOf, known: Calibration
-) -> list[ErrorCurve]:
+def _curves(run: _Run, layers: Sequence[Layer], weight_of: WeightOf, known: Calibration) -> list[ErrorCurve]:
     """An error curve for each layer; what is left out of a curve is noted as the layer's reason."""
     kinds = run.options.forms or KINDS
     curves = []
@@ -352,27 +350,27 @@ class _Planner:
                 break
         return best
 
-    def _by_time(self, points: Mapping[str, Point], most_macs: float) -> Mapping[str, Point]:
+    def _by_time(self, points: dict[str, Point], most_macs: float) -> dict[str, Point]:
         """Points with the same MACs that are predicted to run faster, if there are any.
 
         MACs are what was asked for, time is what is wanted: allocate by predicted time and bisect its
         budget until the MACs are met.
         """
-        rest = self.rest
-        low, high = 0.0, rest + sum(point.time for point in points.values())
-        best = points
+        low, high = 0.0, sum(point.time for point in points.values())
+        best, slack = points, 0.0
         for _ in range(16):
             budget = (low + high) / 2
             try:
-                found = allocate(self.curves, budget, rest, by_time)
+                found = allocate(self.curves, budget, 0.0, by_time)
             except BudgetError:
                 low = budget
                 continue
-            if rest + sum(point.price.macs for point in found.values()) <= most_macs:
-                best, low = found, budget
+            left = most_macs - self.rest - sum(point.price.macs for point in found.values())
+            if left >= 0:
+                best, slack, low = found, left, budget
             else:
                 high = budget
-        return best
+        return spend(self.curves, best, slack, self.cost)
 
     def _drop_slow(self, chosen: dict[str, Form]) -> bool:
         """Leave dense for good the layers whose form is not faster here; whether there were any."""
@@ -384,7 +382,9 @@ class _Planner:
             if name in slow:
                 form = chosen[name]
                 self.run.reasons[name] = f"as {form} it ran {slow[name]:.2f} times as fast as before"
-                faster = tuple(p for p in curve.points if p.form.kind == DENSE or p.price.macs < _macs(curve, form))
+                faster = tuple(
+                    p for p in curve.points if p.form.kind == DENSE or p.price.macs < _macs(curve, form)
+                )
                 self.curves[index] = ErrorCurve(curve.layer, faster)
         return bool(slow)
 
@@ -423,11 +423,6 @@ def _worse(found: Verification) -> bool:
     larger = found.after.bytes > found.before.bytes
     slower = found.latency_interval is not None and found.latency_interval[1] < 1
     return larger or slower
-
-
-def _locate(layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layer, ...]:
-    """The layers with their positions in one smallest batch."""
-    return tuple(replace(layer, positions=positions_of(layer, shapes[layer.input])) for layer in layers)
 
 
 def _report(

@@ -33,7 +33,8 @@ class Layer:
     any); ``node`` is what a person calls it. ``shape`` is the weight as the node reads it.
     ``axis`` is the axis of the input that carries features: 1 for Conv, -1 for ``x @ W``, -2 for
     ``W @ x``, 0 for a Gemm with transA. ``positions`` is how often W is applied in one sample
-    (0: not known), so that MACs = n m positions. The spatial tuples are empty but for Conv.
+    (0: not known), so that MACs = n m positions. ``size`` is the spatial size of the input, once it
+    is known. The spatial tuples are empty but for Conv.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Layer:
     dilations: tuple[int, ...] = ()
     auto_pad: str = "NOTSET"
     positions: int = 0
+    size: tuple[int, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -73,8 +75,8 @@ class Moments:
     """Mean and centred second moment of the inputs of one layer.
 
     ``mean`` is (m,), float64; ``second`` is (m, m), float32, E[(x - mean)(x - mean)^T] in activation
-    units squared, over ``count`` rows. When there are fewer rows than inputs, ``rows`` (count, m), float32 and
-    centred, stands in its place and no (m, m) matrix is ever formed.
+    units squared, over ``count`` rows. When there are fewer rows than half the inputs, ``rows``
+    (count, m), float32 and centred, stands in its place and no (m, m) matrix is ever formed.
 
     When the layer will see other inputs than the original network's (because layers before it
     were rewritten), ``cross`` (n, m) is E[(y - E y)(x - mean)^T] for the *original* outputs y,

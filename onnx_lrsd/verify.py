@@ -2,55 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
 from onnx_lrsd.dataset import GUESSES, Samples, made_up
+from onnx_lrsd.divergence import Divergence
 from onnx_lrsd.errors import DataError, LrsdError, VerificationError
 from onnx_lrsd.model import Model, model_bytes
 from onnx_lrsd.passes import compute_tensors, macs, parameters
-from onnx_lrsd.runtime import inputs_of, open_session, shapes
-from onnx_lrsd.timing import pair_latency
+from onnx_lrsd.runtime import open_session, shapes
+from onnx_lrsd.timing import FEWEST_ROUNDS, busy_clock, pair_latency
 from onnx_lrsd.types import Cost, Metric, OutputError, Price, Progress, Verification
 
 BATCH_BYTES = 64 << 20
+ACTIVATIONS_PER_INPUT = 16
+"""Bytes of activations that may live at once, per byte of input: a guess on the high side."""
 TRIAL_SECONDS, COMPARE_SECONDS = 0.25, 4.0
+STARTS = 6
+"""Sessions that a whole model is timed in."""
 
 THREADS = 1
 """Timings are of one thread: what a second one adds depends on what else the machine does."""
 
 Feed = Mapping[str, npt.NDArray[Any]]
+Classes = npt.NDArray[np.int64]
+
+
+class Pace(NamedTuple):
+    """How many times faster, its 95 % interval, and the median milliseconds of both."""
+
+    ratio: float
+    interval: tuple[float, float]
+    before_ms: float
+    after_ms: float
 
 
 def total_price(model: Model, samples: Samples) -> Price:
     """MACs of one sample, parameters and bytes of the whole model."""
-    return Price(total_macs(model, samples), parameters(model.proto), model_bytes(model))
-
-
-def total_macs(model: Model, samples: Samples) -> int:
-    """Multiply-accumulates of one sample, from the shapes of a real run."""
     feed = next(iter(samples.batches(1)))
+    found = cost(model, model_bytes(model), feed, samples.size_of(feed))
+    return Price(found.macs, found.parameters, found.bytes)
+
+
+def cost(model: Model, path_bytes: int, feed: Feed, samples: int = 1) -> Cost:
+    """What ``model`` costs for each of the ``samples`` in ``feed``; latency is left open.
+
+    MACs are counted from the shapes of a real run. Raises as ``runtime.shapes`` does.
+    """
     known = shapes(model.proto, feed, compute_tensors(model.proto), model.folder)
-    return round(sum(macs(model.proto, known).values()) / samples.smallest_batch)
+    total = sum(macs(model.proto, known).values())
+    return Cost(path_bytes, parameters(model.proto), round(total / samples), None)
 
 
 def made_up_samples(model: Model) -> Samples:
-    """Made-up data the model runs on: sizes are tried in turn for what the model leaves open."""
+    """Made-up data the model runs on: sizes for what it leaves open are tried in turn.
+
+    Raises DataError when it runs on none of them.
+    """
+    session = open_session(model.proto, folder=model.folder)
     problem: LrsdError | None = None
     for size in GUESSES:
-        samples = made_up(inputs_of(model.proto), size)
-        try:
-            open_session(model.proto, folder=model.folder).run(next(iter(samples.batches(1))))
-        except LrsdError as error:
-            problem = error
-            continue
-        return samples
-    raise DataError(f"The model does not run on made-up data ({problem}) give real samples with --calib or --data.")
+        for fill in (1, 0):
+            samples = made_up(session.inputs, size=size, fill=fill)
+            try:
+                session.run(next(iter(samples.batches(1))))
+            except LrsdError as error:
+                problem = problem or error
+                continue
+            return samples
+    raise DataError(f"The model runs on no data that can be made up: give samples. {problem}") from problem
 
 
 def compare(
@@ -58,40 +87,39 @@ def compare(
     after: Model,
     samples: Samples,
     *,
+    bytes_before: int | None = None,
+    bytes_after: int | None = None,
+    metric: str | None = None,
     latency: bool = True,
+    threads: int | None = THREADS,
+    seconds: float = COMPARE_SECONDS,
     progress: Progress | None = None,
 ) -> Verification:
-    """Errors of every output over ``samples``, costs, paired latency of one smallest batch, and a score.
+    """Run both models over ``samples``: errors of every output, costs, latency of one smallest batch.
 
-    With ``samples.labels`` and an output that looks like class scores the score is top-1. Raises
-    VerificationError when the two models do not have the same inputs and outputs.
+    Bytes are those given, or what the models take when they are written. ``metric`` 'top1' asks for the
+    score of both on ``samples.labels``; None gives it where there are labels of classes and an output with
+    scores. ``latency`` takes ``seconds`` on ``threads``. Raises VerificationError when the models differ
+    in their inputs or outputs or only the first one runs, DataError when the metric cannot be had.
     """
     _same_interface(before.proto, after.proto)
-    sessions = [open_session(m.proto, folder=m.folder) for m in (before, after)]
-    names = [output.name for output in before.proto.graph.output]
-    errors = {name: _Error() for name in names}
-    predictions: list[list[npt.NDArray[np.int64]]] = [[], []]
-    scored = _scores_name(samples)
-    feed_bytes = sum(array[:1].nbytes for array in samples.arrays.values())
-    done = 0
-    for feed in samples.batches(samples.batch_size(feed_bytes * 16, BATCH_BYTES)):
-        old, new = (session.run(feed) for session in sessions)
-        for name in names:
-            errors[name].add(old[name], new[name])
-        done += samples.size_of(feed)
-        if scored:
-            for outputs, kept in zip((old, new), predictions, strict=True):
-                classes = _classes(outputs[name] for name in names)
-                if classes is not None:
-                    kept.append(classes)
-        if progress is not None:
-            progress("verify", done, samples.count)
-    facts = _costs(before, after, samples, latency)
-    metric = None
-    if scored and samples.labels is not None and sum(map(len, predictions[0])) == len(samples.labels):
-        metric = _top1(*(np.concatenate(kept) for kept in predictions), samples.labels)
-    outputs = tuple(OutputError(name, errors[name].relative()) for name in names)
-    return Verification(*facts, outputs, samples.count, metric)
+    labels = _labels(samples, metric)
+    outputs, predicted = _differences(before, after, samples, labels is not None, progress)
+    score = None if labels is None else _score(*predicted, labels, metric)
+    feed = next(iter(samples.batches(1)))
+    pace = None
+    if latency:
+        models = (before.proto, before.folder), (after.proto, after.folder)
+        pace = _pace(*models, feed, threads, seconds, STARTS)
+    one, two = (
+        replace(cost(model, size or model_bytes(model), feed, samples.size_of(feed)), latency_ms=ms)
+        for model, size, ms in (
+            (before, bytes_before, pace and pace.before_ms),
+            (after, bytes_after, pace and pace.after_ms),
+        )
+    )
+    ratio, interval = (pace.ratio, pace.interval) if pace else (None, None)
+    return Verification(one, two, ratio, interval, outputs, samples.count, score)
 
 
 def time_pair(
@@ -100,105 +128,156 @@ def time_pair(
     feed: Feed,
     *,
     folder: Path | None = None,
-    threads: int = THREADS,
+    threads: int | None = THREADS,
     seconds: float = TRIAL_SECONDS,
-) -> tuple[float, tuple[float, float], float, float]:
-    """How many times faster ``after`` runs, its 95 % interval, and both medians in milliseconds."""
-    runs: list[Callable[[], object]] = []
-    for proto in (before, after):
-        session = open_session(proto, folder=folder, threads=threads, spinning=False)
-        runs.append(lambda session=session: session.run(feed))  # type: ignore[misc]
-    old, new, ratio, interval = pair_latency(runs[0], runs[1], seconds=seconds)
-    return ratio, interval, old, new
+) -> Pace:
+    """How many times faster ``after`` runs on ``feed``; both find their external data in ``folder``."""
+    return _pace((before, folder), (after, folder), feed, threads, seconds)
 
 
-def _costs(
-    before: Model, after: Model, samples: Samples, latency: bool
-) -> tuple[Cost, Cost, float | None, tuple[float, float] | None]:
-    prices = [total_price(model, samples) for model in (before, after)]
-    ratio, interval, times = None, None, [None, None]
-    if latency:
-        feed = next(iter(samples.batches(1)))
-        protos = before.proto, after.proto
-        ratio, interval, *times = time_pair(*protos, feed, folder=before.folder, seconds=COMPARE_SECONDS)
-    one, two = (
-        Cost(price.bytes, price.parameters, price.macs, time) for price, time in zip(prices, times, strict=True)
-    )
-    return one, two, ratio, interval
+def _pace(
+    before: tuple[onnx.ModelProto, Path | None],
+    after: tuple[onnx.ModelProto, Path | None],
+    feed: Feed,
+    threads: int | None,
+    seconds: float,
+    restarts: int = 1,
+) -> Pace:
+    """Time two models; threads of neither spin, which would take time from the other.
+
+    Where its weights come to lie makes a session up to 5 % slower or faster for good. So both are
+    opened ``restarts`` times, in turns as the first: the median of what the starts give is the ratio,
+    and six of them span its interval (their median is outside with probability 2 / 2^6).
+    """
+    clock = busy_clock() if threads == 1 else time.perf_counter
+    found: list[Pace] = []
+    for start in range(restarts):
+        sessions = {}
+        for which in (0, 1) if start % 2 == 0 else (1, 0):
+            proto, folder = (before, after)[which]
+            session = open_session(proto, folder=folder, threads=threads, spinning=False)
+            sessions[which] = partial(session.run, feed)
+        rounds = 1 if restarts > 1 else FEWEST_ROUNDS
+        old, new, ratio, interval = pair_latency(
+            sessions[0], sessions[1], min_rounds=rounds, seconds=seconds / restarts, clock=clock
+        )
+        found.append(Pace(ratio, interval, old, new))
+    if restarts > 1:
+        ratios = [pace.ratio for pace in found]
+        interval = min(ratios), max(ratios)
+    old, new, ratio = (float(np.median([pace[i] for pace in found])) for i in (2, 3, 0))
+    return Pace(ratio, interval, old, new)
 
 
-class _Error:
-    """Streams |new - old|^2 / |old - E old|^2 of one output, float64; what is no number counts as 0 or 1."""
-
-    def __init__(self) -> None:
-        self.missed = self.squares = 0.0
-        self.sum: Any = 0.0
-        self.count = 0
-
-    def add(self, old: Any, new: Any) -> None:
-        if not isinstance(old, np.ndarray) or old.dtype.kind not in "f":
-            same = np.array_equal(old, new) if not isinstance(old, np.ndarray) else old == new
-            self.missed += float(np.sum(~np.asarray(same, dtype=bool)))
-            self.squares += float(np.size(same))
-            return
-        if old.shape != new.shape:
-            raise VerificationError(f"An output changed its shape from {old.shape} to {new.shape}: please report this.")
-        old, new = old.astype(np.float64), new.astype(np.float64)
-        good = np.isfinite(old)
-        difference = np.where(good, new - np.where(good, old, 0), 0)
-        self.missed += float(np.sum(difference**2)) if np.isfinite(difference).all() else np.inf
-        kept = np.where(good, old, 0)
-        self.squares += float(np.sum(kept**2))
-        rows = kept.reshape(len(kept), -1) if kept.ndim > 1 else kept.reshape(-1, 1)
-        total = rows.sum(axis=0)
-        if np.shape(self.sum) in ((), total.shape):
-            self.sum = self.sum + total
-            self.count += len(rows)
-
-    def relative(self) -> float:
-        mean_part = float(np.sum(np.asarray(self.sum) ** 2)) / self.count if self.count > 1 else 0.0
-        energy = self.squares - mean_part
-        if energy <= 1e-12 * self.squares:
-            energy = self.squares
-        if energy <= 0:
-            return 0.0 if self.missed <= 0 else float("inf")
-        return self.missed / energy
+def _differences(
+    before: Model, after: Model, samples: Samples, scored: bool, progress: Progress | None
+) -> tuple[tuple[OutputError, ...], tuple[list[int], list[int]]]:
+    """Errors of all outputs over all samples, and the top classes of both models if they are ``scored``."""
+    old = open_session(before.proto, folder=before.folder)
+    with _second():
+        new = open_session(after.proto, folder=after.folder)
+    errors = {name: Divergence() for name in old.outputs}
+    top: tuple[list[int], list[int]] = [], []
+    done = 0
+    each = ACTIVATIONS_PER_INPUT * sum(array[:1].nbytes for array in samples.arrays.values())
+    for feed in samples.batches(samples.batch_size(each, BATCH_BYTES)):
+        one = old.run(feed)
+        with _second():
+            two = new.run(feed)
+        for name, error in errors.items():
+            error.add(one[name], two[name])
+        size = samples.size_of(feed)
+        for outputs, classes in zip((one, two) if scored else (), top, strict=scored):
+            classes.extend(_classes(outputs.values(), size))
+        done += size
+        if progress is not None:
+            progress("verify", done, samples.count)
+    return tuple(OutputError(name, error.relative()) for name, error in errors.items()), top
 
 
-def _scores_name(samples: Samples) -> bool:
-    return samples.labels is not None and samples.labels.ndim == 1 and samples.labels.dtype.kind in "iu"
+@contextmanager
+def _second() -> Iterator[None]:
+    """What fails here worked with the first model, so that the second is to blame."""
+    try:
+        yield
+    except LrsdError as error:
+        said = str(error).rstrip(".")
+        raise VerificationError(
+            f"The second model fails where the first runs ({said}): do not use it."
+        ) from error
 
 
-def _classes(outputs: Any) -> npt.NDArray[np.int64] | None:
-    """Top class of each sample from the first output that holds scores of two or more classes."""
-    for output in outputs:
-        if isinstance(output, np.ndarray) and output.dtype.kind == "f" and output.ndim > 1:
-            scores = output.reshape(len(output), -1)
-            if scores.shape[1] > 1:
-                return np.asarray(scores.argmax(axis=1))
+def _labels(samples: Samples, metric: str | None) -> npt.NDArray[Any] | None:
+    """The class of every sample, where there are such labels. Raises DataError if ``metric`` needs them."""
+    if metric not in (None, "top1"):
+        raise DataError(f"There is no metric {metric!r}: choose top1.")
+    labels = samples.labels
+    if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) == samples.count:
+        return labels
+    if metric is not None:
+        raise DataError(f"{samples.source} has no class labels for top1: add an integer array named labels.")
     return None
 
 
-def _top1(old: npt.NDArray[np.int64], new: npt.NDArray[np.int64], labels: npt.NDArray[Any]) -> Metric:
-    """Top-1 of both, and the 95 % interval of the difference from the samples on which they disagree.
+def _classes(outputs: Iterable[Any], size: int) -> list[int]:
+    """Top class of each of ``size`` samples, from the first output with scores of two or more classes.
 
-    Source: Agresti, Categorical Data Analysis, section 10.1 (paired proportions, Wald with +2 samples).
+    Such an output is floating and, beside its first axis, has one axis with more than one entry. Empty
+    where there is none.
+    """
+    for output in outputs:
+        if not isinstance(output, np.ndarray) or output.dtype.kind != "f" or output.shape[:1] != (size,):
+            continue
+        if output.size and sum(extent > 1 for extent in output.shape[1:]) == 1:
+            return list(output.reshape(size, -1).argmax(axis=1))
+    return []
+
+
+def _score(old: list[int], new: list[int], labels: npt.NDArray[Any], metric: str | None) -> Metric | None:
+    if len(old) != len(labels) or len(new) != len(labels):
+        if metric is None:
+            return None
+        raise DataError("No output of the model holds the scores of classes: leave out the metric top1.")
+    return _top1(np.array(old), np.array(new), labels)
+
+
+def _top1(old: Classes, new: Classes, labels: npt.NDArray[Any]) -> Metric:
+    """Top-1 of both, and the 95 % interval of the difference, from the samples where only one is right.
+
+    Half a sample is added to each of the four cells of the paired table, so that a handful of samples,
+    or none, that differ does not give an interval without width.
+    Source: Agresti and Min, Statistics in Medicine 24 (2005), 729-740.
     """
     right, still = old == labels, new == labels
     count = len(labels)
     won, lost = int(np.sum(still & ~right)), int(np.sum(right & ~still))
-    difference = (won - lost) / count
     total = count + 2
     centre = (won - lost) / total
-    half = 1.96 * np.sqrt(max((won + lost + 1) / total - centre**2, 0.0) / total)
-    interval = float(min(centre - half, difference)), float(max(centre + half, difference))
+    half = 1.96 * float(np.sqrt(((won + lost + 1) / total - centre**2) / total))
+    interval = max(centre - half, -1.0), min(centre + half, 1.0)
     return Metric("top1", float(right.mean()), float(still.mean()), count, interval)
 
 
 def _same_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
-    def ends(proto: onnx.ModelProto) -> list[tuple[str, bytes]]:
-        values = (*proto.graph.input, *proto.graph.output)
-        return [(value.name, value.type.SerializeToString(deterministic=True)) for value in values]
+    for kind, old, new in (
+        ("inputs", _ends(before, before.graph.input), _ends(after, after.graph.input)),
+        ("outputs", _ends(before, before.graph.output), _ends(after, after.graph.output)),
+    ):
+        if old != new:
+            raise VerificationError(
+                f"The two models differ in their {kind} ({', '.join(old)}; {', '.join(new)}): "
+                "compare models with one interface."
+            )
 
-    if [name for name, _ in ends(before)] != [name for name, _ in ends(after)]:
-        raise VerificationError("The two models differ in their inputs or outputs: compare models of one interface.")
+
+def _ends(proto: onnx.ModelProto, values: Iterable[onnx.ValueInfoProto]) -> list[str]:
+    """Names and types; an input with a default need not be fed, and its shape is the weight's own."""
+    defaults = {tensor.name for tensor in proto.graph.initializer}
+    return [f"{value.name} {_type(value.type)}" for value in values if value.name not in defaults]
+
+
+def _type(proto: onnx.TypeProto) -> str:
+    kind = proto.WhichOneof("value") or "of no type"
+    if kind in ("tensor_type", "sparse_tensor_type"):
+        return str(onnx.TensorProto.DataType.Name(getattr(proto, kind).elem_type)).lower()
+    return kind.removesuffix("_type")

@@ -35,7 +35,8 @@ def macs(proto: onnx.ModelProto, shapes: Shapes) -> dict[str, int]:
     return {
         node.output[0]: _macs(node, shapes)
         for node in proto.graph.node
-        if node.op_type in COUNTED and all(name in shapes for name in (*_operands(node), node.output[0]) if name)
+        if node.op_type in COUNTED
+        and all(name in shapes for name in (*_operands(node), node.output[0]) if name)
     }
 
 

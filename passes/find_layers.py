@@ -61,7 +61,9 @@ def producer(graph: gs.Graph, layer: Layer) -> gs.Node:
     tensor = graph.tensors()[layer.name]
     node = tensor.inputs[0]
     while node.op != layer.op:
-        node = next(t for t in node.inputs if t.inputs and t.inputs[0].op in (layer.op, "BatchNormalization")).inputs[0]
+        node = next(
+            t for t in node.inputs if t.inputs and t.inputs[0].op in (layer.op, "BatchNormalization")
+        ).inputs[0]
     return node
 
 
@@ -77,7 +79,9 @@ def read_weight(graph: gs.Graph, layer: Layer) -> tuple[Matrix, Matrix]:
         weight = node.attrs.get("alpha", 1.0) * (stored if node.attrs.get("transB", 0) else stored.T)
         bias = np.zeros(layer.n)
         if len(node.inputs) > 2 and node.inputs[2].name:
-            bias = node.attrs.get("beta", 1.0) * np.broadcast_to(_float64(node.inputs[2]).reshape(-1), layer.n)
+            bias = node.attrs.get("beta", 1.0) * np.broadcast_to(
+                _float64(node.inputs[2]).reshape(-1), layer.n
+            )
     else:
         left = layer.axis == -2
         weight = _float64(node.inputs[0]) if left else _float64(node.inputs[1]).T
@@ -179,7 +183,16 @@ def _read_gemm(node: gs.Node, value: npt.NDArray[Any], side: int, graph: gs.Grap
     axis = 0 if node.attrs.get("transA", 0) else -1
     name = (norm or node).outputs[0].name
     return Layer(
-        name, label(node), "Gemm", node.inputs[0].name, node.inputs[1].name, value.shape, value.dtype.name, n, m, axis
+        name,
+        label(node),
+        "Gemm",
+        node.inputs[0].name,
+        node.inputs[1].name,
+        value.shape,
+        value.dtype.name,
+        n,
+        m,
+        axis,
     )
 
 
@@ -192,7 +205,9 @@ def _read_matmul(node: gs.Node, value: npt.NDArray[Any], side: int, graph: gs.Gr
     name = (add or node).outputs[0].name
     activation, axis = node.inputs[1 - side], -2 if left else -1
     weight = node.inputs[side].name
-    return Layer(name, label(node), "MatMul", activation.name, weight, value.shape, value.dtype.name, n, m, axis)
+    return Layer(
+        name, label(node), "MatMul", activation.name, weight, value.shape, value.dtype.name, n, m, axis
+    )
 
 
 def _absorbed_add(node: gs.Node, n: int, left: bool, graph: gs.Graph) -> gs.Node | None:
@@ -209,4 +224,6 @@ def _absorbed_add(node: gs.Node, n: int, left: bool, graph: gs.Graph) -> gs.Node
         return None
     per_output = value.shape == (n, 1) if left else value.size == n and value.shape[-1:] == (n,)
     # More axes than the product has would add axes to the result; one or two never do.
-    return add if per_output and value.ndim <= 2 and (left or value.ndim == 1 or value.shape[0] == 1) else None
+    return (
+        add if per_output and value.ndim <= 2 and (left or value.ndim == 1 or value.shape[0] == 1) else None
+    )

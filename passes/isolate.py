@@ -6,6 +6,13 @@ import onnx
 
 from onnx_lrsd.types import Layer
 
+ELEMENTS = {
+    "float16": onnx.TensorProto.FLOAT16,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+    "float32": onnx.TensorProto.FLOAT,
+    "float64": onnx.TensorProto.DOUBLE,
+}
+
 
 def isolate(proto: onnx.ModelProto, layer: Layer, shape: tuple[int, ...]) -> onnx.ModelProto:
     """The nodes of ``proto`` from ``layer.input``, of that concrete ``shape``, to ``layer.name``.
@@ -24,7 +31,7 @@ def isolate(proto: onnx.ModelProto, layer: Layer, shape: tuple[int, ...]) -> onn
         if node is not None:
             kept.add(id(node))
             waiting.extend(node.input)
-    elem_type = onnx.helper.np_dtype_to_tensor_dtype(onnx.helper.np.dtype(layer.dtype))
+    elem_type = ELEMENTS[layer.dtype]
     graph = onnx.GraphProto(name=layer.name)
     graph.node.extend(node for node in proto.graph.node if id(node) in kept)
     graph.initializer.extend(tensor for tensor in proto.graph.initializer if tensor.name in needed)

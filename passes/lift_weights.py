@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,8 @@ def overridable(tensor: gs.Tensor, names: set[str]) -> bool:
 def quantised(tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` comes out of a DequantizeLinear, perhaps reshaped on the way."""
     return any(
-        node.op == "DequantizeLinear" or (node.op in _FOLDS and quantised(node.inputs[0])) for node in tensor.inputs
+        node.op == "DequantizeLinear" or (node.op in _FOLDS and quantised(node.inputs[0]))
+        for node in tensor.inputs
     )
 
 
@@ -99,7 +101,7 @@ def _unsqueeze(node: gs.Node, inputs: list[Values]) -> Values | None:
     return np.expand_dims(inputs[0], _axes(node, inputs) or ())
 
 
-_FOLDS = {
+_FOLDS: dict[str, Callable[[gs.Node, list[Values]], Values | None]] = {
     "Identity": lambda node, inputs: inputs[0],
     "Cast": _cast,
     "Transpose": _transpose,

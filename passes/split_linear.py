@@ -21,7 +21,11 @@ def split_gemm(write: Writer, layer: Layer, source: gs.Tensor, factors: Factors)
             return addend
     first, last = factors.kernels
     hidden = write.node(
-        "Gemm", "V", [source, write.constant("V", first)], {"transA": int(transposed), "transB": 1}, optional_c=True
+        "Gemm",
+        "V",
+        [source, write.constant("V", first)],
+        {"transA": int(transposed), "transB": 1},
+        optional_c=True,
     )
     return write.node("Gemm", "U", [hidden, write.constant("U", last), addend], {"transB": 1})
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnx_lrsd.passes.isolate import ELEMENTS
 from onnx_lrsd.types import Layer
 
 
@@ -19,16 +20,19 @@ class Writer:
         self.nodes: list[gs.Node] = []
         self._layer, self._opset = layer, opset
         self._taken = set(graph.tensors()) | {node.name for node in graph.nodes}
-        self._dtype = onnx.helper.tensor_dtype_to_np_dtype(
-            getattr(onnx.TensorProto, {"float32": "FLOAT", "float64": "DOUBLE"}.get(layer.dtype, layer.dtype.upper()))
-        )
+        self._dtype = onnx.helper.tensor_dtype_to_np_dtype(ELEMENTS[layer.dtype])
 
     def constant(self, part: str, values: np.ndarray) -> gs.Constant:
         """``values`` in the layer's dtype, as an initializer."""
         return gs.Constant(self._name(f"{part}_weight"), np.ascontiguousarray(values).astype(self._dtype))
 
     def node(
-        self, op: str, part: str, inputs: Sequence[gs.Tensor], attributes: dict[str, Any], optional_c: bool = False
+        self,
+        op: str,
+        part: str,
+        inputs: Sequence[gs.Tensor],
+        attributes: dict[str, Any],
+        optional_c: bool = False,
     ) -> gs.Tensor:
         """A new node and its one output. Gemm without C gets a zero where the opset demands one."""
         given = list(inputs)
@@ -47,7 +51,9 @@ class Writer:
         indices = gs.Constant(self._name("S_channels"), np.asarray(channels, dtype=np.int64))
         output = gs.Variable(self._name("S_in"))
         # Gather takes negative axes from opset 11 on only; -1 and -2 come from MatMul alone.
-        self.nodes.append(gs.Node("Gather", self._name("S_gather"), {"axis": axis}, [source, indices], [output]))
+        self.nodes.append(
+            gs.Node("Gather", self._name("S_gather"), {"axis": axis}, [source, indices], [output])
+        )
         return output
 
     def _name(self, part: str) -> str:

@@ -36,7 +36,7 @@ def errors(problem: Problem, forms: Iterable[Form]) -> dict[Form, float]:
             chosen = choose_channels(problem, family[len(family) // 2])
             weight, metric = weight[:, chosen.rest], Metric(chosen.metric, None, 0.0)
         for form, missed in _family(replace(problem, weight=weight, metric=metric), kind, family):
-            found[form] = (missed + problem.floor) / problem.energy if problem.energy > 0 else 0.0
+            found[form] = missed / problem.energy if problem.energy > 0 else 0.0
     return found
 
 

@@ -28,7 +28,8 @@ def decompose(problem: Problem, form: Form) -> Factors:
     _check(layer, form)
     xp = namespace(weight)
     chosen = choose_channels(problem, form) if form.channels else None
-    approximation, kernels = xp.zeros_like(weight), ()
+    approximation = xp.zeros_like(weight)
+    kernels: tuple[Array, ...] = ()
     if form.rank:
         part = weight if chosen is None else weight[:, chosen.rest]
         metric = problem.metric if chosen is None else Metric(chosen.metric, None, 0.0)

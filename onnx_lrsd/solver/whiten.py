@@ -57,7 +57,8 @@ class Problem:
 
     For unchanged inputs that is W. For the inputs that a compressed network feeds, it is the ridge
     regression of the original outputs on them. ``mean`` (m,) and ``output_mean`` (n,) carry the
-    bias. ``energy`` is E|y - E y|^2 and ``floor`` the part of it that no weight can reach.
+    bias, ``energy`` is E|y - E y|^2, and ``cross`` (n, m), where outputs and inputs come from
+    different networks, E[(y - E y)(x - E x)^T].
     """
 
     layer: Layer
@@ -66,16 +67,20 @@ class Problem:
     output_mean: Array
     metric: Metric
     energy: float
-    floor: float = 0.0
+    cross: Array | None = None
 
     def error(self, weight: Array) -> float:
         """E|y - y~|^2 / E|y - E y|^2 of ``weight`` (n, m) with its best bias; 0 for a constant output."""
         if self.energy <= 0:
             return 0.0
         xp = namespace(weight)
-        difference = self.weight - weight
-        missed = float(xp.sum(self.metric.undamped(difference) * difference))
-        return max(missed + self.floor, 0.0) / self.energy
+        if self.cross is None:
+            difference = self.weight - weight
+            missed = float(xp.sum(self.metric.undamped(difference) * difference))
+        else:
+            own = float(xp.sum(self.metric.undamped(weight) * weight))
+            missed = self.energy - 2 * float(xp.sum(weight * self.cross)) + own
+        return max(missed, 0.0) / self.energy
 
     def bias(self, weight: Array) -> Array:
         """The best bias (n,) of ``weight`` (n, m)."""
@@ -98,7 +103,9 @@ def pose(
     Raises ValueError where shapes do not fit.
     """
     if weight.shape != (layer.n, layer.m) or bias.shape != (layer.n,):
-        raise ValueError(f"weight {weight.shape} or bias {bias.shape} is not ({layer.n}, {layer.m}), ({layer.n},)")
+        raise ValueError(
+            f"weight {weight.shape} or bias {bias.shape} is not ({layer.n}, {layer.m}), ({layer.n},)"
+        )
     w, b = to_device(weight.astype(np.float64), device), to_device(bias.astype(np.float64), device)
     xp = namespace(w)
     if moments is None or moments.count == 0:
@@ -107,7 +114,7 @@ def pose(
     second = None if moments.second is None else to_device(moments.second, device).astype(xp.float64)
     rows = None if moments.rows is None else to_device(moments.rows, device).astype(xp.float64)
     mean = to_device(moments.mean, device)
-    trace = xp.linalg.trace(second) if second is not None else xp.sum(rows * rows) / moments.count
+    trace = xp.linalg.trace(second) if rows is None else xp.sum(xp.square(rows)) / moments.count
     damping = relative_damping(layer.m, moments.count) * float(trace) / layer.m
     metric = Metric(second, rows, max(damping, 1e-30))
     if moments.cross is None:
@@ -116,11 +123,7 @@ def pose(
     cross = to_device(moments.cross, device).astype(xp.float64)
     best = _ridge(cross + metric.damping * w, metric)
     energy = float(moments.output_energy or 0.0)
-    # E|y - y~|^2 = E|y|^2 - 2 tr(best cross^T) + tr(best C best^T), then the distance from best.
-    # Ridge makes `best` differ a little from the regression, so the cross term below is exact
-    # only up to that; it is folded into the floor, which error() adds.
-    floor = energy - 2 * float(xp.sum(best * cross)) + float(xp.sum(metric.undamped(best) * best))
-    return Problem(layer, best, mean, to_device(moments.output_mean, device), metric, energy, max(floor, 0.0))
+    return Problem(layer, best, mean, to_device(moments.output_mean, device), metric, energy, cross)
 
 
 def _ridge(right: Array, metric: Metric) -> Array:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
+from onnx_lrsd.solver.moments import output_size
 from onnx_lrsd.types import CHANNEL, CHANNEL_IN, DENSE, SPATIAL, Form, Layer, Price
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -16,7 +17,7 @@ BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 @dataclass(frozen=True)
 class Target:
-    """``forms(layer, kinds)`` are the forms worth trying; ``cost(layer, form)`` is predicted time, in MACs."""
+    """``forms(layer, kinds)`` are worth trying; ``cost(layer, form)`` is the predicted time, in MACs."""
 
     name: str
     forms: Callable[[Layer, tuple[str, ...]], tuple[Form, ...]]
@@ -24,33 +25,40 @@ class Target:
 
 
 def price(layer: Layer, form: Form) -> Price:
-    """What ``form`` costs for one sample, exact but for rows and columns lost at borders."""
+    """What ``form`` costs for one sample of a layer whose positions and size are known."""
     nodes = node_shapes(layer, form)
     parameters = sum(out * inner for out, inner, _ in nodes) + layer.n
     macs = sum(out * inner * times for out, inner, times in nodes)
-    return Price(round(macs), parameters, parameters * BYTES[layer.dtype])
+    return Price(macs, parameters, parameters * BYTES[layer.dtype])
 
 
-def node_shapes(layer: Layer, form: Form) -> list[tuple[int, int, float]]:
+def node_shapes(layer: Layer, form: Form) -> list[tuple[int, int, int]]:
     """(outputs, inputs of one output, times it is applied in a sample) of every node the form needs.
 
-    A factor before a stride runs at the higher resolution.
+    A factor runs at the input's resolution along the axes that a later factor spans.
     """
     taps, positions = prod(layer.kernel), max(layer.positions, 1)
     rank, channels = form.rank, layer.channels
-    nodes: list[tuple[int, int, float]] = []
     if form.kind == DENSE:
         return [(layer.n, layer.m, positions)]
+    nodes: list[tuple[int, int, int]] = []
     if rank and form.kind == CHANNEL:
         nodes = [(rank, layer.m, positions), (layer.n, rank, positions)]
     elif rank and form.kind == CHANNEL_IN:
-        nodes = [(rank, channels, positions * prod(layer.strides)), (layer.n, rank * taps, positions)]
+        later = [extent > 1 for extent in layer.kernel]
+        nodes = [(rank, channels, _positions_before(layer, later)), (layer.n, rank * taps, positions)]
     elif rank and form.kind == SPATIAL:
         rows, columns = layer.kernel
-        nodes = [
-            (rank, channels * rows, positions * layer.strides[1]),
-            (layer.n, rank * columns, positions),
-        ]
+        first = _positions_before(layer, [False, True])
+        nodes = [(rank, channels * rows, first), (layer.n, rank * columns, positions)]
     if form.channels:
         nodes.append((layer.n, form.channels * taps, positions))
     return nodes
+
+
+def _positions_before(layer: Layer, later: list[bool]) -> int:
+    """Outputs of a first factor that leaves the axes marked ``later`` to the factor behind it."""
+    if not layer.size:
+        return max(layer.positions, 1)
+    sizes = zip(layer.size, output_size(layer, layer.size), later, strict=True)
+    return prod(before if waits else after for before, after, waits in sizes)

@@ -1,0 +1,52 @@
+"""Make trained ONNX models smaller and faster: low rank plus sparse weights, without retraining.
+
+    optimised, report, plan = onnx_lrsd.optimize("model.onnx", calibration="calib.npz", ratio=2)
+    onnx_lrsd.save(optimised, "model.lrsd.onnx")
+
+Every stage of ``optimize`` is public as well.
+"""
+
+from onnx_lrsd.allocate import allocate
+from onnx_lrsd.calibrate import Calibration, calibrate
+from onnx_lrsd.dataset import Samples, read_samples
+from onnx_lrsd.errors import LrsdError
+from onnx_lrsd.model import Model, load, save
+from onnx_lrsd.optimize import Options, Result, inspect, optimize
+from onnx_lrsd.passes import find_layers, split
+from onnx_lrsd.report import plan_from_json, plan_to_json, report_table, report_to_json
+from onnx_lrsd.solver.decompose import decompose
+from onnx_lrsd.types import Factors, Form, Layer, Moments, Plan, Report, Verification
+from onnx_lrsd.verify import compare
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Calibration",
+    "Factors",
+    "Form",
+    "Layer",
+    "LrsdError",
+    "Model",
+    "Moments",
+    "Options",
+    "Plan",
+    "Report",
+    "Result",
+    "Samples",
+    "Verification",
+    "allocate",
+    "calibrate",
+    "compare",
+    "decompose",
+    "find_layers",
+    "inspect",
+    "load",
+    "optimize",
+    "plan_from_json",
+    "plan_to_json",
+    "read_samples",
+    "report_table",
+    "report_to_json",
+    "save",
+    "split",
+]

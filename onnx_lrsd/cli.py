@@ -1,0 +1,397 @@
+"""The command line: options in, one table out, errors as one sentence and an exit code.
+
+Exit codes: 0 done, 1 error, 2 usage, 3 promise not kept, 130 interrupted. stdout carries only what
+was asked for with ``--json -`` or ``--save-plan -``; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+import onnx_lrsd
+from onnx_lrsd.dataset import read_samples
+from onnx_lrsd.doctor import examine
+from onnx_lrsd.errors import LrsdError
+from onnx_lrsd.model import load
+from onnx_lrsd.optimize import inspect, optimize
+from onnx_lrsd.report import (
+    comparison_table,
+    comparison_to_json,
+    inspection_table,
+    inspection_to_json,
+    plan_from_json,
+    plan_to_json,
+    report_table,
+    report_to_json,
+)
+from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.targets import TARGETS
+from onnx_lrsd.types import KINDS, Plan, Progress
+from onnx_lrsd.verify import compare, made_up_samples
+
+BROKEN_PROMISE, INTERRUPTED = 3, 130
+STDOUT = Path("-")
+SUFFIX = ".lrsd.onnx"
+COSTS = {"macs": "macs", "params": "parameters", "bytes": "bytes"}
+VERBOSE = "onnx_lrsd.verbose"
+REDRAW = 0.1
+"""Seconds between two drawings of the progress bar."""
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Commands(click.Group):
+    """Turns what commands raise into one sentence on stderr and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LrsdError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.code)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if ctx.meta.get(VERBOSE):
+                traceback.print_exc()
+            said = " ".join(str(error).split())
+            click.echo(
+                f"Error: this is a bug in onnx-lrsd ({type(error).__name__}: {said}): "
+                "please report it with what -v prints.",
+                err=True,
+            )
+            ctx.exit(LrsdError.code)
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(onnx_lrsd.__version__, prog_name="onnx-lrsd")
+def main() -> None:
+    """Make trained ONNX models smaller and faster, without retraining."""
+
+
+def _note_verbose(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    ctx.meta[VERBOSE] = value
+    return value
+
+
+def _loudness(command: Command) -> Command:
+    """Options -v and -q."""
+    quiet = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+    verbose = click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        callback=_note_verbose,
+        help="List every layer; show the traceback of a bug.",
+    )
+    return verbose(quiet(command))
+
+
+def _pattern(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    try:
+        re.compile(value or "")
+    except re.error as error:
+        raise click.BadParameter(f"{value!r} is not a regular expression ({error}).") from None
+    return value
+
+
+def _forms(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    kinds = tuple(part.strip() for part in value.split(","))
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(KINDS)}.")
+    return kinds
+
+
+JSON_OPTION = click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the report as JSON; - is stdout.",
+)
+
+
+@main.command("optimize")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help=f"Where to write the model.  [default: MODEL{SUFFIX} beside it]",
+)
+@click.option("--calib", metavar="PATH", help="Unlabelled samples to calibrate on: a few hundred are enough.")
+@click.option(
+    "--eval", "evaluation", metavar="PATH", help="Samples to verify on; with labels, accuracy is measured."
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), metavar="N", help="Calibrate on the first N samples only."
+)
+@click.option(
+    "--target",
+    type=click.Choice(list(TARGETS)),
+    default="onnxruntime",
+    show_default=True,
+    help="What is to run it.",
+)
+@click.option(
+    "--cost", type=click.Choice(list(COSTS)), default="macs", show_default=True, help="What --ratio counts."
+)
+@click.option(
+    "--ratio", type=click.FloatRange(min=1), metavar="R", help="Make the whole model R times cheaper."
+)
+@click.option(
+    "--max-error",
+    type=click.FloatRange(min=0, max=1),
+    metavar="E",
+    help="Let the outputs change by at most this part of their variance.  [default: 0.01]",
+)
+@click.option("--forms", callback=_forms, metavar="LIST", help=f"Use only these forms, of {','.join(KINDS)}.")
+@click.option("--include", callback=_pattern, metavar="REGEX", help="Work on the layers so named only.")
+@click.option("--exclude", callback=_pattern, metavar="REGEX", help="Leave the layers so named as they are.")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), metavar="FILE", help="Replay a plan.")
+@click.option(
+    "--save-plan",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the plan as JSON; - is stdout.",
+)
+@click.option("--dry-run", is_flag=True, help="Stop at the plan: write no model.")
+@JSON_OPTION
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to solve.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For what is drawn at random."
+)
+@_loudness
+@click.pass_context
+def optimize_command(
+    ctx: click.Context,
+    /,
+    model: Path,
+    output: Path | None,
+    calib: str | None,
+    evaluation: str | None,
+    plan_path: Path | None,
+    save_plan: Path | None,
+    dry_run: bool,
+    json_path: Path | None,
+    verbose: bool,
+    quiet: bool,
+    cost: str,
+    **options: Any,
+) -> None:
+    """Write a smaller, faster model and say what it cost.
+
+    Give --ratio, --max-error or --plan; without any of them the outputs may change by 1 % of their
+    variance. PATH is a .npz with arrays named as the model's inputs, a folder of .npy or .npz files,
+    Polygraphy's JSON inputs, or file.py:function, whose code is run.
+    """
+    _check_usage(ctx)
+    target = None if dry_run else output or model.with_name(model.stem + SUFFIX)
+    for path in (target, json_path, save_plan):
+        _check_writable(path)
+    with _progress(quiet) as progress:
+        result = optimize(
+            model,
+            calib,
+            evaluation=evaluation,
+            output=target,
+            plan=None if plan_path is None else _read_plan(plan_path),
+            dry_run=dry_run,
+            progress=progress,
+            cost=COSTS[cost],
+            **options,
+        )
+    report = result.report
+    if not quiet:
+        _say(report_table(report, colour=_colour(), every=verbose))
+    if save_plan is not None:
+        _write(save_plan, plan_to_json(result.plan))
+    if json_path is not None:
+        _write(json_path, report_to_json(report))
+    if report.promise is not None and not report.promise.kept:
+        promise = report.promise
+        click.echo(
+            f"Promise not kept: {promise.kind} {promise.asked:g} was asked, {promise.got:g} was reached"
+            + (f"; {report.output} was written all the same." if report.output else "."),
+            err=True,
+        )
+        ctx.exit(BROKEN_PROMISE)
+
+
+@main.command("inspect")
+@click.argument("model", type=click.Path(path_type=Path))
+@JSON_OPTION
+@_loudness
+def inspect_command(model: Path, json_path: Path | None, verbose: bool, quiet: bool) -> None:
+    """List the layers of a model.
+
+    Those that can be worked on with their share of the MACs, and why the others are left alone.
+    """
+    _check_writable(json_path)
+    found = inspect(model)
+    if not quiet:
+        _say(inspection_table(found, str(model), colour=_colour(), every=verbose))
+    if json_path is not None:
+        _write(json_path, inspection_to_json(found, str(model)))
+
+
+@main.command("compare")
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--data", metavar="PATH", help="Samples, as for --eval.  [default: made-up data]")
+@JSON_OPTION
+@_loudness
+def compare_command(
+    before: Path, after: Path, data: str | None, json_path: Path | None, verbose: bool, quiet: bool
+) -> None:
+    """Run two models side by side.
+
+    Their size, MACs and latency are compared, and how far their outputs differ.
+    """
+    _check_writable(json_path)
+    one, two = load(before), load(after)
+    samples = made_up_samples(one) if data is None else read_samples(data, inputs_of(one.proto))
+    with _progress(quiet) as progress:
+        found = compare(one, two, samples, progress=progress)
+    if not quiet:
+        _say(comparison_table(found, str(before), str(after), colour=_colour()))
+        if data is None:
+            _say("Warning: outputs were compared on made-up data, their errors mean little: give --data.")
+    if json_path is not None:
+        _write(json_path, comparison_to_json(found, str(before), str(after), samples.source))
+
+
+@main.command("doctor")
+@click.pass_context
+def doctor_command(ctx: click.Context, /) -> None:
+    """Say what is installed and what works."""
+    findings = examine()
+    marks = {True: "ok", False: "BAD", None: "-"}
+    for finding in findings:
+        click.echo(f"{marks[finding.good]:<4}{finding.name:<18}{finding.said}")
+    if any(finding.good is False for finding in findings):
+        ctx.exit(LrsdError.code)
+
+
+def _check_usage(ctx: click.Context) -> None:
+    """What options exclude each other. Raises click.UsageError."""
+
+    def given(*names: str) -> list[str]:
+        return [name for name in names if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+
+    def flags(names: list[str]) -> str:
+        return " and ".join("--" + name.removesuffix("_path").replace("_", "-") for name in names)
+
+    goals = given("ratio", "max_error", "plan_path")
+    if len(goals) > 1:
+        raise click.UsageError(f"{flags(goals)} exclude each other: give one.")
+    settled = given("target", "cost", "forms", "include", "exclude")
+    if "plan_path" in goals and settled:
+        raise click.UsageError(f"{flags(settled)} cannot go with --plan, which settles it: edit the plan.")
+    if ctx.params["dry_run"] and given("output"):
+        raise click.UsageError("--output cannot go with --dry-run, which writes no model.")
+    if ctx.params["json_path"] == STDOUT == ctx.params["save_plan"]:
+        raise click.UsageError("--json and --save-plan cannot both go to stdout.")
+
+
+def _check_writable(path: Path | None) -> None:
+    """Find out before the work, not after it, that a file cannot be written. Raises LrsdError."""
+    if path is None or path == STDOUT:
+        return
+    if path.is_dir():
+        raise LrsdError(f"{path} is a folder: name a file in it.")
+    if not path.parent.is_dir():
+        raise LrsdError(f"There is no folder {path.parent} to write {path.name} to: create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise LrsdError(
+            f"The folder {path.parent} cannot be written to: choose another place for {path.name}."
+        )
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        return plan_from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LrsdError(f"There is no file {path}: check the path of the plan.") from None
+    except UnicodeDecodeError:
+        raise LrsdError(f"{path} is not text: give a plan that --save-plan wrote.") from None
+    except OSError as error:
+        raise LrsdError(f"{path} cannot be read ({error.strerror}): check the path of the plan.") from None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write all of ``text`` or nothing; to stdout for -."""
+    if path == STDOUT:
+        click.echo(text)
+        return
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-lrsd-") as folder:
+            written = Path(folder) / path.name
+            written.write_text(text + "\n", encoding="utf-8")
+            os.replace(written, path)
+    except OSError as error:
+        raise LrsdError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _colour() -> bool:
+    return sys.stderr.isatty() and "NO_COLOR" not in os.environ
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Progress | None]:
+    """A callback that draws one line on a terminal and wipes it at the end; None elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    try:
+        yield _bar()
+    finally:
+        click.echo("\r\033[K", err=True, nl=False)
+
+
+def _bar() -> Progress:
+    drawn = 0.0
+
+    def draw(stage: str, done: int, total: int) -> None:
+        nonlocal drawn
+        now = time.monotonic()
+        if now - drawn < REDRAW and done < total:
+            return
+        drawn = now
+        filled = 30 * done // max(total, 1)
+        click.echo(
+            f"\r\033[K{stage:<12}{'#' * filled}{'.' * (30 - filled)}  {done}/{total}", err=True, nl=False
+        )
+
+    return draw

@@ -1,0 +1,92 @@
+"""How far apart two streams of outputs are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Values = npt.NDArray[Any]
+
+
+class Divergence:
+    """Streams |new - old|^2 / |old - E old|^2 of one output in float64, batch by batch.
+
+    E old is taken over all samples, element by element; where an output never varies, or its shape
+    does, |old|^2 stands below the line. What is no floating number counts as the share of entries that
+    differ, and a batch whose shape changed as wholly different. NaN equals NaN and infinity itself;
+    a value that is finite in one stream only makes the error infinite.
+    """
+
+    def __init__(self) -> None:
+        self.missed = self.squares = self.spread = 0.0
+        self.shift: Values | None = None
+        self.sum: Any = 0.0
+        self.rows = 0
+        self.uneven = False
+
+    def add(self, old: Any, new: Any) -> None:
+        """Take in the outputs of one batch."""
+        one, two = as_array(old), as_array(new)
+        if one.shape != two.shape:
+            self.uneven = True
+            energy = float(np.sum(_finite(one) ** 2)) if one.dtype.kind == "f" else float(max(one.size, 1))
+            self.missed += energy or 1.0
+            self.squares += energy or 1.0
+        elif one.dtype.kind != "f":
+            self.missed += float(np.sum(one != two))
+            self.squares += float(one.size)
+            self.uneven = True
+        elif one.size:
+            self._add_numbers(one.astype(np.float64), two.astype(np.float64))
+
+    def _add_numbers(self, old: Values, new: Values) -> None:
+        same = (old == new) | (np.isnan(old) & np.isnan(new))
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = np.where(same, 0.0, new - old)
+        squares = float(np.sum(difference**2))
+        self.missed += squares if np.isfinite(squares) else np.inf
+        old = _finite(old)
+        self.squares += float(np.sum(old**2))
+        rows = old.reshape(len(old), -1) if old.ndim else old.reshape(1, 1)
+        if self.shift is None:
+            self.shift = rows.mean(axis=0)  # near the mean, so that the difference below keeps its digits
+        if rows.shape[1] != len(self.shift):
+            self.uneven = True
+            return
+        rows = rows - self.shift
+        self.sum = self.sum + rows.sum(axis=0)
+        self.spread += float(np.sum(rows**2))
+        self.rows += len(rows)
+
+    def relative(self) -> float:
+        """The error so far; 0 where nothing differs."""
+        if self.missed <= 0:
+            return 0.0
+        energy = self.squares
+        if not self.uneven and self.rows > 1:
+            centred = self.spread - float(np.sum(np.square(self.sum))) / self.rows
+            energy = centred if centred > 1e-12 * self.squares else energy
+        return self.missed / energy if energy > 0 else float("inf")
+
+
+def as_array(value: Any) -> Values:
+    """An output as one array: a list of equal dicts (ZipMap) or of equal arrays becomes a table.
+
+    What fits no table becomes an array of texts, one for each entry.
+    """
+    if isinstance(value, np.ndarray):
+        return value if value.dtype.kind != "V" else value.astype(np.float32)
+    if not isinstance(value, list):
+        return np.asarray(value) if np.isscalar(value) else np.array([repr(value)])
+    if value and all(isinstance(item, dict) and item.keys() == value[0].keys() for item in value):
+        return np.array([[item[key] for key in value[0]] for item in value])
+    arrays = [np.asarray(item) for item in value]
+    if arrays and all(a.shape == arrays[0].shape and a.dtype.kind in "biufUS" for a in arrays):
+        return np.stack(arrays)
+    return np.array([repr(item) for item in value])
+
+
+def _finite(values: Values) -> Values:
+    return np.where(np.isfinite(values), values, 0.0)

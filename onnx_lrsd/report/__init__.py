@@ -1,0 +1,21 @@
+"""One report, several faces: JSON for programs, a table for people. They read data and compute nothing."""
+
+from onnx_lrsd.report.json import (
+    comparison_to_json,
+    inspection_to_json,
+    plan_from_json,
+    plan_to_json,
+    report_to_json,
+)
+from onnx_lrsd.report.table import comparison_table, inspection_table, report_table
+
+__all__ = [
+    "comparison_table",
+    "comparison_to_json",
+    "inspection_table",
+    "inspection_to_json",
+    "plan_from_json",
+    "plan_to_json",
+    "report_table",
+    "report_to_json",
+]

@@ -1,0 +1,231 @@
+"""Reports and plans as JSON, schema 1: keys may be added, none is renamed or removed.
+
+Numbers are plain JSON numbers in full precision; what is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeAlias
+
+from onnx_lrsd.errors import DataError
+from onnx_lrsd.types import (
+    DENSE,
+    KINDS,
+    Choice,
+    Cost,
+    Form,
+    Inspection,
+    Layer,
+    LayerReport,
+    Plan,
+    Price,
+    Report,
+    Verification,
+)
+
+SCHEMA = 1
+COSTS = ("macs", "parameters", "bytes")
+STAGES = ("load", "calibrate", "decompose", "plan", "rewrite", "verify")
+
+Json: TypeAlias = dict[str, Any]
+
+
+def report_to_json(report: Report) -> str:
+    """The report of one run; ``before``, ``after`` and ``ratio`` are null after a dry run."""
+    found = report.verification
+    facts: Json = {
+        **_head(report.versions.get("onnx-lrsd")),
+        "model": {"input": report.input, "output": report.output or None},
+        "target": report.target,
+        "cost": report.cost,
+        "calibration": {"samples": report.calibration_samples, "source": report.calibration_source or None},
+        **(_sides(found) if found else {"before": None, "after": None, "ratio": None, "outputs": []}),
+        "metric": _metric(found),
+        "promise": None if report.promise is None else asdict(report.promise),
+        "layers": [_layer(layer) for layer in report.layers],
+        "warnings": list(report.warnings),
+        "seconds": {stage: report.seconds.get(stage, 0.0) for stage in STAGES} | dict(report.seconds),
+    }
+    return _dump(facts)
+
+
+def comparison_to_json(found: Verification, before: str, after: str, source: str) -> str:
+    """Two models side by side, on the samples of ``source``."""
+    facts: Json = {
+        **_head(),
+        "model": {"before": before, "after": after},
+        "data": {"samples": found.samples, "source": source},
+        **_sides(found),
+        "metric": _metric(found),
+    }
+    return _dump(facts)
+
+
+def inspection_to_json(found: Inspection, model: str) -> str:
+    """What a model holds: its layers with their price, the nodes declined, and the whole."""
+    facts: Json = {
+        **_head(),
+        "model": {"input": model},
+        "total": _price(found.total),
+        "layers": [_inspected(layer, price) for layer, price in found.layers],
+        "declined": [{"name": d.node, "op": d.op, "reason": d.reason} for d in found.declined],
+    }
+    return _dump(facts)
+
+
+def plan_to_json(plan: Plan) -> str:
+    """A plan to be read, edited and replayed: one line for each layer.
+
+    ``kind``, ``rank`` and ``channels`` are what a replay obeys; the rest says why they were chosen.
+    """
+    head = _dump({**_head(), "target": plan.target, "cost": plan.cost})
+    lines = (f"    {json.dumps(name)}: {_dump(_choice(c), indent=None)}" for name, c in plan.choices.items())
+    return head.removesuffix("\n}") + ',\n  "layers": {\n' + ",\n".join(lines) + "\n  }\n}"
+
+
+def plan_from_json(text: str) -> Plan:
+    """Read a plan that ``plan_to_json`` wrote and a person may have edited.
+
+    Of a layer only ``kind`` is required, and ``rank`` unless it is dense. Raises DataError, naming the
+    layer, for whatever cannot be meant.
+    """
+    try:
+        facts = json.loads(text, object_pairs_hook=_without_repeats)
+    except ValueError as error:
+        raise DataError(
+            f"The plan is not valid JSON ({error}): mend it, or make one with --save-plan."
+        ) from None
+    layers = facts.get("layers") if isinstance(facts, dict) else None
+    if not isinstance(layers, dict):
+        raise DataError('The plan has no "layers": make one with --save-plan.')
+    if facts.get("schema") != SCHEMA:
+        raise DataError(
+            f"The plan has schema {facts.get('schema')!r}, not {SCHEMA}: make one with --save-plan."
+        )
+    target, cost = facts.get("target"), facts.get("cost")
+    if not isinstance(target, str):
+        raise DataError('The plan names no "target": make one with --save-plan.')
+    if cost not in COSTS:
+        raise DataError(f'The "cost" of the plan is {cost!r}: write one of {", ".join(COSTS)}.')
+    return Plan(target, cost, {name: _read_choice(name, entry) for name, entry in layers.items()})
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> Json:
+    found: Json = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} stands there twice")
+        found[key] = value
+    return found
+
+
+def _read_choice(name: str, entry: Any) -> Choice:
+    def wrong(said: str) -> DataError:
+        return DataError(f"Layer {name} of the plan {said}.")
+
+    if not isinstance(entry, dict):
+        raise wrong('is no object: write {"kind": "dense"} or a kind with its rank')
+    unknown = sorted(set(entry) - {"kind", "rank", "channels", "error", "before", "after", "reason"})
+    if unknown:
+        raise wrong(f'has the unknown field "{unknown[0]}": fields that count are kind, rank and channels')
+    kind = entry.get("kind")
+    if kind not in KINDS:
+        raise wrong(f"has kind {json.dumps(kind)}: write one of {', '.join(KINDS)}")
+    numbers = {field: entry.get(field, 0) for field in ("rank", "channels")}
+    for field, value in numbers.items():
+        if type(value) is not int or value < 0:
+            raise wrong(f"has {field} {json.dumps(value)}: write a whole number, 0 or more")
+    rank, channels = numbers["rank"], numbers["channels"]
+    if kind == DENSE and (rank or channels):
+        raise wrong("is dense with a rank or channels: remove them, or name another kind")
+    if kind != DENSE and not (rank or channels):
+        raise wrong(f"is {kind} without a rank: give a rank of 1 or more, or write the kind dense")
+    error, reason = entry.get("error") or 0.0, entry.get("reason") or ""
+    if isinstance(error, bool) or not isinstance(error, int | float) or not isinstance(reason, str):
+        raise wrong("has an error that is no number or a reason that is no text: remove them")
+    try:
+        before, after = (_read_price(entry.get(side)) for side in ("before", "after"))
+        return Choice(Form(kind, rank, channels), float(error), before, after, reason)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong('has a "before" or "after" that is no price: remove it') from None
+
+
+def _read_price(entry: Any) -> Price:
+    """A price, all zero where there is none: a replay computes it anew."""
+    if entry is None:
+        return Price(0, 0, 0)
+    if not isinstance(entry, dict):
+        raise TypeError
+    return Price(*(int(entry.get(unit, 0)) for unit in COSTS))
+
+
+def _head(tool_version: str | None = None) -> Json:
+    if tool_version is None:
+        try:
+            tool_version = version("onnx-lrsd")
+        except PackageNotFoundError:
+            tool_version = "unknown"
+    return {"schema": SCHEMA, "tool": {"name": "onnx-lrsd", "version": tool_version}}
+
+
+def _sides(found: Verification) -> Json:
+    before, after = found.before, found.after
+    interval = None if found.latency_interval is None else list(found.latency_interval)
+    ratio: Json = {
+        unit: _quotient(getattr(before, unit), getattr(after, unit)) for unit in ("bytes", *COSTS[1::-1])
+    }
+    ratio["latency"] = {"median": found.latency_ratio, "interval": interval}
+    outputs = [asdict(output) for output in found.outputs]
+    return {"before": _cost(before), "after": _cost(after), "ratio": ratio, "outputs": outputs}
+
+
+def _metric(found: Verification | None) -> Json | None:
+    return None if found is None or found.metric is None else asdict(found.metric)
+
+
+def _cost(cost: Cost) -> Json:
+    return asdict(cost)
+
+
+def _price(price: Price) -> Json:
+    return {unit: getattr(price, unit) for unit in COSTS}
+
+
+def _quotient(before: int, after: int) -> float | None:
+    return before / after if after else None
+
+
+def _layer(layer: LayerReport) -> Json:
+    return asdict(layer)
+
+
+def _inspected(layer: Layer, price: Price) -> Json:
+    return {"name": layer.node, "op": layer.op, "shape": layer.shape, **_price(price)}
+
+
+def _choice(choice: Choice) -> Json:
+    form: Json = {"kind": choice.form.kind}
+    if choice.form.kind != DENSE:
+        form |= {"rank": choice.form.rank, "channels": choice.form.channels}
+    prices = {"before": _price(choice.before), "after": _price(choice.after)}
+    return form | {"error": choice.error} | prices | ({"reason": choice.reason} if choice.reason else {})
+
+
+def _dump(facts: Mapping[str, Any], indent: int | None = 2) -> str:
+    return json.dumps(_finite(facts), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with None for NaN and infinities, and NumPy's numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,297 @@
+"""The report as a person reads it in a terminal of 100 columns.
+
+Ratios are rounded down and errors up: nothing is rounded in a flattering direction.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from onnx_lrsd.types import DENSE, Inspection, LayerReport, Metric, Promise, Report, Verification
+
+WIDTH = 100
+NAMES = 3
+"""Names shown of the layers that share a reason."""
+MOST_ROWS = 60
+"""Rows of layers shown unless every one is asked for."""
+UNITS = {"macs": "MACs", "parameters": "parameters", "bytes": "bytes"}
+
+Row: TypeAlias = Sequence[str]
+
+
+def report_table(report: Report, *, colour: bool = False, every: bool = False) -> str:
+    """The report of one run; ``every`` lists each layer that was left alone, with its reason."""
+    ink = _Ink(colour)
+    samples = f"{report.calibration_samples} samples" if report.calibration_samples else "no samples"
+    where = f" of {Path(report.calibration_source).name}" if report.calibration_source else ""
+    title = (
+        f"{Path(report.input).name} -> {Path(report.output).name}"
+        if report.output
+        else Path(report.input).name
+    )
+    parts = [ink.strong(title) + ink.faint(f"   target {report.target}, calibrated on {samples}{where}")]
+    if report.verification is not None:
+        parts.append(_facts(report.verification, ink, report.promise, report.cost))
+    else:
+        parts.append("A plan only: nothing was rewritten or measured.")
+    split = [layer for layer in report.layers if layer.form != DENSE]
+    left = [layer for layer in report.layers if layer.form == DENSE]
+    if split:
+        parts.append(_split_layers(split, ink, every))
+    if left:
+        parts.append(_left_alone(left, sum(layer.macs_before for layer in report.layers), ink, every))
+    parts += [_paragraph(f"Warning: {warning}") for warning in report.warnings]
+    if report.seconds:
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+        parts.append(ink.faint(_paragraph(f"{sum(report.seconds.values()):.1f} s: {stages}")))
+    return "\n\n".join(parts)
+
+
+def comparison_table(found: Verification, before: str, after: str, *, colour: bool = False) -> str:
+    """Two models side by side."""
+    ink = _Ink(colour)
+    return (
+        ink.strong(f"{Path(before).name} and {Path(after).name}") + "\n\n" + _facts(found, ink, None, "macs")
+    )
+
+
+def inspection_table(found: Inspection, model: str, *, colour: bool = False, every: bool = False) -> str:
+    """The layers that can be worked on with their share of the model, and what was declined and why."""
+    ink = _Ink(colour)
+    total = found.total
+    covered = sum(price.macs for _, price in found.layers)
+    parts = [
+        ink.strong(Path(model).name)
+        + ink.faint(
+            f"   {_size(total.bytes)}, {total.parameters:,} parameters, {_count(total.macs)} MACs a sample"
+        ),
+        f"{_plural(len(found.layers), 'layer')} can be worked on: {_share(covered, total.macs)} of the MACs.",
+    ]
+    shown = found.layers if every else found.layers[:MOST_ROWS]
+    rows: list[Row] = [
+        (
+            layer.node,
+            layer.op,
+            "x".join(map(str, layer.shape)),
+            _count(price.macs),
+            _share(price.macs, total.macs),
+            f"{price.parameters:,}",
+        )
+        for layer, price in shown
+    ]
+    if rows:
+        rows += _more(len(found.layers) - len(shown), 6)
+        parts.append(_grid(("layer", "op", "weight", "MACs", "share", "parameters"), rows, "lllrrr", ink))
+    if found.declined:
+        groups = defaultdict(list)
+        for entry in found.declined:
+            groups[entry.reason].append(entry.node)
+        title = f"{_plural(len(found.declined), 'node')} left as they are:"
+        parts.append("\n".join([title, *_grouped(groups, every)]))
+    return "\n\n".join(parts)
+
+
+class _Ink:
+    """ANSI emphasis, or none."""
+
+    def __init__(self, colour: bool) -> None:
+        self._colour = colour
+
+    def _wrap(self, code: int, text: str) -> str:
+        return f"\033[{code}m{text}\033[0m" if self._colour and text else text
+
+    def strong(self, text: str) -> str:
+        return self._wrap(1, text)
+
+    def faint(self, text: str) -> str:
+        return self._wrap(2, text)
+
+    def verdict(self, text: str, good: bool) -> str:
+        return self._wrap(32 if good else 31, text)
+
+
+def _facts(found: Verification, ink: _Ink, promise: Promise | None, cost: str) -> str:
+    """Before and after, then what it cost in accuracy, then the promise."""
+    before, after = found.before, found.after
+    rows: list[Row] = [
+        ("size", _size(before.bytes), _size(after.bytes), _times(before.bytes, after.bytes), ""),
+        (
+            "parameters",
+            f"{before.parameters:,}",
+            f"{after.parameters:,}",
+            _times(before.parameters, after.parameters),
+            "",
+        ),
+        ("MACs", _count(before.macs), _count(after.macs), _times(before.macs, after.macs), ""),
+    ]
+    if before.latency_ms is not None and after.latency_ms is not None and found.latency_ratio is not None:
+        low, high = found.latency_interval or (found.latency_ratio, found.latency_ratio)
+        ratio = f"{_down(found.latency_ratio):.2f} x"
+        interval = f"{_down(low):.2f} to {_down(high):.2f} at 95 %"
+        rows.append(("latency", _time(before.latency_ms), _time(after.latency_ms), ratio, interval))
+    if found.metric is not None:
+        rows.append(_metric(found.metric))
+    grid = _grid(("", "before", "after", "ratio", ""), rows, "lrrrl", ink)
+    measured = f"of its variance, over {_plural(found.samples, 'sample')}"
+    errors = [
+        f"output error  {_shorten(o.name, 40)}  {_percent(o.relative_error)} {measured}"
+        for o in found.outputs
+    ]
+    if len(errors) > MOST_ROWS:
+        errors = [*errors[:MOST_ROWS], f"and {len(errors) - MOST_ROWS} outputs more"]
+    parts = [grid, "", *errors]
+    if promise is not None:
+        parts.append(ink.verdict(_promise(promise, cost), promise.kept))
+    return "\n".join(parts)
+
+
+def _metric(metric: Metric) -> Row:
+    low, high = (100 * bound for bound in metric.interval)
+    points = 100 * (metric.after - metric.before)
+    note = f"{low:+.2f} to {high:+.2f} at 95 %, {_plural(metric.samples, 'sample')}"
+    before, after = (f"{100 * share:.2f} %" for share in (metric.before, metric.after))
+    return metric.name, before, after, f"{points:+.2f} points", note
+
+
+def _promise(promise: Promise, cost: str) -> str:
+    verdict = "kept" if promise.kept else "NOT KEPT"
+    if promise.kind == "ratio":
+        unit = UNITS.get(cost, cost)
+        said = f"{promise.asked:g} x fewer {unit} asked, {_down(promise.got):.2f} x got"
+    elif promise.kind == "max_error":
+        said = f"output error of at most {100 * promise.asked:g} % asked, {_percent(promise.got)} got"
+    else:
+        said = f"{promise.kind} {promise.asked:g} asked, {promise.got:g} got"
+    return f"promise       {said}: {verdict}"
+
+
+def _split_layers(layers: Sequence[LayerReport], ink: _Ink, every: bool) -> str:
+    shown = layers if every else layers[:MOST_ROWS]
+    rows: list[Row] = [
+        (
+            layer.name,
+            layer.op,
+            _form(layer),
+            _count(layer.macs_before),
+            _count(layer.macs_after),
+            _times(layer.macs_before, layer.macs_after),
+            _percent(layer.error),
+        )
+        for layer in shown
+    ]
+    rows += _more(len(layers) - len(shown), 7)
+    header = ("layer", "op", "form", "MACs before", "after", "ratio", "layer error")
+    return _grid(header, rows, "lllrrrr", ink)
+
+
+def _form(layer: LayerReport) -> str:
+    rank = f" {layer.rank}" if layer.rank else ""
+    return f"{layer.form}{rank}" + (f" + S {layer.nonzeros:,}" if layer.nonzeros else "")
+
+
+def _left_alone(layers: Sequence[LayerReport], whole: int, ink: _Ink, every: bool) -> str:
+    groups = defaultdict(list)
+    for layer in layers:
+        groups[layer.reason or "no reason given"].append(layer.name)
+    share = _share(sum(layer.macs_before for layer in layers), whole)
+    title = f"{_plural(len(layers), 'layer')} left as they are ({share} of the MACs of all layers):"
+    return "\n".join([title, *_grouped(groups, every)])
+
+
+def _grouped(groups: dict[str, list[str]], every: bool) -> Iterable[str]:
+    for reason, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+        listed = names if every else names[:NAMES]
+        more = f" and {len(names) - len(listed)} more" if len(names) > len(listed) else ""
+        text = f"{reason}: {', '.join(_shorten(name, 40) for name in listed)}{more}"
+        yield textwrap.fill(
+            text,
+            WIDTH,
+            initial_indent=f"{len(names):5} x ",
+            subsequent_indent=" " * 8,
+            break_on_hyphens=False,
+        )
+
+
+def _grid(header: Row, rows: Sequence[Row], align: str, ink: _Ink) -> str:
+    """Columns as wide as what is in them, the first cut to what is left; ``align`` has l or r for each."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))
+
+    def line(row: Row) -> str:
+        cells = (
+            _shorten(cell, width).ljust(width) if side == "l" else cell.rjust(width)
+            for cell, width, side in zip(row, widths, align, strict=True)
+        )
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([ink.faint(line(header)), *map(line, rows)])
+
+
+def _more(count: int, columns: int) -> list[Row]:
+    return [(f"and {count} more (-v lists them)", *[""] * (columns - 1))] if count > 0 else []
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+
+
+def _shorten(name: str, width: int) -> str:
+    """A name cut in its middle: exporters tell layers apart at both ends."""
+    if len(name) <= width:
+        return name
+    head = (width - 3) // 2
+    return f"{name[:head]}...{name[len(name) - (width - 3 - head) :]}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def _count(count: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds:.3f} ms" if milliseconds < 10 else f"{milliseconds:,.1f} ms"
+
+
+def _times(before: int, after: int) -> str:
+    return f"{_down(before / after):.2f} x" if after else ""
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+def _down(ratio: float) -> float:
+    # A ratio such as 2.3 is a hair less than 2.3 in binary and would lose a hundredth.
+    return math.floor(ratio * 100 + 1e-9) / 100 if math.isfinite(ratio) else ratio
+
+
+def _percent(error: float) -> str:
+    """An error in per cent, rounded up to two digits that count."""
+    if not math.isfinite(error):
+        return "not finite"
+    if error <= 0:
+        return "0 %"
+    percent = 100 * error
+    digits = max(1 - math.floor(math.log10(percent)), 0)
+    if digits > 6:
+        return "< 0.00001 %"
+    up = math.ceil(percent * 10**digits - 1e-9) / 10**digits
+    return f"{up:.{digits}f} %"

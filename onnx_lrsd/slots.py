@@ -1,0 +1,165 @@
+"""How samples enter the inputs of a model: which axis is the batch, which values fit, and the way in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_lrsd.errors import DataError
+from onnx_lrsd.types import InputSpec
+
+Values: TypeAlias = npt.NDArray[Any]
+
+SCANNED_BYTES = 32 << 20
+"""Values looked at in one piece."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """How samples enter one input: cast to ``dtype`` (None: as they are), side by side along ``axis``.
+
+    ``axis`` None means that the input has no batch axis: it is fed one sample, as it is. ``shape``
+    is the model's own, None where its rank is open.
+    """
+
+    dtype: str | None = None
+    axis: int | None = 0
+    shape: tuple[int | str | None, ...] | None = None
+
+    def lay_out(self, samples: Values) -> Values:
+        """Samples (first axis) as the model takes them, contiguous."""
+        laid = samples[0] if self.axis is None else np.moveaxis(samples, 0, self.axis)
+        if self.dtype == "object" and laid.dtype.kind == "S":
+            laid = np.char.decode(laid, "utf-8")
+        return np.asarray(laid, dtype=self.dtype, order="C")
+
+    def size_of(self, laid: Values) -> int:
+        """How many samples an array holds that was laid out."""
+        return 1 if self.axis is None else laid.shape[self.axis]
+
+    def samples_first(self, given: Values) -> Values | None:
+        """What a user gives, with samples along the first axis; None when it does not fit the input.
+
+        The rank tells what it is: a batch, one sample (one axis less), or a stack of feeds (one
+        more). A batch may have its samples along the model's axis or along the first.
+        """
+        if self.shape is None:
+            return given if given.ndim else given[None]
+        missing = len(self.shape) - given.ndim
+        if self.axis is None:
+            rest = self.shape
+            candidates = {0: given[None], -1: given}.get(missing)
+            return candidates if candidates is not None and _fits(candidates.shape[1:], rest) else None
+        rest = self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        if missing == 0:
+            moved = np.moveaxis(given, self.axis, 0)
+            return next((x for x in (moved, given) if _fits(x.shape[1:], rest)), None)
+        if missing == 1:
+            return given[None] if _fits(given.shape, rest) else None
+        if missing == -1:
+            stacked = np.moveaxis(given, 1 + self.axis, 1)
+            if _fits(stacked.shape[2:], rest):
+                return stacked.reshape(-1, *stacked.shape[2:])
+        return None
+
+
+def _fits(found: Sequence[int], wanted: Sequence[int | str | None]) -> bool:
+    return len(found) == len(wanted) and all(
+        not isinstance(want, int) or want == have for have, want in zip(found, wanted, strict=True)
+    )
+
+
+def slots(inputs: Sequence[InputSpec]) -> tuple[dict[str, Slot], int | None]:
+    """The slot of every input, and the model's fixed batch size if it has one.
+
+    The batch axis is the first, with three exceptions. A named dimension that all inputs share is the
+    batch wherever it stands, if it is called so or comes first in most inputs: (sequence, batch, 64) with
+    (2, batch, 128). An input whose first size is fixed where others are open has its batch along its
+    one open axis, as recurrent states do, or none: (2, ?, 128) beside (?, ?). A scalar has none.
+    """
+    ranked = [spec for spec in inputs if spec.shape]
+    shared = _shared(ranked)
+    leads = [spec.shape[0] for spec in ranked]
+    sizes = [lead for lead in leads if isinstance(lead, int)]
+    fixed = None
+    if shared is None and sizes and len(sizes) == len(leads):
+        fixed = 1 if 1 in sizes else sizes[0]
+    found = {}
+    for spec in inputs:
+        shape = spec.shape if spec.ranked else None
+        found[spec.name] = Slot(spec.dtype, _axis(spec, shared, fixed), shape)
+    return found, fixed
+
+
+def _shared(ranked: Sequence[InputSpec]) -> str | None:
+    """The name of the batch dimension, if all inputs share one that is plainly it."""
+    names = [d for d in ranked[0].shape if isinstance(d, str)] if ranked else []
+    common = [name for name in names if all(name in spec.shape for spec in ranked)]
+    for name in common:
+        if "batch" in name.lower():
+            return name
+    leading = [name for name in common if 2 * sum(spec.shape[0] == name for spec in ranked) >= len(ranked)]
+    return leading[0] if leading else None
+
+
+def _axis(spec: InputSpec, shared: str | None, fixed: int | None) -> int | None:
+    if not spec.ranked:
+        return 0
+    if not spec.shape:
+        return None
+    if shared is not None:
+        return spec.shape.index(shared)
+    lead = spec.shape[0]
+    if not isinstance(lead, int) or lead == fixed:
+        return 0
+    free = [axis for axis, size in enumerate(spec.shape) if not isinstance(size, int)]
+    return free[0] if fixed is None and lead > 1 and len(free) == 1 else None
+
+
+def check_values(array: Values, spec: InputSpec, where: str) -> str:
+    """A note when the values must be cast to what the model wants. Raises DataError when they cannot."""
+    have, want = array.dtype, spec.dtype
+    if want == "object" or have.kind not in "biuf":
+        if want == "object" and (have.kind in "US" or all(isinstance(x, str) for x in array.flat)):
+            return ""
+        if have.name == want:  # a type that NumPy itself does not know, such as bfloat16
+            return ""
+        wants = "text" if want == "object" else want
+        raise DataError(f"{where} holds {have.name} but the model wants {wants}: convert it first.")
+    low, high, whole = _range(array, where, have.kind == "f" and np.dtype(want).kind in "biu")
+    if have.name == want:
+        return ""
+    if not whole:
+        raise DataError(f"{where} holds fractions but the model wants {want}: check which array is which.")
+    if not _holds(want, low, high):
+        raise DataError(f"{where} reaches from {low:g} to {high:g}, which {want} cannot hold: rescale it.")
+    return f"{spec.name} was converted from {have.name} to {want}, values as they are."
+
+
+def _range(array: Values, where: str, fractions: bool) -> tuple[float, float, bool]:
+    """Least and greatest value, and whether all are whole if that is asked; part by part, to save memory."""
+    low, high, whole = math.inf, -math.inf, True
+    rows = max(1, SCANNED_BYTES // max(array[:1].nbytes, 1))
+    for start in range(0, len(array) if array.size else 0, rows):
+        part = array[start : start + rows]
+        least, most = float(part.min()), float(part.max())  # NaN if there is one
+        if not math.isfinite(least) or not math.isfinite(most):
+            raise DataError(f"{where} has NaN or infinite values: clean the samples first.")
+        low, high = min(low, least), max(high, most)
+        whole = whole and (not fractions or bool((part == np.rint(part)).all()))
+    return low, high, whole
+
+
+def _holds(dtype: str, low: float, high: float) -> bool:
+    kind = np.dtype(dtype).kind
+    if kind == "b":
+        return low >= 0 and high <= 1
+    if kind in "iu":
+        limits = np.iinfo(dtype)
+        return low >= limits.min and high <= limits.max
+    return max(-low, high) <= float(np.finfo(dtype).max) if kind == "f" else True

@@ -1,0 +1,429 @@
+"""The command line keeps its word: exit codes, one sentence an error, a clean stdout, no debris."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from onnx import TensorProto, helper, numpy_helper
+
+import onnx_lrsd.optimize
+from onnx_lrsd import cli
+from onnx_lrsd.doctor import Finding
+from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.types import Choice, Form, Plan, Price, Promise, Report
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "models" / "digits.onnx"
+CALIB = ROOT / "models" / "digits_calib.npz"
+
+Values = npt.NDArray[Any]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def a_model(weight: Values | None = None) -> onnx.ModelProto:
+    """One 3 x 3 convolution of 64 channels on 16 x 16, of low rank where no weight is given."""
+    if weight is None:
+        rng = np.random.default_rng(0)
+        weight = (rng.standard_normal((64, 8)) @ rng.standard_normal((8, 576)) / 50).reshape(64, 64, 3, 3)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 64, 16, 16]) for name in "xy"]
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], "conv", pads=[1, 1, 1, 1])]
+    tensors = [numpy_helper.from_array(np.asarray(weight, np.float32), "w")]
+    graph = helper.make_graph(nodes, "tiny", values[:1], values[1:], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def some_data(count: int = 12) -> Values:
+    return np.random.default_rng(1).standard_normal((count, 64, 16, 16)).astype(np.float32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with model.onnx and calib.npz."""
+    onnx.save(a_model(), tmp_path / "model.onnx")
+    np.savez(tmp_path / "calib.npz", x=some_data())
+    return tmp_path
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latency is measured for a moment only."""
+    monkeypatch.setattr("onnx_lrsd.verify.COMPARE_SECONDS", 0.2)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """``optimize`` replaced by one that notes what it was given and returns what ``answer`` holds."""
+    called: dict[str, Any] = {"kept": True, "raises": None}
+
+    def optimize(model: object, calibration: object, **options: Any) -> onnx_lrsd.Result:
+        called.update(options, model=model, calibration=calibration)
+        if called["raises"] is not None:
+            raise called["raises"]
+        promise = Promise("ratio", 2.0, 1.5, called["kept"])
+        report = Report(str(model), str(options["output"]), "onnxruntime", "macs", 0, "", None, promise, ())
+        price = Price(1, 1, 4)
+        plan = Plan("onnxruntime", "macs", {"y": Choice(Form(), 0.0, price, price)})
+        return onnx_lrsd.Result(onnx_lrsd.Model(onnx.ModelProto()), report, plan)
+
+    monkeypatch.setattr(cli, "optimize", optimize)
+    yield called
+
+
+# What a run is
+
+
+def test_the_main_job_writes_beside_the_model(folder: Path, hasty: None) -> None:
+    result = run("optimize", folder / "model.onnx", "--calib", folder / "calib.npz", "--ratio", 2)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    assert "kept" in result.stderr
+    onnx.checker.check_model(str(folder / "model.lrsd.onnx"), full_check=True)
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "calib.npz", "model.lrsd.onnx"}
+
+
+def test_a_saved_plan_replays_to_the_same_bytes(folder: Path, hasty: None) -> None:
+    common = "optimize", folder / "model.onnx", "--calib", folder / "calib.npz"
+    first = run(*common, "--ratio", 2, "--save-plan", folder / "plan.json", "-o", folder / "first.onnx", "-q")
+    second = run(*common, "--plan", folder / "plan.json", "-o", folder / "second.onnx", "-q")
+    assert (first.exit_code, second.exit_code) == (0, 0), first.stderr + second.stderr
+    assert first.output == second.output == ""
+    assert (folder / "first.onnx").read_bytes() == (folder / "second.onnx").read_bytes()
+
+
+def test_a_dry_run_writes_no_model_and_the_plan_may_go_to_stdout(folder: Path) -> None:
+    before = set(folder.iterdir())
+    result = run(
+        *("optimize", folder / "model.onnx", "--calib", folder / "calib.npz"),
+        *("--ratio", 2, "--dry-run", "--save-plan", "-"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["layers"]["y"]["kind"] != "dense"
+    assert set(folder.iterdir()) == before
+
+
+def test_inspect_and_compare_keep_stdout_for_json(folder: Path, hasty: None) -> None:
+    model = folder / "model.onnx"
+    found = run("inspect", model, "--json", "-")
+    assert [layer["name"] for layer in json.loads(found.stdout)["layers"]] == ["conv"]
+    assert "conv" in found.stderr
+    same = run("compare", model, model, "--data", folder / "calib.npz", "--json", "-", "-q")
+    facts = json.loads(same.stdout)
+    assert facts["ratio"]["macs"] == 1
+    assert facts["outputs"] == [{"name": "y", "relative_error": 0.0}]
+    assert same.stderr == ""
+
+
+def test_options_reach_the_api(fake: dict[str, Any], folder: Path) -> None:
+    result = run(
+        *("optimize", folder / "model.onnx", "--cost", "params", "--ratio", 3, "--forms", "channel,spatial"),
+        *(
+            "--include",
+            "a",
+            "--exclude",
+            "b",
+            "--samples",
+            7,
+            "--seed",
+            5,
+            "--device",
+            "cpu",
+            "--eval",
+            "e.npz",
+        ),
+    )
+    assert result.exit_code == 0, result.stderr
+    wanted = {
+        "model": folder / "model.onnx",
+        "calibration": None,
+        "evaluation": "e.npz",
+        "output": folder / "model.lrsd.onnx",
+        "cost": "parameters",
+        "ratio": 3.0,
+        "max_error": None,
+        "forms": ("channel", "spatial"),
+        "include": "a",
+        "exclude": "b",
+        "samples": 7,
+        "seed": 5,
+        "device": "cpu",
+        "target": "onnxruntime",
+        "dry_run": False,
+        "plan": None,
+        "progress": None,  # stderr is no terminal here
+    }
+    assert {key: fake[key] for key in wanted} == wanted
+
+
+def test_every_option_is_an_option_of_the_api() -> None:
+    fields = set(onnx_lrsd.Options.__dataclass_fields__)
+    assert isinstance(cli.main, click.Group)
+    assert fields <= {parameter.name for parameter in cli.main.commands["optimize"].params}
+
+
+# Exit codes
+
+
+def test_a_broken_promise_exits_3_and_says_so(fake: dict[str, Any], folder: Path) -> None:
+    fake["kept"] = False
+    result = run("optimize", folder / "model.onnx", "--ratio", 2, "--json", folder / "report.json", "-q")
+    assert result.exit_code == 3
+    assert "2 was asked, 1.5 was reached" in result.stderr
+    assert json.loads((folder / "report.json").read_text())["promise"]["kept"] is False
+
+
+def test_a_budget_out_of_reach_exits_3(fake: dict[str, Any], folder: Path) -> None:
+    fake["raises"] = BudgetError("Out of reach; ask for less.")
+    result = run("optimize", folder / "model.onnx", "--ratio", 2)
+    assert (result.exit_code, result.stderr) == (3, "Error: Out of reach; ask for less.\n")
+
+
+def test_an_interrupt_exits_130(fake: dict[str, Any], folder: Path) -> None:
+    fake["raises"] = KeyboardInterrupt()
+    result = run("optimize", folder / "model.onnx")
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
+def test_a_bug_is_one_line_and_a_traceback_with_v(fake: dict[str, Any], folder: Path) -> None:
+    fake["raises"] = ZeroDivisionError("of a\nkind")
+    short = run("optimize", folder / "model.onnx")
+    assert short.exit_code == 1
+    assert short.stderr.count("\n") == 1
+    assert "this is a bug in onnx-lrsd (ZeroDivisionError: of a kind)" in short.stderr
+    assert "Traceback" in run("optimize", folder / "model.onnx", "-v").stderr
+    assert "Traceback" not in run("optimize", folder / "model.onnx").stderr
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "out.onnx"
+    command = [sys.executable, "-m", "onnx_lrsd", "optimize", DIGITS, "--calib", CALIB, "-o", output]
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "Interrupted.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--ratio 2 --max-error 0.1",
+        "--ratio 2 --plan plan.json",
+        "--plan plan.json --forms channel",
+        "--plan plan.json --cost bytes",
+        "--plan plan.json --include x",
+        "--ratio 0.5",
+        "--ratio many",
+        "--max-error 2",
+        "--forms low-rank",
+        "--include (",
+        "--samples 0",
+        "--cost money",
+        "--target abacus",
+        "--device tpu",
+        "--dry-run -o out.onnx",
+        "--json - --save-plan -",
+        "--nonsense",
+    ],
+)
+def test_wrong_usage_exits_2(fake: dict[str, Any], folder: Path, options: str) -> None:
+    result = run("optimize", folder / "model.onnx", *options.split())
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Usage: " in result.stderr
+    assert "model" not in fake
+
+
+# Bad input: one sentence with the remedy, exit code 1, and no debris
+
+
+def _no_model(folder: Path) -> None:
+    (folder / "model.onnx").unlink()
+
+
+def _not_onnx(folder: Path) -> None:
+    (folder / "model.onnx").write_text("weights, honestly")
+
+
+def _truncated(folder: Path) -> None:
+    content = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(content[: len(content) // 2])
+
+
+def _empty_model(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"")
+
+
+def _folder_for_model(folder: Path) -> None:
+    (folder / "model.onnx").unlink()
+    (folder / "model.onnx").mkdir()
+
+
+def _no_layers(folder: Path) -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 64, 16, 16]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", values[:1], values[1:])
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), folder / "model.onnx")
+
+
+def _nan_in_weights(folder: Path) -> None:
+    weight = np.zeros((64, 64, 3, 3), np.float32)
+    weight[0, 0, 0, 0] = np.nan
+    onnx.save(a_model(weight), folder / "model.onnx")
+
+
+def _no_data(folder: Path) -> None:
+    (folder / "calib.npz").unlink()
+
+
+def _damaged_data(folder: Path) -> None:
+    (folder / "calib.npz").write_bytes(b"PK\x03\x04 and then nothing")
+
+
+def _pickled_data(folder: Path) -> None:
+    np.savez(folder / "calib.npz", x=np.array([{"a": 1}, None], dtype=object))
+
+
+def _data(**arrays: Values) -> Callable[[Path], None]:
+    return lambda folder: np.savez(folder / "calib.npz", **arrays)  # type: ignore[arg-type]
+
+
+def _with_nan(data: Values) -> Values:
+    data[3, 2, 1, 0] = np.nan
+    return data
+
+
+BAD_INPUT = {
+    "no model": (_no_model, "model.onnx"),
+    "not ONNX": (_not_onnx, "model.onnx"),
+    "a truncated model": (_truncated, "model.onnx"),
+    "an empty model": (_empty_model, "model.onnx"),
+    "a folder": (_folder_for_model, "model.onnx"),
+    "no layers": (_no_layers, ""),
+    "NaN in weights": (_nan_in_weights, ""),
+    "no data": (_no_data, "calib.npz"),
+    "damaged data": (_damaged_data, "calib.npz"),
+    "pickled data": (_pickled_data, "calib.npz"),
+    "empty data": (_data(x=some_data(0)), "calib.npz"),
+    "no arrays": (_data(), "calib.npz"),
+    "one sample": (_data(x=some_data(1)), "calib.npz"),
+    "a wrong name": (_data(x=some_data(), z=some_data()), "x float32[N, 64, 16, 16]"),
+    "a wrong shape": (_data(x=some_data()[:, :3]), "x float32[N, 64, 16, 16]"),
+    "a wrong rank": (_data(x=some_data()[0, 0]), "x float32[N, 64, 16, 16]"),
+    "NaN in data": (_data(x=_with_nan(some_data())), "calib.npz"),
+    "text for data": (_data(x=np.array(["a", "b"])), "calib.npz"),
+}
+
+
+def _assert_one_sentence(result: Result, mention: object = "") -> None:
+    assert result.exit_code == 1, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.endswith((".\n", ").\n"))
+    assert "bug" not in result.stderr
+    assert str(mention) in result.stderr
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_sentence(folder: Path, case: str) -> None:
+    spoil, mention = BAD_INPUT[case]
+    spoil(folder)
+    before = set(folder.iterdir())
+    result = run("optimize", folder / "model.onnx", "--calib", folder / "calib.npz", "--ratio", 2)
+    _assert_one_sentence(result, mention)
+    assert set(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("option", ["--output", "--json", "--save-plan"])
+def test_an_output_that_cannot_be_written_is_found_out_before_the_work(
+    fake: dict[str, Any], folder: Path, option: str
+) -> None:
+    for place in (folder / "nowhere" / "file", folder):
+        result = run("optimize", folder / "model.onnx", option, place)
+        _assert_one_sentence(result, folder)
+        assert "model" not in fake
+
+
+def test_the_model_itself_is_never_overwritten(folder: Path, hasty: None) -> None:
+    content = (folder / "model.onnx").read_bytes()
+    common = "optimize", folder / "model.onnx", "--calib", folder / "calib.npz", "--ratio", 2
+    _assert_one_sentence(run(*common, "-o", folder / "model.onnx"), "model.onnx")
+    assert (folder / "model.onnx").read_bytes() == content
+
+
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() == 0, reason="needs a user who may not write everywhere"
+)
+def test_a_folder_without_permission_is_one_sentence(folder: Path) -> None:
+    folder.chmod(0o500)
+    try:
+        _assert_one_sentence(run("optimize", folder / "model.onnx"), folder)
+    finally:
+        folder.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "{",
+        '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"y": {"kind": "chanel", "rank": 8}}}',
+        '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"z": {"kind": "channel", "rank": 8}}}',
+        '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"y": {"kind": "channel", "rank": 9999}}}',
+        '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"y": {"kind": "channel", "rank": 8, '
+        '"channels": 65}}}',
+        '{"schema": 1, "target": "abacus", "cost": "macs", "layers": {"y": {"kind": "channel", "rank": 8}}}',
+        None,
+    ],
+)
+def test_a_bad_plan_is_one_sentence(folder: Path, plan: str | None) -> None:
+    if plan is not None:
+        (folder / "plan.json").write_text(plan)
+    common = "optimize", folder / "model.onnx", "--calib", folder / "calib.npz"
+    _assert_one_sentence(run(*common, "--plan", folder / "plan.json"))
+    assert not (folder / "model.lrsd.onnx").exists()
+
+
+def test_comparing_what_does_not_fit_is_one_sentence(folder: Path) -> None:
+    _assert_one_sentence(run("compare", folder / "model.onnx", DIGITS, "--data", folder / "calib.npz"))
+    _assert_one_sentence(run("inspect", folder / "calib.npz"), "calib.npz")
+
+
+# doctor
+
+
+def test_doctor_says_what_works() -> None:
+    result = run("doctor")
+    assert "inference" in result.stdout
+    assert result.stderr == ""
+
+
+def test_doctor_exits_1_when_something_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        cli, "examine", lambda: (Finding("inference", False, "fails"), Finding("gpu", None, "none"))
+    )
+    result = run("doctor")
+    assert (result.exit_code, result.stdout.split()[:2]) == (1, ["BAD", "inference"])
+
+
+def test_doctor_sees_two_runtimes_that_clash(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
+    monkeypatch.setattr("onnx_lrsd.doctor._installed", lambda name: versions.get(name, "1"))
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "pip uninstall onnxruntime onnxruntime-gpu" in result.stdout

@@ -1,0 +1,63 @@
+"""The README's example is true: half the MACs, the same accuracy, on the model that ships."""
+
+import re
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "models"
+
+
+def _accuracy(path: Path) -> float:
+    data = np.load(MODELS / "digits_eval.npz")
+    scores = onnxruntime.InferenceSession(str(path)).run(None, {"image": data["image"]})[0]
+    return float(np.mean(scores.argmax(axis=1) == data["labels"]))
+
+
+def _macs(path: Path) -> int:
+    """Counted apart from the tool: every output value of a Conv or Gemm costs one row of its weight."""
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    del model.graph.value_info[:]
+    model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    values = [*model.graph.value_info, *model.graph.output]
+    shapes = {v.name: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim] for v in values}
+    weights = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    total = 0
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            total += prod(shapes[node.output[0]]) * prod(weights[node.input[1]][1:])
+        elif node.op_type in ("Gemm", "MatMul"):
+            total += prod(weights[node.input[1]])
+    return total
+
+
+def test_the_example_is_small_and_accurate() -> None:
+    files = list(MODELS.glob("digits*"))
+    assert sum(path.stat().st_size for path in files) < 5_000_000
+    assert _accuracy(MODELS / "digits.onnx") >= 0.97
+    assert "labels" not in np.load(MODELS / "digits_calib.npz").files
+
+
+def test_calibration_and_evaluation_samples_are_apart() -> None:
+    calibration, evaluation = (np.load(MODELS / f"digits_{part}.npz")["image"] for part in ("calib", "eval"))
+    assert not {image.tobytes() for image in calibration} & {image.tobytes() for image in evaluation}
+
+
+def test_the_python_of_the_readme_halves_the_macs_and_keeps_the_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "models").symlink_to(MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("onnx_lrsd.verify.COMPARE_SECONDS", 0.5)
+    exec(compile(code, "README.md", "exec"), {})
+    written = tmp_path / "digits.lrsd.onnx"
+    assert _macs(MODELS / "digits.onnx") >= 2 * _macs(written)
+    assert _accuracy(written) >= _accuracy(MODELS / "digits.onnx") - 0.01
+    assert "2 x fewer MACs asked" in capsys.readouterr().out

@@ -1,0 +1,250 @@
+"""The report says what was measured, in JSON and in a table, and flatters nobody."""
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnx_lrsd.errors import DataError
+from onnx_lrsd.report import (
+    comparison_to_json,
+    inspection_table,
+    inspection_to_json,
+    plan_from_json,
+    plan_to_json,
+    report_table,
+    report_to_json,
+)
+from onnx_lrsd.types import (
+    KINDS,
+    Choice,
+    Cost,
+    Declined,
+    Form,
+    Inspection,
+    Layer,
+    LayerReport,
+    Metric,
+    OutputError,
+    Plan,
+    Price,
+    Promise,
+    Report,
+    Verification,
+)
+
+VERIFIED = Verification(
+    Cost(4_000_000, 1_000_000, 3_999_999, 2.0),
+    Cost(2_000_000, 500_000, 2_000_000, 1.0),
+    1.998,
+    (1.9, 2.1),
+    (OutputError("scores", 0.001201),),
+    400,
+    Metric("top1", 0.985, 0.9825, 400, (-0.0094, 0.0044)),
+)
+SPLIT = LayerReport(
+    "conv1", "Conv", (64, 64, 3, 3), "spatial", 16, 0, "none", 10**7, 10**6, 400, 40, 100, 10, 0.00101
+)
+LEFT = LayerReport(
+    "head", "Gemm", (10, 64), "dense", 0, 0, "none", 640, 640, 40, 40, 10, 10, 0.0, "no smaller form pays"
+)
+REPORT = Report(
+    "net.onnx",
+    "net.lrsd.onnx",
+    "onnxruntime",
+    "macs",
+    300,
+    "calib.npz",
+    VERIFIED,
+    Promise("ratio", 2.0, 1.9999995, False),
+    (SPLIT, LEFT),
+    ("Careful.",),
+    {"load": 0.5, "verify": 1.0},
+    {"onnx-lrsd": "0.1.0"},
+)
+
+prices = st.builds(Price, st.integers(0, 2**50), st.integers(0, 2**40), st.integers(0, 2**42))
+forms = st.just(Form()) | st.builds(
+    Form,
+    st.sampled_from([kind for kind in KINDS if kind != "dense"]),
+    st.integers(1, 4096),
+    st.integers(0, 64),
+)
+choices = st.builds(Choice, forms, st.floats(0, 1), prices, prices, st.text(max_size=20))
+plans = st.builds(
+    Plan,
+    st.just("onnxruntime"),
+    st.sampled_from(["macs", "parameters", "bytes"]),
+    st.dictionaries(st.text(max_size=20), choices, max_size=5),
+)
+
+
+KEYS = (
+    *("schema", "tool", "model", "target", "cost", "calibration", "before", "after", "ratio", "outputs"),
+    *("metric", "promise", "layers", "warnings", "seconds"),
+)
+LAYER_KEYS = (
+    *(
+        "name",
+        "op",
+        "shape",
+        "form",
+        "rank",
+        "nonzeros",
+        "pattern",
+        "macs_before",
+        "macs_after",
+        "bytes_before",
+    ),
+    *("bytes_after", "parameters_before", "parameters_after", "error", "reason"),
+)
+PLAN = '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"conv7": ENTRY}}'
+
+
+def test_the_json_has_every_key_of_schema_1() -> None:
+    facts = json.loads(report_to_json(REPORT))
+    assert tuple(facts) == KEYS
+    assert facts["schema"] == 1
+    assert facts["tool"] == {"name": "onnx-lrsd", "version": "0.1.0"}
+    assert facts["model"] == {"input": "net.onnx", "output": "net.lrsd.onnx"}
+    assert facts["calibration"] == {"samples": 300, "source": "calib.npz"}
+    assert facts["before"] == {
+        "bytes": 4_000_000,
+        "parameters": 1_000_000,
+        "macs": 3_999_999,
+        "latency_ms": 2.0,
+    }
+    latency = {"median": 1.998, "interval": [1.9, 2.1]}
+    assert facts["ratio"] == {
+        "bytes": 2.0,
+        "parameters": 2.0,
+        "macs": 3_999_999 / 2_000_000,
+        "latency": latency,
+    }
+    assert facts["outputs"] == [{"name": "scores", "relative_error": 0.001201}]
+    assert facts["metric"]["interval"] == [-0.0094, 0.0044]
+    assert facts["promise"] == {"kind": "ratio", "asked": 2.0, "got": 1.9999995, "kept": False}
+    assert tuple(facts["layers"][0]) == LAYER_KEYS
+    assert set(facts["seconds"]) >= {"load", "calibrate", "decompose", "plan", "rewrite", "verify"}
+
+
+def test_a_dry_run_has_nulls_where_nothing_was_measured() -> None:
+    facts = json.loads(report_to_json(replace(REPORT, verification=None, promise=None, output="")))
+    measured = ("before", "after", "ratio", "metric", "promise")
+    assert [facts[key] for key in measured] == [None] * 5
+    assert facts["model"]["output"] is None
+    assert "nothing was rewritten" in report_table(replace(REPORT, verification=None, promise=None))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_null(value: float) -> None:
+    def refuse(constant: str) -> Any:
+        raise AssertionError(f"{constant} is not JSON")
+
+    found = replace(VERIFIED, outputs=(OutputError("y", value),), latency_ratio=value)
+    text = report_to_json(replace(REPORT, verification=found))
+    assert json.loads(text, parse_constant=refuse)["outputs"][0]["relative_error"] is None
+    json.loads(comparison_to_json(found, "a", "b", "c"), parse_constant=refuse)
+    assert "not finite" in report_table(replace(REPORT, verification=found))
+
+
+def test_nothing_is_rounded_in_a_flattering_direction() -> None:
+    table = report_table(REPORT)
+    assert "1.99 x" in table  # of 3,999,999 MACs to 2,000,000, and of the latency
+    assert "0.13 %" in table  # an output error of 0.1201 %
+    assert "0.11 %" in table  # a layer error of 0.101 %
+    assert "2 x fewer MACs asked, 1.99 x got: NOT KEPT" in table
+
+
+def test_the_table_fits_a_terminal_and_groups_what_was_left() -> None:
+    long = [
+        replace(LEFT, name=f"a/very/long/{'and/deep/' * 9}name/{i}/MatMul", reason="too thin")
+        for i in range(90)
+    ]
+    many = [replace(SPLIT, name=f"block{i}/{'x' * 90}/conv") for i in range(90)]
+    report = replace(REPORT, layers=(*many, *long), warnings=("word " * 60,))
+    for every in (False, True):
+        lines = report_table(report, every=every).splitlines()
+        assert max(map(len, lines)) <= 100
+        assert any("90 x too thin" in line for line in lines)
+        assert any("and 30 more" in line for line in lines) is not every
+    assert "\033" not in report_table(report)
+    assert "\033" in report_table(report, colour=True)
+
+
+def test_an_inspection_says_what_can_be_worked_on() -> None:
+    layer = Layer("y", "conv1", "Conv", "x", "w", (64, 64, 3, 3), "float32", 64, 576, kernel=(3, 3))
+    found = Inspection(
+        ((layer, Price(900, 10, 40)),), (Declined("gate", "MatMul", "inside If"),), Price(1000, 12, 48)
+    )
+    facts = json.loads(inspection_to_json(found, "net.onnx"))
+    assert facts["layers"] == [
+        {"name": "conv1", "op": "Conv", "shape": [64, 64, 3, 3], "macs": 900, "parameters": 10, "bytes": 40}
+    ]
+    assert facts["declined"] == [{"name": "gate", "op": "MatMul", "reason": "inside If"}]
+    table = inspection_table(found, "net.onnx")
+    assert "90.0 % of the MACs" in table
+    assert "1 x inside If: gate" in table
+
+
+@given(plans)
+def test_a_plan_survives_its_json(plan: Plan) -> None:
+    assert plan_from_json(plan_to_json(plan)) == plan
+
+
+def test_a_plan_has_one_line_for_each_layer() -> None:
+    price = Price(1, 2, 3)
+    plan = Plan("onnxruntime", "macs", {name: Choice(Form(), 0.0, price, price) for name in "abc"})
+    assert sum('"kind"' in line for line in plan_to_json(plan).splitlines()) == 3
+
+
+def test_an_edited_plan_needs_only_kind_and_rank() -> None:
+    plan = plan_from_json(PLAN.replace("ENTRY", '{"kind": "channel", "rank": 8}'))
+    assert plan.choices["conv7"].form == Form("channel", 8)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '{"kind": "chanel", "rank": 8}',
+        '{"kind": "channel"}',
+        '{"kind": "channel", "rank": 0}',
+        '{"kind": "channel", "rank": -1}',
+        '{"kind": "channel", "rank": 8.5}',
+        '{"kind": "channel", "rank": true}',
+        '{"kind": "channel", "rank": "8"}',
+        '{"kind": "channel", "rnk": 8}',
+        '{"kind": "dense", "rank": 8}',
+        '{"kind": "channel", "rank": 8, "error": "small"}',
+        '{"kind": "channel", "rank": 8, "before": 7}',
+        '{"kind": "channel", "rank": 8, "before": {"macs": "many"}}',
+        '{"kind": ["channel"], "rank": 8}',
+        '"channel 8"',
+    ],
+)
+def test_a_wrong_entry_is_named_in_one_sentence(entry: str) -> None:
+    with pytest.raises(DataError, match=r"^Layer conv7 of the plan .*\.$"):
+        plan_from_json(PLAN.replace("ENTRY", entry))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"layers": {}}',
+        '{"schema": 2, "target": "onnxruntime", "cost": "macs", "layers": {}}',
+        '{"schema": 1, "cost": "macs", "layers": {}}',
+        '{"schema": 1, "target": "onnxruntime", "cost": "money", "layers": {}}',
+        '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"a": {}, "a": {}}}',
+    ],
+)
+def test_what_is_no_plan_is_refused_in_one_sentence(text: str) -> None:
+    with pytest.raises(DataError, match=r"^[^\n]+\.$"):
+        plan_from_json(text)
