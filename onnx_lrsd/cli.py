@@ -216,6 +216,8 @@ def optimize_command(
     target = None if dry_run else output or model.with_name(model.stem + SUFFIX)
     for path in (target, json_path, save_plan):
         _check_writable(path)
+        if path is not None and path.exists() and model.exists() and path.samefile(model):
+            raise LrsdError(f"{path} is the model itself, which is never touched: choose another file.")
     with _progress(quiet) as progress:
         result = optimize(
             model,

@@ -28,6 +28,7 @@ from onnx_lrsd.passes import find_layers, read_weight
 from onnx_lrsd.reconstruct import WeightOf, reconstruct
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.solver.curve import errors
+from onnx_lrsd.solver.decompose import check_form
 from onnx_lrsd.solver.whiten import pose
 from onnx_lrsd.targets import TARGETS, Target, price
 from onnx_lrsd.trial import CLEARLY, speedups
@@ -174,8 +175,7 @@ def optimize(
                 chosen = planner.for_error(settings.max_error or 0.0, fit, check_on)
         plan = _as_plan(settings, curves, chosen, run.reasons)
     else:
-        _must_fit(plan, layers)
-        chosen = {name: choice.form for name, choice in plan.choices.items() if choice.form.kind != DENSE}
+        chosen = _forms_of(plan, layers)
     rewritten, verification = source, None
     factors: dict[str, Factors] = {}
     if not dry_run:
@@ -409,13 +409,26 @@ def _as_plan(
 NOT_NEEDED = "the budget is met at less error without it"
 
 
-def _must_fit(plan: Plan, layers: Sequence[Layer]) -> None:
-    unknown = sorted(set(plan.choices) - {layer.name for layer in layers})
-    if unknown:
-        raise DataError(
-            f"The plan names the layer {unknown[0]}, which this model does not have: "
-            "make a plan for this model with --save-plan."
-        )
+def _forms_of(plan: Plan, layers: Sequence[Layer]) -> dict[str, Form]:
+    """The forms of a plan that change something. Raises DataError for those this model cannot take."""
+    for asked, offered in ((plan.target, TARGETS), (plan.cost, COSTS)):
+        if asked not in offered:
+            raise DataError(
+                f"The plan asks for {asked}, which is none of {', '.join(offered)}: change it there."
+            )
+    known = {layer.name: layer for layer in layers}
+    forms = {name: choice.form for name, choice in plan.choices.items() if choice.form.kind != DENSE}
+    for name, form in forms.items():
+        if name not in known:
+            raise DataError(
+                f"The plan names the layer {name}, which this model does not have: "
+                "make a plan for this model with --save-plan."
+            )
+        try:
+            check_form(known[name], form)
+        except ValueError as error:
+            raise DataError(f"The plan does not fit ({error}): change it there.") from error
+    return forms
 
 
 def _worse(found: Verification) -> bool:

@@ -22,6 +22,7 @@ import onnx_lrsd.optimize
 from onnx_lrsd import cli
 from onnx_lrsd.doctor import Finding
 from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.timing import pair_latency
 from onnx_lrsd.types import Choice, Form, Plan, Price, Promise, Report
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +63,11 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency is measured for a moment only."""
-    monkeypatch.setattr("onnx_lrsd.verify.COMPARE_SECONDS", 0.2)
+
+    def for_a_moment(*runs: Any, **options: Any) -> Any:
+        return pair_latency(*runs, **{**options, "seconds": 0.1})
+
+    monkeypatch.setattr("onnx_lrsd.verify.pair_latency", for_a_moment)
 
 
 @pytest.fixture
@@ -378,25 +383,31 @@ def test_a_folder_without_permission_is_one_sentence(folder: Path) -> None:
         folder.chmod(0o700)
 
 
+PLAN = (
+    '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"y": {"kind": "channel", "rank": 8}}}'
+)
+
+
 @pytest.mark.parametrize(
-    "plan",
+    ("right", "wrong"),
     [
-        "{",
-        '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"y": {"kind": "chanel", "rank": 8}}}',
-        '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"z": {"kind": "channel", "rank": 8}}}',
-        '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"y": {"kind": "channel", "rank": 9999}}}',
-        '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"y": {"kind": "channel", "rank": 8, '
-        '"channels": 65}}}',
-        '{"schema": 1, "target": "abacus", "cost": "macs", "layers": {"y": {"kind": "channel", "rank": 8}}}',
-        None,
+        (PLAN, "{"),
+        ("channel", "chanel"),
+        ('"y"', '"z"'),
+        ('"rank": 8', '"rank": 9999'),
+        ('"rank": 8', '"rank": 8, "channels": 65'),
+        ("onnxruntime", "abacus"),
     ],
 )
-def test_a_bad_plan_is_one_sentence(folder: Path, plan: str | None) -> None:
-    if plan is not None:
-        (folder / "plan.json").write_text(plan)
+def test_a_bad_plan_is_one_sentence(folder: Path, hasty: None, right: str, wrong: str) -> None:
+    (folder / "plan.json").write_text(PLAN.replace(right, wrong))
     common = "optimize", folder / "model.onnx", "--calib", folder / "calib.npz"
     _assert_one_sentence(run(*common, "--plan", folder / "plan.json"))
     assert not (folder / "model.lrsd.onnx").exists()
+
+
+def test_a_missing_plan_is_one_sentence(folder: Path) -> None:
+    _assert_one_sentence(run("optimize", folder / "model.onnx", "--plan", folder / "plan.json"), "plan.json")
 
 
 def test_comparing_what_does_not_fit_is_one_sentence(folder: Path) -> None:
@@ -409,7 +420,7 @@ def test_comparing_what_does_not_fit_is_one_sentence(folder: Path) -> None:
 
 def test_doctor_says_what_works() -> None:
     result = run("doctor")
-    assert "inference" in result.stdout
+    assert "onnxruntime" in result.stdout
     assert result.stderr == ""
 
 
@@ -422,8 +433,8 @@ def test_doctor_exits_1_when_something_is_broken(monkeypatch: pytest.MonkeyPatch
 
 
 def test_doctor_sees_two_runtimes_that_clash(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
-    monkeypatch.setattr("onnx_lrsd.doctor._installed", lambda name: versions.get(name, "1"))
+    both = ["onnxruntime", "onnxruntime-gpu"]
+    monkeypatch.setattr("onnx_lrsd.doctor._distributions", lambda name: both if name == "onnxruntime" else [])
     result = run("doctor")
     assert result.exit_code == 1
     assert "pip uninstall onnxruntime onnxruntime-gpu" in result.stdout

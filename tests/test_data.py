@@ -213,22 +213,13 @@ def test_text_is_fed_to_models_that_want_text() -> None:
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        (
-            {},
-            "has no ids, mask: name the arrays as the model does, ids int64[batch, seq], mask bool[batch, seq]",
-        ),
+        ({}, "has no ids, mask: name the arrays as the model does, ids int64[batch, seq], mask bool["),
         ({"ids": np.ones((2, 3), int)}, "has no mask"),
         ({"id": np.ones((2, 3), int)}, "has no ids, mask but id"),
         ({k: np.ones((2, 3), bool) for k in ("ids", "mask", "x")}, "has x, which the model does not take"),
-        (
-            {"ids": np.ones((2, 3), int), "mask": np.ones((3, 3), bool)},
-            "different numbers of samples (ids 2, mask 3)",
-        ),
-        (
-            {"ids": np.ones((2, 3, 1, 1), int), "mask": np.ones((2, 3), bool)},
-            "has shape [2, 3, 1, 1]; the model wants",
-        ),
-        ([{"ids": np.ones((1, n), int), "mask": np.ones((1, 3), bool)} for n in (3, 4)], "differ in shape"),
+        (tokens((2, 3), (3, 3)), "different numbers of samples (ids 2, mask 3)"),
+        (tokens((2, 3, 1, 1), (2, 3)), "has shape [2, 3, 1, 1]; the model wants ids int64[batch, seq]"),
+        ([tokens((1, n), (1, 3)) for n in (3, 4)], "differ in shape, as [3] and [4] do: bring them"),
         ([], "holds no samples: give at least two"),
         ([3], "yields int where a dict"),
         (3, "cannot be read: give a path"),

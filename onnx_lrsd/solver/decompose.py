@@ -25,7 +25,7 @@ def decompose(problem: Problem, form: Form) -> Factors:
     channels out of range.
     """
     layer, weight = problem.layer, problem.weight
-    _check(layer, form)
+    check_form(layer, form)
     xp = namespace(weight)
     chosen = choose_channels(problem, form) if form.channels else None
     approximation = xp.zeros_like(weight)
@@ -102,7 +102,8 @@ def _scatter_channels(v: Array, channels: tuple[int, ...], total: int) -> Array:
     return xp.reshape(wide, (rank, -1))
 
 
-def _check(layer: Layer, form: Form) -> None:
+def check_form(layer: Layer, form: Form) -> None:
+    """Raise ValueError, in words, for a form that the layer cannot take."""
     if form.kind == DENSE:
         raise ValueError("a dense form needs no factors")
     groups = shared_groups(layer.kernel, form.kind)
