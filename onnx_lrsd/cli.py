@@ -24,7 +24,7 @@ import onnx_lrsd
 from onnx_lrsd.dataset import read_samples
 from onnx_lrsd.doctor import examine
 from onnx_lrsd.errors import LrsdError
-from onnx_lrsd.model import load
+from onnx_lrsd.model import load, size_on_disk
 from onnx_lrsd.optimize import inspect, optimize
 from onnx_lrsd.report import (
     comparison_table,
@@ -281,7 +281,14 @@ def compare_command(
     one, two = load(before), load(after)
     samples = made_up_samples(one) if data is None else read_samples(data, inputs_of(one.proto))
     with _progress(quiet) as progress:
-        found = compare(one, two, samples, progress=progress)
+        found = compare(
+            one,
+            two,
+            samples,
+            bytes_before=size_on_disk(before),
+            bytes_after=size_on_disk(after),
+            progress=progress,
+        )
     if not quiet:
         _say(comparison_table(found, str(before), str(after), colour=_colour()))
         if data is None:

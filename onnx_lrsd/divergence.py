@@ -9,6 +9,9 @@ import numpy.typing as npt
 
 Values = npt.NDArray[Any]
 
+ROUNDING = 1e-14
+"""A spread below this share of the energy is what float32 leaves of a constant."""
+
 
 class Divergence:
     """Streams |new - old|^2 / |old - E old|^2 of one output in float64, batch by batch.
@@ -67,7 +70,7 @@ class Divergence:
         energy = self.squares
         if not self.uneven and self.rows > 1:
             centred = self.spread - float(np.sum(np.square(self.sum))) / self.rows
-            energy = centred if centred > 1e-12 * self.squares else energy
+            energy = centred if centred > ROUNDING * self.squares else energy
         return self.missed / energy if energy > 0 else float("inf")
 
 

@@ -73,15 +73,16 @@ def open_session(
     folder: Path | None = None,
     outputs: Sequence[str] | None = None,
     threads: int | None = None,
-    spinning: bool = True,
+    spinning: bool = False,
     optimise: bool = True,
     device: str = "cpu",
 ) -> Session:
     """Open ``proto``, whose external data lies in ``folder``, to give ``outputs``.
 
     ``outputs`` may name any tensor of the main graph, inputs and initializers included; nodes that none
-    of them needs are left out. ``threads`` None leaves the number to ONNX Runtime; ``spinning`` False
-    keeps idle threads from burning time that a model timed beside this one would miss. ``proto`` is not
+    of them needs are left out. ``threads`` None leaves the number to ONNX Runtime; ``spinning`` True,
+    its own default, has idle threads burn the time that NumPy or a second model beside this one could
+    use. ``proto`` is not
     changed, nor are its large weights copied into a message. Raises ModelError when ONNX Runtime refuses
     the model, DeviceError when ``device`` 'cuda' is not there, ValueError for an output nobody computes.
     """
@@ -100,7 +101,7 @@ def _options(
     ort: ModuleType,
     folder: Path | None = None,
     threads: int | None = None,
-    spinning: bool = True,
+    spinning: bool = False,
     optimise: bool = True,
 ) -> Any:
     options = ort.SessionOptions()

@@ -143,7 +143,7 @@ def _pace(
     seconds: float,
     restarts: int = 1,
 ) -> Pace:
-    """Time two models; threads of neither spin, which would take time from the other.
+    """Time two models side by side.
 
     Where its weights come to lie makes a session up to 5 % slower or faster for good. So both are
     opened ``restarts`` times, in turns as the first: the median of what the starts give is the ratio,
@@ -155,7 +155,7 @@ def _pace(
         sessions = {}
         for which in (0, 1) if start % 2 == 0 else (1, 0):
             proto, folder = (before, after)[which]
-            session = open_session(proto, folder=folder, threads=threads, spinning=False)
+            session = open_session(proto, folder=folder, threads=threads)
             sessions[which] = partial(session.run, feed)
         rounds = 1 if restarts > 1 else FEWEST_ROUNDS
         old, new, ratio, interval = pair_latency(
@@ -254,7 +254,8 @@ def _top1(old: Classes, new: Classes, labels: npt.NDArray[Any]) -> Metric:
     total = count + 2
     centre = (won - lost) / total
     half = 1.96 * float(np.sqrt(((won + lost + 1) / total - centre**2) / total))
-    interval = max(centre - half, -1.0), min(centre + half, 1.0)
+    difference = (won - lost) / count
+    interval = min(max(centre - half, -1.0), difference), max(min(centre + half, 1.0), difference)
     return Metric("top1", float(right.mean()), float(still.mean()), count, interval)
 
 

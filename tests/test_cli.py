@@ -365,11 +365,12 @@ def test_an_output_that_cannot_be_written_is_found_out_before_the_work(
         assert "model" not in fake
 
 
-def test_the_model_itself_is_never_overwritten(folder: Path, hasty: None) -> None:
+@pytest.mark.parametrize("option", ["--output", "--json", "--save-plan"])
+def test_the_model_itself_is_never_overwritten(fake: dict[str, Any], folder: Path, option: str) -> None:
     content = (folder / "model.onnx").read_bytes()
-    common = "optimize", folder / "model.onnx", "--calib", folder / "calib.npz", "--ratio", 2
-    _assert_one_sentence(run(*common, "-o", folder / "model.onnx"), "model.onnx")
+    _assert_one_sentence(run("optimize", folder / "model.onnx", option, folder / "model.onnx"), "model.onnx")
     assert (folder / "model.onnx").read_bytes() == content
+    assert "model" not in fake
 
 
 @pytest.mark.skipif(

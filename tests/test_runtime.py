@@ -125,7 +125,7 @@ def test_large_weights_give_the_same_answer_however_they_are_stored(
 
 def test_without_optimisation_or_with_other_threads_the_answer_is_the_same() -> None:
     expected = runtime.open_session(network()).run({"x": X})["y"]
-    plain = runtime.open_session(network(), optimise=False, threads=1, spinning=False)
+    plain = runtime.open_session(network(), optimise=False, threads=1, spinning=True)
     assert np.allclose(plain.run({"x": X})["y"], expected, atol=1e-4)
 
 

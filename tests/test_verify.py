@@ -111,16 +111,14 @@ def test_models_with_other_inputs_or_outputs_are_not_compared() -> None:
             quickly(before, after, samples(before))
     after = load(before.proto)
     after.proto.graph.output[0].type.tensor_type.elem_type = TensorProto.INT32
-    with pytest.raises(VerificationError, match="class int64.*class int32"):
+    with pytest.raises(VerificationError, match=r"class int64.*class int32"):
         quickly(before, after, samples(before))
 
 
 def test_a_second_model_that_does_not_run_is_to_blame() -> None:
     before, after = classifier(WEIGHT), classifier(WEIGHT)
     after.proto.graph.node[0].op_type = "NoSuchOperator"
-    with pytest.raises(
-        VerificationError, match="The second model fails where the first runs.*: do not use it"
-    ):
+    with pytest.raises(VerificationError, match=r"The second model fails where the first runs.*: do not"):
         quickly(before, after, samples(before))
     with pytest.raises(VerificationError, match="The second model fails"):
         quickly(before, classifier(WEIGHT[:5]), samples(before))
@@ -139,7 +137,8 @@ def test_both_models_find_their_own_external_data(tmp_path: Path) -> None:
             size_threshold=0,
         )
         models.append(load(folder / "model.onnx"))
-    found = compare(*models, samples(models[0]), seconds=0.05)
+    before, after = models
+    found = compare(before, after, samples(before), seconds=0.05)
     assert found.outputs[1].relative_error == pytest.approx(relative(X @ WEIGHT, 2 * X @ WEIGHT), rel=1e-4)
 
 
@@ -150,7 +149,7 @@ def test_top1_counts_both_models_on_the_same_labels() -> None:
     assert found is not None
     assert (found.name, found.before, found.samples) == ("top1", 1.0, 50)
     assert found.after == pytest.approx(np.mean((X @ WEIGHT[:, ::-1]).argmax(1) == labels))
-    assert found.interval[0] < found.after - found.before < found.interval[1] + 0.1
+    assert found.interval[0] <= found.after - found.before <= found.interval[1] < 0
 
 
 def test_top1_reads_scores_with_axes_of_one() -> None:
@@ -234,7 +233,7 @@ def test_maps_and_sequences_of_numbers_are_compared_as_numbers() -> None:
 def test_nan_and_infinity_are_equal_to_themselves_and_to_nothing_else() -> None:
     old = np.array([[1.0, np.nan], [2.0, np.inf]])
     assert streamed([(old, old.copy())]) == 0
-    assert streamed([(old, old + [[0.1, 0], [0, 0]])]) == pytest.approx(0.01 / 0.5)
+    assert streamed([(old, old + np.array([[0.1, 0], [0, 0]]))]) == pytest.approx(0.01 / 0.5)
     for broken in ([[1, 0], [2, np.inf]], [[1, np.nan], [2, -np.inf]], [[np.nan, np.nan], [2, np.inf]]):
         assert streamed([(old, np.array(broken))]) == np.inf
 
