@@ -78,7 +78,7 @@ def calibrate(
         accumulators[layer.name].add(input_rows(layer, activations[layer.input], positions[::SURVEY]))
         outputs[layer.name].append(output_rows(layer, activations[layer.name], positions))
     kept = {name: np.concatenate(parts) for name, parts in outputs.items()}
-    moments = {name: accumulator.result() for name, accumulator in accumulators.items()}
+    moments = _results(accumulators, samples)
     return Calibration(located, moments, kept, shapes, samples, batch, seed)
 
 
@@ -95,7 +95,14 @@ def recalibrate(model: Model, layers: Sequence[Layer], reference: Calibration) -
         done[layer.name] = at + len(positions)
         wanted = reference.outputs[layer.name][at : done[layer.name]]
         accumulators[layer.name].add(input_rows(layer, activations[layer.input], positions), wanted)
-    return {name: accumulator.result() for name, accumulator in accumulators.items()}
+    return _results(accumulators, samples)
+
+
+def _results(accumulators: Mapping[str, MomentAccumulator], samples: Samples) -> dict[str, Moments]:
+    return {
+        name: replace(accumulator.result(), samples=samples.count)
+        for name, accumulator in accumulators.items()
+    }
 
 
 def _observe(

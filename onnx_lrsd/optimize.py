@@ -330,7 +330,7 @@ class _Planner:
 
         The other half is for the report to confirm on. The search brackets the ratio.
         """
-        search = samples if samples.count < 4 else samples.take(np.arange(0, samples.count, 2))
+        search = samples if samples.count < 4 * samples.smallest_batch else samples.split(0.5, 0)[0]
         low, high, best = 1.0, 0.0, dict[str, Form]()
         ratio = 2.0
         for _ in range(SEARCHES):

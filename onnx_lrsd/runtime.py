@@ -266,5 +266,5 @@ def gist(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.split("Status Message: ")[-1].split(" Please fix")[0]
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    text = re.sub(r"^/\S+:\d+ .*?\)( const)? (?=\S)", "", text).rstrip(" .")
+    text = re.sub(r"/\S+:\d+ .*?\)\S*( const)? (?=\S)", "", text).rstrip(" .")
     return text if len(text) <= 200 else text[:197] + "..."

@@ -81,6 +81,9 @@ class Moments:
     When the layer will see other inputs than the original network's (because layers before it
     were rewritten), ``cross`` (n, m) is E[(y - E y)(x - mean)^T] for the *original* outputs y,
     ``output_mean`` (n,) is E y and ``output_energy`` is E|y - E y|^2.
+
+    ``samples`` is how many samples the rows come from, where rows of one sample are alike (0: each
+    row is a sample).
     """
 
     name: str
@@ -91,6 +94,7 @@ class Moments:
     cross: Array | None = None
     output_mean: Array | None = None
     output_energy: float | None = None
+    samples: int = 0
 
 
 @dataclass(frozen=True, order=True)

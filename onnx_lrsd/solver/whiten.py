@@ -87,9 +87,13 @@ class Problem:
         return self.output_mean - weight @ self.mean
 
 
-def relative_damping(inputs: int, rows: int) -> float:
-    """Damping in units of the mean diagonal of C: between .01 and .3, more the fewer rows there are."""
-    return min(0.3, max(0.01, 0.06 * inputs / max(rows, 1)))
+def relative_damping(inputs: int, rows: int, samples: int) -> float:
+    """Damping in units of the mean diagonal of C: between .01 and .3, more the less was seen.
+
+    Rows of one sample are alike, so that the number of samples counts beside that of rows. The rule
+    was found on calibration samples kept apart from the fit (benchmarks/RESULTS.md).
+    """
+    return min(0.3, max(0.01, 0.06 * inputs / max(rows, 1), 12 / max(samples, 1)))
 
 
 def pose(
@@ -115,7 +119,8 @@ def pose(
     rows = None if moments.rows is None else to_device(moments.rows, device).astype(xp.float64)
     mean = to_device(moments.mean, device)
     trace = xp.linalg.trace(second) if rows is None else xp.sum(xp.square(rows)) / moments.count
-    damping = relative_damping(layer.m, moments.count) * float(trace) / layer.m
+    relative = relative_damping(layer.m, moments.count, moments.samples or moments.count)
+    damping = relative * float(trace) / layer.m
     metric = Metric(second, rows, max(damping, 1e-30))
     if moments.cross is None:
         energy = float(xp.sum(metric.undamped(w) * w))

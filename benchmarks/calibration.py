@@ -1,0 +1,57 @@
+"""What calibration costs, as a multiple of plain inference of the same samples.
+
+    python benchmarks/calibration.py FOLDER... [--samples N] [--rounds K]
+
+A FOLDER holds model.onnx and calib.npz. Inference and calibration alternate; the median of the paired
+ratios is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+
+from onnx_lrsd.calibrate import calibrate
+from onnx_lrsd.dataset import read_samples
+from onnx_lrsd.model import load
+from onnx_lrsd.passes import find_layers
+from onnx_lrsd.runtime import inputs_of, open_session
+
+
+def main() -> None:
+    """Time both and print a markdown row for each folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    print("| model | samples | inference, s | calibration, s | ratio |\n|---|---|---|---|---|")
+    for folder in given.folders:
+        model = load(folder / "model.onnx")
+        layers, _ = find_layers(model.graph())
+        samples = read_samples(folder / "calib.npz", inputs_of(model.proto), limit=given.samples)
+        plain, whole = [], []
+        for _ in range(given.rounds):
+            start = time.perf_counter()
+            session = open_session(model.proto, folder=model.folder)
+            for feed in samples.batches(1):
+                session.run(feed)
+            middle = time.perf_counter()
+            calibrate(model, layers, samples)
+            plain.append(middle - start)
+            whole.append(time.perf_counter() - middle)
+        ratio = float(np.median(np.array(whole) / np.array(plain)))
+        print(
+            f"| {folder.name} | {samples.count} | {np.median(plain):.1f} | {np.median(whole):.1f} "
+            f"| {ratio:.2f} x |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Real models through the whole tool: MACs, latency and score before and after, beside simple baselines.
+
+    python benchmarks/models.py FOLDER... [--ratio R] [--samples N] [--baselines] [--json FILE]
+
+A FOLDER holds model.onnx, calib.npz, and eval.npz with the model's inputs and ``labels``; an about.json
+with {"score": "spearman"} marks sentence embeddings (rows 2i and 2i+1 are a pair). With --baselines,
+truncated SVD of the plain weights and of the whitened weights, each at one keep rate for all layers and
+the same MACs, are fitted and scored on the same samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import onnx_lrsd
+from onnx_lrsd.calibrate import Calibration, calibrate
+from onnx_lrsd.dataset import Samples, read_samples
+from onnx_lrsd.errors import LrsdError
+from onnx_lrsd.model import Model, load
+from onnx_lrsd.passes import find_layers, read_weight, split
+from onnx_lrsd.runtime import inputs_of, open_session
+from onnx_lrsd.solver.decompose import decompose
+from onnx_lrsd.solver.whiten import pose
+from onnx_lrsd.types import CHANNEL, Form, Layer
+from onnx_lrsd.verify import compare, total_price
+
+Values = npt.NDArray[Any]
+
+
+def outputs(model: Model, samples: Samples) -> Values:
+    """The first output over all samples; embeddings of tokens are averaged over the mask."""
+    session = open_session(model.proto, folder=model.folder)
+    parts = []
+    for feed in samples.batches(samples.batch_size(1 << 22, 1 << 25)):
+        value = session.run(feed)[session.outputs[0]]
+        if value.ndim == 3 and "attention_mask" in feed:
+            mask = feed["attention_mask"][..., None].astype(np.float32)
+            value = (value * mask).sum(axis=1) / np.maximum(mask.sum(axis=1), 1e-9)
+        parts.append(value.reshape(len(value), -1))
+    return np.concatenate(parts)
+
+
+def score(kind: str, values: Values, labels: Values) -> float:
+    """Top-1, or Spearman's rank correlation of the cosine of pairs with their labels."""
+    if kind == "top1":
+        return float(np.mean(values.argmax(axis=1) == labels))
+    unit = values / np.linalg.norm(values, axis=1, keepdims=True)
+    cosine = np.sum(unit[0::2] * unit[1::2], axis=1)
+    return float(np.corrcoef(ranks(cosine), ranks(labels))[0, 1])
+
+
+def ranks(values: Values) -> Values:
+    """Ranks of ``values``, ties at their mean."""
+    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
+    end = np.cumsum(count)
+    return np.asarray(((end - count + end - 1) / 2)[inverse])
+
+
+def uniform(layer: Layer, keep: float) -> Form | None:
+    """The channel form that keeps this share of a layer's MACs; None where that is no gain."""
+    rank = round(keep * layer.n * layer.m / (layer.n + layer.m))
+    return Form(CHANNEL, rank) if 0 < rank < min(layer.n, layer.m) else None
+
+
+def baseline(source: Model, known: Calibration, samples: Samples, most_macs: float, whitened: bool) -> Model:
+    """Truncated SVD of every layer at one keep rate, as large as ``most_macs`` allows; biases refitted
+    only where the method knows the data.
+    """  # noqa: D205
+    total = total_price(source, samples).macs
+    rest = total - sum(layer.n * layer.m * layer.positions for layer in known.layers)
+
+    def cost(keep: float) -> float:
+        taken = ((layer, uniform(layer, keep)) for layer in known.layers)
+        return rest + sum((form.rank * (x.n + x.m) if form else x.n * x.m) * x.positions for x, form in taken)
+
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= most_macs else (low, middle)
+    graph = source.graph()
+    for layer in known.layers:
+        form = uniform(layer, low)
+        if form is not None:
+            moments = known.moments[layer.name] if whitened else None
+            split(graph, layer, decompose(pose(layer, *read_weight(graph, layer), moments), form))
+    return source.splice(graph)
+
+
+def run(folder: Path, ratio: float | None, count: int | None, with_baselines: bool) -> list[dict[str, Any]]:
+    """One row for the tool, and one for each baseline."""
+    about = folder / "about.json"
+    kind = json.loads(about.read_text()).get("score", "top1") if about.exists() else "top1"
+    source = load(folder / "model.onnx")
+    with np.load(folder / "eval.npz") as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    labels = arrays.pop("labels")
+    evaluation = read_samples(arrays, inputs_of(source.proto))
+    before = score(kind, outputs(source, evaluation), labels)
+    start = time.perf_counter()
+    try:
+        result = onnx_lrsd.optimize(
+            folder / "model.onnx",
+            folder / "calib.npz",
+            evaluation=evaluation,
+            output=folder / "out.onnx",
+            ratio=ratio,
+            samples=count,
+        )
+    except LrsdError as error:
+        return [{"model": folder.name, "method": "onnx-lrsd", "ratio": ratio, "says": str(error)}]
+    seconds = time.perf_counter() - start
+    found = result.report.verification
+    assert found is not None
+    rows = [
+        {
+            "model": folder.name,
+            "method": "onnx-lrsd",
+            "ratio": ratio,
+            "macs": found.before.macs / found.after.macs,
+            "bytes": found.before.bytes / found.after.bytes,
+            "latency": found.latency_ratio,
+            "interval": found.latency_interval,
+            "score": kind,
+            "before": before,
+            "after": score(kind, outputs(result.model, evaluation), labels),
+            "output_error": max(o.relative_error for o in found.outputs),
+            "samples": len(labels),
+            "seconds": round(seconds, 1),
+            "stages": {stage: round(value, 1) for stage, value in result.report.seconds.items()},
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "split": sum(layer.form != "dense" for layer in result.report.layers),
+            "left": sum(layer.form == "dense" for layer in result.report.layers),
+        }
+    ]
+    if with_baselines:
+        calibration = read_samples(folder / "calib.npz", inputs_of(source.proto), limit=count)
+        known = calibrate(source, find_layers(source.graph())[0], calibration)
+        for whitened in (False, True):
+            method = "whitened SVD" if whitened else "plain SVD"
+            other = baseline(source, known, evaluation, found.after.macs, whitened)
+            measured = compare(source, other, evaluation.take(np.arange(8)))
+            rows.append(
+                {
+                    "model": folder.name,
+                    "method": f"{method}, one keep rate",
+                    "ratio": ratio,
+                    "macs": measured.before.macs / measured.after.macs,
+                    "latency": measured.latency_ratio,
+                    "interval": measured.latency_interval,
+                    "score": kind,
+                    "before": before,
+                    "after": score(kind, outputs(other, evaluation), labels),
+                    "samples": len(labels),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Run the models given and print one markdown row each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--ratio", type=float)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--baselines", action="store_true")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    print(
+        f"Python {platform.python_version()}, {platform.processor() or platform.machine()}", file=sys.stderr
+    )
+    rows = []
+    print("| model | method | asked | MACs | latency (95 %) | score before | after | points | s | peak MB |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for folder in given.folders:
+        for row in run(folder, given.ratio, given.samples, given.baselines):
+            rows.append(row)
+            print(line(row), flush=True)
+    if given.json is not None:
+        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the table."""
+    if "says" in row:
+        return f"| {row['model']} | {row['method']} | {row['ratio']} | {row['says']} | | | | | | |"
+    low, high = row["interval"]
+    return (
+        f"| {row['model']} | {row['method']} | {row['ratio']} x | {row['macs']:.2f} x "
+        f"| {row['latency']:.2f} x ({low:.2f} to {high:.2f}) | {100 * row['before']:.2f} "
+        f"| {100 * row['after']:.2f} | {100 * (row['after'] - row['before']):+.2f} "
+        f"| {row.get('seconds', '')} | {row.get('peak_mb', '')} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
