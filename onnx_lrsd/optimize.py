@@ -57,6 +57,10 @@ HELD_OUT = 0.2
 """Share of the calibration samples that only verification sees, where no evaluation data is given."""
 MOST_ERROR = 0.5
 """A form that loses half of a layer's output energy is no approximation and never planned."""
+NO_FORM = "no smaller form is predicted to be faster"
+NOT_NEEDED = "the budget is met at less error without it"
+MARGIN = 0.9
+"""What a search for --max-error aims at, as a share of what was asked: other samples must confirm it."""
 SEARCHES = 6
 """Fits of the whole model that a search for --max-error may take."""
 
@@ -99,7 +103,6 @@ class _Run:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
-    trials: dict[object, float] = field(default_factory=dict)
 
     @property
     def target(self) -> Target:
@@ -152,7 +155,10 @@ def optimize(
     with run.clock("calibrate"):
         known = _calibrate(run, source, layers, fit_on, check_on)
     layers = known.layers
-    total = total_price(source, check_on)
+    if plan is None:
+        with run.clock("decompose"):
+            curves = _curves(run, layers, weight_of, known)
+    known = replace(known, moments={})  # the fit takes moments of its own; these may be large
     fit = partial(
         reconstruct,
         source,
@@ -164,15 +170,13 @@ def optimize(
     )
     chosen: Mapping[str, Form]
     if plan is None:
-        with run.clock("decompose"):
-            curves = _curves(run, layers, weight_of, known)
-        planner = _Planner(run, source, curves, total, known)
-        if settings.ratio is not None:
-            with run.clock("plan"):
+        planner = _Planner(run, source, curves, total_price(source, check_on), known)
+        with run.clock("plan"):
+            if settings.ratio is not None:
                 chosen = planner.for_ratio(settings.ratio)
-        else:
-            with run.clock("plan"):
-                chosen = planner.for_error(settings.max_error or 0.0, fit, check_on)
+            else:
+                search_on, check_on = _search_samples(check_on)
+                chosen = planner.for_error(settings.max_error or 0.0, fit, search_on)
         plan = _as_plan(settings, curves, chosen, run.reasons)
     else:
         chosen = _forms_of(plan, layers)
@@ -193,22 +197,26 @@ def optimize(
                 verification = compare(source, source, check_on)
         if output is not None:
             save(rewritten, output)
-    report = _report(run, source, output, layers, declined, plan, factors, known, verification)
+    report = _report(run, source, output, layers, declined, plan, factors, fit_on, verification)
     return Result(rewritten, report, plan)
 
 
 def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
-    """The layers of ``model`` with their dense price, what was declined and why, and the whole.
+    """The layers of ``model`` that a smaller form is predicted to speed up, with their dense price.
 
-    Shapes come from one run on made-up data.
+    What was declined and why, and the price of the whole. Shapes come from one run on made-up data.
     """
     source = load(model)
     layers, declined = find_layers(source.graph())
     samples = made_up_samples(source)
-    shapes = input_shapes(source, layers, samples)
-    located = locate(layers, shapes, samples)
+    located = locate(layers, input_shapes(source, layers, samples), samples)
+    forms = TARGETS[Options.target].forms
+    useful = [layer for layer in located if forms(layer, KINDS)]
+    useless = [Declined(layer.node, layer.op, NO_FORM) for layer in located if layer not in useful]
     return Inspection(
-        tuple((layer, price(layer, Form(DENSE))) for layer in located), declined, total_price(source, samples)
+        tuple((layer, price(layer, Form(DENSE))) for layer in useful),
+        (*declined, *useless),
+        total_price(source, samples),
     )
 
 
@@ -253,6 +261,13 @@ def _samples(run: _Run, source: Model, calibration: Any, evaluation: Any) -> tup
     return samples, held
 
 
+def _search_samples(samples: Samples) -> tuple[Samples, Samples]:
+    """Samples to search a budget on, and others to confirm it on; the same ones if there are too few."""
+    if samples.count < 4 * samples.smallest_batch:
+        return samples, samples
+    return samples.split(0.5, 0)
+
+
 def _calibrate(
     run: _Run,
     source: Model,
@@ -275,7 +290,7 @@ def _curves(run: _Run, layers: Sequence[Layer], weight_of: WeightOf, known: Cali
         forms = run.target.forms(layer, kinds)
         moments = known.moments.get(layer.name)
         if not forms:
-            run.reasons[layer.name] = "no smaller form is predicted to be faster"
+            run.reasons[layer.name] = NO_FORM
         elif moments is not None and not np.isfinite(moments.mean).all():
             run.reasons[layer.name] = "its input is not finite on the calibration data"
             forms = ()
@@ -326,11 +341,10 @@ class _Planner:
         return chosen
 
     def for_error(self, most: float, fit: Callable[..., Any], samples: Samples) -> dict[str, Form]:
-        """The cheapest forms found whose outputs stay within ``most`` on half of the held-out samples.
+        """The cheapest forms found whose outputs stay within ``most`` on ``samples``.
 
-        The other half is for the report to confirm on. The search brackets the ratio.
+        A tenth is left as margin, since other samples confirm. The search brackets the ratio.
         """
-        search = samples if samples.count < 4 * samples.smallest_batch else samples.split(0.5, 0)[0]
         low, high, best = 1.0, 0.0, dict[str, Form]()
         ratio = 2.0
         for _ in range(SEARCHES):
@@ -340,8 +354,8 @@ class _Planner:
                 high = ratio
             else:
                 rewritten, _ = fit(forms=chosen, progress=None)
-                outputs = compare(self.source, rewritten, search, latency=False).outputs
-                if max(output.relative_error for output in outputs) <= most:
+                outputs = compare(self.source, rewritten, samples, latency=False).outputs
+                if max(output.relative_error for output in outputs) <= MARGIN * most:
                     low, best = ratio, chosen
                 else:
                     high = ratio
@@ -406,9 +420,6 @@ def _as_plan(
     return Plan(options.target, options.cost, choices)
 
 
-NOT_NEEDED = "the budget is met at less error without it"
-
-
 def _forms_of(plan: Plan, layers: Sequence[Layer]) -> dict[str, Form]:
     """The forms of a plan that change something. Raises DataError for those this model cannot take."""
     for asked, offered in ((plan.target, TARGETS), (plan.cost, COSTS)):
@@ -446,7 +457,7 @@ def _report(
     declined: Sequence[Declined],
     plan: Plan,
     factors: Mapping[str, Factors],
-    known: Calibration,
+    fit_on: Samples | None,
     verification: Verification | None,
 ) -> Report:
     options = run.options
@@ -463,8 +474,8 @@ def _report(
         str(output or ""),
         plan.target,
         plan.cost,
-        known.samples.count if known.moments else 0,
-        known.samples.source if known.moments else "",
+        0 if fit_on is None else fit_on.count,
+        "" if fit_on is None else fit_on.source,
         verification,
         _promise(options, plan, verification),
         tuple(rows),
