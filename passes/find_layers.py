@@ -200,8 +200,11 @@ def _read_matmul(node: gs.Node, value: npt.NDArray[Any], side: int, graph: gs.Gr
     if value.ndim != 2:
         return f"its weight has {value.ndim} axes, not two"
     left = side == 0
+    rank = _rank(node.inputs[1 - side])
+    if left and rank == 1:
+        return "its input has one axis, not rows and columns"
     n, m = value.shape if left else value.shape[::-1]
-    add = _absorbed_add(node, n, left, graph)
+    add = _absorbed_add(node, n, left, rank, graph)
     name = (add or node).outputs[0].name
     activation, axis = node.inputs[1 - side], -2 if left else -1
     weight = node.inputs[side].name
@@ -210,7 +213,11 @@ def _read_matmul(node: gs.Node, value: npt.NDArray[Any], side: int, graph: gs.Gr
     )
 
 
-def _absorbed_add(node: gs.Node, n: int, left: bool, graph: gs.Graph) -> gs.Node | None:
+def _rank(tensor: gs.Tensor) -> int | None:
+    return None if tensor.shape is None else len(tensor.shape)
+
+
+def _absorbed_add(node: gs.Node, n: int, left: bool, rank: int | None, graph: gs.Graph) -> gs.Node | None:
     """The Add of one constant per output that alone reads the product, or None."""
     output = node.outputs[0]
     if len(output.outputs) != 1 or any(output is o for o in graph.outputs):
@@ -222,8 +229,8 @@ def _absorbed_add(node: gs.Node, n: int, left: bool, graph: gs.Graph) -> gs.Node
     value = constant_value(others[0]) if len(others) == 1 else None
     if value is None or overridable(others[0], graph.overridable):
         return None
-    per_output = value.shape == (n, 1) if left else value.size == n and value.shape[-1:] == (n,)
-    # More axes than the product has would add axes to the result; one or two never do.
-    return (
-        add if per_output and value.ndim <= 2 and (left or value.ndim == 1 or value.shape[0] == 1) else None
-    )
+    if left:
+        return add if value.shape == (n, 1) else None
+    # A constant of more axes than the product has would add axes to the result.
+    fits = value.ndim == 1 or (value.ndim == 2 and rank is not None and rank > 1)
+    return add if fits and value.shape[-1] == n and value.size == n else None
