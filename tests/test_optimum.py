@@ -12,12 +12,12 @@ import pytest
 from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.curve import errors
 from onnx_lrsd.solver.decompose import choose_channels, decompose, factors
-from onnx_lrsd.solver.layout import group_metric, group_weight, shared_groups, ungroup_weight
+from onnx_lrsd.solver.layout import expand, group_metric, group_weight, shared_groups, ungroup_weight
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.moments import MomentAccumulator
 from onnx_lrsd.solver.sparse import eliminate
 from onnx_lrsd.solver.whiten import Metric, Problem, pose
-from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Factors, Form, Layer, Moments
+from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Form, Layer, Moments
 
 Matrix = npt.NDArray[np.float64]
 
@@ -48,20 +48,6 @@ def posed(layer: Layer, seed: int = 0, count: int = 4000) -> Problem:
     accumulator.add(inputs(count, layer.m, seed).astype(np.float32))
     weight = rng.standard_normal((layer.n, layer.m)) * np.geomspace(1, 0.1, layer.m)
     return pose(layer, weight, rng.standard_normal(layer.n), accumulator.result())
-
-
-def product(layer: Layer, found: Factors) -> Matrix:
-    """The (n, m) weight that factors and S stand for."""
-    weight = np.zeros((layer.n, layer.channels, *layer.kernel))
-    if found.kernels:
-        first, last = found.kernels
-        if layer.kernel == (3, 3) and found.form.kind == SPATIAL:
-            weight += np.einsum("orxb,rcax->ocab", last, first)
-        else:
-            weight += np.einsum("or...,rc...->oc...", last, first)
-    if found.sparse is not None:
-        weight[:, list(found.channels)] += found.sparse
-    return weight.reshape(layer.n, layer.m)
 
 
 @pytest.mark.parametrize("n, m", [(12, 30), (30, 12)])
@@ -98,7 +84,7 @@ def test_full_rank_is_exact(kind: str, channels: int) -> None:
     rank = min(layer.n * groups, (layer.channels - channels) * 9 // groups)
     found = decompose(problem, Form(kind, rank, channels))
     assert found.error < 1e-9
-    np.testing.assert_allclose(product(layer, found), problem.weight, atol=1e-3)
+    np.testing.assert_allclose(expand(layer, found), problem.weight, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [CHANNEL, CHANNEL_IN, SPATIAL])
@@ -112,7 +98,7 @@ def test_the_error_reported_is_the_error_recomputed(kind: str, channels: int) ->
     for part in np.array_split(x.astype(np.float32), 7):
         accumulator.add(part)
     found = decompose(pose(layer, weight, bias, accumulator.result()), Form(kind, 4, channels))
-    y, new = x @ weight.T + bias, x @ product(layer, found).T + found.bias
+    y, new = x @ weight.T + bias, x @ expand(layer, found).T + found.bias
     assert len(found.channels) == channels
     missed = np.sum((new - y) ** 2) / np.sum((y - y.mean(axis=0)) ** 2)
     assert found.error == pytest.approx(missed, rel=1e-3)
@@ -204,7 +190,7 @@ def test_permuting_outputs_and_channels_permutes_the_answer(kind: str) -> None:
     one, two = decompose(problem, Form(kind, 3)), decompose(moved, Form(kind, 3))
     assert one.error == pytest.approx(two.error, rel=1e-3)
     np.testing.assert_allclose(
-        product(layer, one)[rows][:, columns], product(layer, two), atol=2e-2 * np.abs(problem.weight).max()
+        expand(layer, one)[rows][:, columns], expand(layer, two), atol=2e-2 * np.abs(problem.weight).max()
     )
 
 
@@ -222,7 +208,7 @@ def test_changed_inputs_are_answered_by_regression_on_the_original_outputs() -> 
     design = np.concatenate([h, np.ones((len(h), 1))], axis=1)
     best = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
     unchanged = y - h @ weight.T - bias
-    missed = y - h @ product(layer, found).T - found.bias
+    missed = y - h @ expand(layer, found).T - found.bias
     energy = np.sum((y - y.mean(axis=0)) ** 2)
     assert found.error == pytest.approx(np.sum(missed**2) / energy, rel=1e-3)
     assert np.sum(best**2) <= np.sum(missed**2) <= 1.1 * np.sum(best**2) < np.sum(unchanged**2)
@@ -262,7 +248,7 @@ def test_one_row_and_no_data_still_give_an_answer() -> None:
     one = Moments("y", 1, np.ones(6), rows=np.zeros((1, 6), np.float32))
     for moments in (one, None):
         found = decompose(pose(layer, weight, bias, moments), Form(CHANNEL, 4))
-        np.testing.assert_allclose(product(layer, found), weight, atol=1e-8)
+        np.testing.assert_allclose(expand(layer, found), weight, atol=1e-8)
 
 
 @pytest.mark.parametrize(

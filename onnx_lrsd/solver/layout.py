@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from math import prod
 
+import numpy as np
+
 from onnx_lrsd.arrays import namespace
-from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Array, Layer
+from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Array, Factors, Layer
 
 
 def shared_groups(kernel: tuple[int, ...], kind: str) -> int:
@@ -56,3 +58,15 @@ def factor_kernels(layer: Layer, kind: str, v: Array, h: Array) -> tuple[Array, 
         SPATIAL: ((*layer.kernel[:-1], 1), (1, *layer.kernel[-1:])),
     }[kind]
     return xp.reshape(v, (rank, -1, *first)), xp.reshape(outer, (n, rank, *last))
+
+
+def expand(layer: Layer, factors: Factors) -> Array:
+    """The weight (n, m) that ``factors`` stand for, U V + S, as NumPy."""
+    weight = np.zeros((layer.n, layer.channels, *layer.kernel))
+    if factors.kernels:
+        first, last = factors.kernels
+        # On every axis one of the two kernels has extent 1, so that their product broadcasts.
+        weight += np.einsum("or...,rc...->oc...", last, first)
+    if factors.sparse is not None:
+        weight[:, list(factors.channels)] += factors.sparse
+    return weight.reshape(layer.n, layer.m)

@@ -1,0 +1,78 @@
+"""Which form loses least at equal MACs, layer by layer, on samples the fit has not seen.
+
+    python benchmarks/forms.py FOLDER [--share .25] [--samples N]
+
+A FOLDER holds model.onnx and calib.npz. Every k x k convolution is fitted on one half of the samples at
+``share`` of its dense MACs; the error is that of its outputs on the other half, relative to their
+variance. ``S 8`` takes its 8 channels out of the same budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from onnx_lrsd.calibrate import calibrate
+from onnx_lrsd.dataset import read_samples
+from onnx_lrsd.model import load
+from onnx_lrsd.passes import find_layers, read_weight
+from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.solver.decompose import decompose
+from onnx_lrsd.solver.layout import expand
+from onnx_lrsd.solver.whiten import pose
+from onnx_lrsd.targets import price
+from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Form, Layer
+
+TRIED = ((CHANNEL, 0), (CHANNEL_IN, 0), (SPATIAL, 0), (SPATIAL, 8))
+
+
+def largest(layer: Layer, kind: str, channels: int, share: float) -> Form | None:
+    """The form of most rank within the share of the dense MACs."""
+    most = share * price(layer, Form()).macs
+    ranks = [r for r in range(1, layer.channels) if price(layer, Form(kind, r, channels)).macs <= most]
+    return Form(kind, ranks[-1], channels) if ranks else None
+
+
+def main() -> None:
+    """Print a row for each layer and the geometric means."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--share", type=float, default=0.25)
+    parser.add_argument("--samples", type=int)
+    given = parser.parse_args()
+    model = load(given.folder / "model.onnx")
+    graph = model.graph()
+    layers = [
+        x for x in find_layers(graph)[0] if len(x.kernel) == 2 and min(x.kernel) > 1 and x.channels > 16
+    ]
+    samples = read_samples(given.folder / "calib.npz", inputs_of(model.proto), limit=given.samples)
+    fit, held = (calibrate(model, layers, half) for half in samples.split(0.5, 0))
+    titles = [f"{kind}{' + S 8' * bool(channels)}" for kind, channels in TRIED]
+    print(f"| layer | {' | '.join(titles)} | spatial / channel |\n|---|{'---|' * (len(TRIED) + 1)}")
+    ratios = []
+    for layer in fit.layers:
+        weight, bias = read_weight(graph, layer)
+        posed = pose(layer, weight, bias, fit.moments[layer.name])
+        judge = replace(pose(layer, weight, bias, held.moments[layer.name]), cross=None)
+        found = []
+        for kind, channels in TRIED:
+            form = largest(layer, kind, channels, given.share)
+            missed = judge.error(expand(layer, decompose(posed, form))) if form else float("nan")
+            found.append((form.rank if form else 0, missed))
+        ratios.append(found[2][1] / found[0][1])
+        shape = "x".join(map(str, layer.shape))
+        cells = " | ".join(f"{missed:.5f} (r {rank})" for rank, missed in found)
+        print(f"| {shape}, {prod(layer.size)} px | {cells} | {ratios[-1]:.2f} |", flush=True)
+    print(
+        f"\nspatial / channel, geometric mean: {np.exp(np.mean(np.log(ratios))):.3f}, worst {max(ratios):.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
