@@ -103,9 +103,8 @@ def run(folder: Path, ratio: float | None, count: int | None, with_baselines: bo
     source = load(folder / "model.onnx")
     with np.load(folder / "eval.npz") as stored:
         arrays = {name: stored[name] for name in stored.files}
-    labels = arrays.pop("labels")
+    labels = arrays["labels"] if kind == "top1" else arrays.pop("labels")
     evaluation = read_samples(arrays, inputs_of(source.proto))
-    before = score(kind, outputs(source, evaluation), labels)
     start = time.perf_counter()
     try:
         result = onnx_lrsd.optimize(
@@ -121,6 +120,10 @@ def run(folder: Path, ratio: float | None, count: int | None, with_baselines: bo
     seconds = time.perf_counter() - start
     found = result.report.verification
     assert found is not None
+    if found.metric is not None:
+        before, after = found.metric.before, found.metric.after
+    else:
+        before, after = (score(kind, outputs(model, evaluation), labels) for model in (source, result.model))
     rows = [
         {
             "model": folder.name,
@@ -132,7 +135,7 @@ def run(folder: Path, ratio: float | None, count: int | None, with_baselines: bo
             "interval": found.latency_interval,
             "score": kind,
             "before": before,
-            "after": score(kind, outputs(result.model, evaluation), labels),
+            "after": after,
             "output_error": max(o.relative_error for o in found.outputs),
             "samples": len(labels),
             "seconds": round(seconds, 1),

@@ -28,8 +28,8 @@ from onnx_lrsd.types import Layer, Moments, Progress
 ROWS_PER_INPUT = 8
 FEWEST_ROWS, MOST_ROWS = 8192, 20_000
 """Rows of a layer that factors are fitted to: eight for each input, between these bounds."""
-SURVEY = 2
-"""Every second row is enough for the error curves that the plan is made from."""
+SURVEY = 4
+"""Every fourth row is enough for the error curves that the plan is made from."""
 FETCHED_BYTES = 384 << 20
 """Activations fetched in one batch, at most."""
 

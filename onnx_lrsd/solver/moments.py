@@ -205,7 +205,7 @@ class _Sums:
     def moments(self, name: str) -> Moments:
         shift, target_shift = self.sum / self.count, self.target_sum / self.count
         second = self.second / np.float32(self.count)
-        second -= np.outer(shift, shift).astype(np.float32)
+        second -= np.outer(shift.astype(np.float32), shift.astype(np.float32))
         mean = self.origin + shift
         if not len(target_shift):
             return Moments(name, self.count, mean, second)
