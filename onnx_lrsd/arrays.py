@@ -5,6 +5,7 @@ The solver calls only what the array API standard has. What the standard lacks s
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,9 @@ from onnx_lrsd.types import Array
 
 def namespace(x: Array) -> Any:
     """The module whose functions work on ``x``."""
-    return x.__array_namespace__() if hasattr(x, "__array_namespace__") else np
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()
+    return sys.modules[type(x).__module__.partition(".")[0]]  # CuPy's arrays do not say it themselves
 
 
 def cupy() -> ModuleType | None:
@@ -67,3 +70,8 @@ def spd_inverse(a: Array) -> Array:
     xp = namespace(a)
     inverse = xp.linalg.inv(a)
     return (inverse + inverse.T) / 2
+
+
+def trace(a: Array) -> float:
+    """Sum of the diagonal of ``a`` (n, n)."""
+    return float(namespace(a).sum(a.reshape(-1)[:: a.shape[0] + 1]))

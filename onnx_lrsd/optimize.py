@@ -85,6 +85,13 @@ class Options:
     device: str = "auto"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that cannot be; the command line has refused it before."""
+        if self.target not in TARGETS or self.cost not in COSTS:
+            raise ValueError(f"target is one of {', '.join(TARGETS)}, cost one of {', '.join(COSTS)}")
+        if self.ratio is not None and self.max_error is not None:
+            raise ValueError("give ratio or max_error, not both")
+
 
 class Result(NamedTuple):
     """The optimised model, what is to be said about it, and the plan that leads to it again."""
@@ -336,9 +343,10 @@ class _Planner:
             if self.run.options.cost == "macs":
                 points = self._by_time(points, self.whole / ratio)
             chosen = {name: point.form for name, point in points.items() if point.form.kind != DENSE}
-            if not self._drop_slow(chosen):
-                return chosen
-        return chosen
+            slow = self._drop_slow(chosen)
+            if not slow:
+                break
+        return {name: form for name, form in chosen.items() if name not in slow}
 
     def for_error(self, most: float, fit: Callable[..., Any], samples: Samples) -> dict[str, Form]:
         """The cheapest forms found whose outputs stay within ``most`` on ``samples``.
@@ -386,8 +394,8 @@ class _Planner:
                 high = budget
         return spend(self.curves, best, slack, self.cost)
 
-    def _drop_slow(self, chosen: dict[str, Form]) -> bool:
-        """Leave dense for good the layers whose form is not faster here; whether there were any."""
+    def _drop_slow(self, chosen: dict[str, Form]) -> set[str]:
+        """Names of the layers whose form is not faster here; only much cheaper ones stay in their curves."""
         layers = [curve.layer for curve in self.curves]
         measured = speedups(self.source, layers, chosen, self.known.shapes, self.times, self.run.progress)
         slow = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}
@@ -400,7 +408,7 @@ class _Planner:
                     p for p in curve.points if p.form.kind == DENSE or p.price.macs < _macs(curve, form)
                 )
                 self.curves[index] = ErrorCurve(curve.layer, faster)
-        return bool(slow)
+        return set(slow)
 
 
 def _macs(curve: ErrorCurve, form: Form) -> int:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnx_lrsd.arrays import namespace, spd_inverse, top_eigenvectors
+from onnx_lrsd.arrays import namespace, spd_inverse, top_eigenvectors, trace
 from onnx_lrsd.types import Array
 
 RIDGE = 1e-6
@@ -119,7 +119,7 @@ def _normal_equations(problem: Separable, v: Array, *, by_rank: bool = False) ->
     right = xp.matmul(problem.product, v.T)
     order, columns = ((2, 0, 3, 1), (1, 2, 0)) if by_rank else ((0, 2, 1, 3), (1, 0, 2))
     gram = xp.reshape(xp.permute_dims(features, order), (size, size)).astype(xp.float64)
-    gram = (gram + gram.T) / 2 + RIDGE * xp.linalg.trace(gram) / size * xp.eye(size, dtype=gram.dtype)
+    gram = (gram + gram.T) / 2 + RIDGE * trace(gram) / size * xp.eye(size, dtype=gram.dtype)
     return gram, xp.reshape(xp.permute_dims(right, columns), (right.shape[1], size)).astype(xp.float64)
 
 
@@ -140,7 +140,7 @@ def _inner(problem: Separable, v: Array, h: Array, steps: int) -> Array:
     transposed = xp.permute_dims(h, (0, 2, 1))
     gram = xp.matmul(transposed[:, None], h[None])
     own = xp.sum(xp.stack([gram[b, b] for b in range(groups)]), axis=0)
-    own = own + RIDGE * xp.linalg.trace(own) / own.shape[0] * xp.eye(own.shape[0], dtype=own.dtype)
+    own = own + RIDGE * trace(own) / own.shape[0] * xp.eye(own.shape[0], dtype=own.dtype)
     own_inverse = spd_inverse(own.astype(xp.float64)).astype(v.dtype)
 
     def apply(x: Array) -> Array:

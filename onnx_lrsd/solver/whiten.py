@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_lrsd.arrays import namespace, to_device
+from onnx_lrsd.arrays import namespace, to_device, trace
 from onnx_lrsd.types import Array, Layer, Moments
 
 
@@ -118,9 +118,9 @@ def pose(
     second = None if moments.second is None else to_device(moments.second, device).astype(xp.float64)
     rows = None if moments.rows is None else to_device(moments.rows, device).astype(xp.float64)
     mean = to_device(moments.mean, device)
-    trace = xp.linalg.trace(second) if rows is None else xp.sum(xp.square(rows)) / moments.count
+    total = trace(second) if rows is None else float(xp.sum(xp.square(rows))) / moments.count
     relative = relative_damping(layer.m, moments.count, moments.samples or moments.count)
-    damping = relative * float(trace) / layer.m
+    damping = relative * total / layer.m
     metric = Metric(second, rows, max(damping, 1e-30))
     if moments.cross is None:
         energy = float(xp.sum(metric.undamped(w) * w))
