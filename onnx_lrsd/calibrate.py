@@ -77,7 +77,7 @@ def calibrate(
     for layer, activations, positions in _observe(watch, located, samples, batch, seed, progress):
         accumulators[layer.name].add(input_rows(layer, activations[layer.input], positions[::SURVEY]))
         outputs[layer.name].append(output_rows(layer, activations[layer.name], positions))
-    kept = {name: np.concatenate(parts) for name, parts in outputs.items()}
+    kept = {layer.name: np.concatenate(outputs.pop(layer.name)) for layer in located}
     moments = _results(accumulators, samples)
     return Calibration(located, moments, kept, shapes, samples, batch, seed)
 

@@ -121,7 +121,7 @@ class MomentAccumulator:
     Source: shifted data algorithm; Chan, Golub, LeVeque, The American Statistician 37 (1983).
     """
 
-    CHUNK = 4096
+    CHUNK = 2048
 
     def __init__(self, layer: Layer, expected: int) -> None:
         self.layer = layer
@@ -150,7 +150,7 @@ class MomentAccumulator:
         self._rows, self._targets, self._waiting = [], [], 0
 
     def result(self) -> Moments:
-        """The moments of everything added so far."""
+        """The moments of everything added; nothing may be added after."""
         if self.thin:
             return self._thin_result()
         if self._rows:
@@ -204,7 +204,8 @@ class _Sums:
 
     def moments(self, name: str) -> Moments:
         shift, target_shift = self.sum / self.count, self.target_sum / self.count
-        second = self.second / np.float32(self.count)
+        second = self.second  # in place: these are the largest arrays there are
+        second /= np.float32(self.count)
         second -= np.outer(shift.astype(np.float32), shift.astype(np.float32))
         mean = self.origin + shift
         if not len(target_shift):
