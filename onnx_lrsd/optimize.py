@@ -58,7 +58,10 @@ HELD_OUT = 0.2
 MOST_ERROR = 0.5
 """A form that loses half of a layer's output energy is no approximation and never planned."""
 NO_FORM = "no smaller form is predicted to be faster"
+OUT_OF_REACH = "the budget is out of reach"
 NOT_NEEDED = "the budget is met at less error without it"
+MUCH = 0.1
+"""Output error from which a result that only met its ratio carries a warning."""
 MARGIN = 0.9
 """What a search for --max-error aims at, as a share of what was asked: other samples must confirm it."""
 SEARCHES = 6
@@ -180,7 +183,13 @@ def optimize(
         planner = _Planner(run, source, curves, total_price(source, check_on), known)
         with run.clock("plan"):
             if settings.ratio is not None:
-                chosen = planner.for_ratio(settings.ratio)
+                try:
+                    chosen = planner.for_ratio(settings.ratio)
+                except BudgetError as error:
+                    chosen = {}
+                    run.warnings.append(f"{error} The original is handed back.")
+                    for layer in layers:
+                        run.reasons.setdefault(layer.name, OUT_OF_REACH)
             else:
                 search_on, check_on = _search_samples(check_on)
                 chosen = planner.for_error(settings.max_error or 0.0, fit, search_on)
@@ -202,6 +211,12 @@ def optimize(
                 run.reasons.update(dict.fromkeys(factors, "the whole model was not better for it"))
                 rewritten, factors = source, {}
                 verification = compare(source, source, check_on)
+            worst = max((o.relative_error for o in verification.outputs), default=0.0)
+            if settings.ratio is not None and worst > MUCH:
+                run.warnings.append(
+                    f"The outputs changed by {worst:.0%} of their variance: this model does not bear "
+                    f"{settings.ratio:g} x; ask for less, or name what may be lost with --max-error."
+                )
         if output is not None:
             save(rewritten, output)
     report = _report(run, source, output, layers, declined, plan, factors, fit_on, verification)

@@ -9,6 +9,8 @@ import onnx
 import onnxruntime
 import pytest
 
+import onnx_lrsd
+
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "models"
 
@@ -60,3 +62,12 @@ def test_the_python_of_the_readme_halves_the_macs_and_keeps_the_accuracy(
     assert _macs(MODELS / "digits.onnx") >= 2 * _macs(written)
     assert _accuracy(written) >= _accuracy(MODELS / "digits.onnx") - 0.01
     assert "2 x fewer MACs asked" in capsys.readouterr().out
+
+
+def test_a_ratio_out_of_reach_hands_back_the_original_and_says_so() -> None:
+    result = onnx_lrsd.optimize(MODELS / "digits.onnx", MODELS / "digits_calib.npz", ratio=1000, samples=40)
+    promise = result.report.promise
+    assert promise is not None and not promise.kept and promise.got == 1
+    assert "at most" in result.report.warnings[0]
+    assert result.model.proto == onnx_lrsd.load(MODELS / "digits.onnx").proto
+    assert all(layer.form == "dense" and layer.reason for layer in result.report.layers)
