@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from onnx_lrsd.calibrate import calibrate
 from onnx_lrsd.dataset import read_samples
 from onnx_lrsd.model import load
-from onnx_lrsd.passes import find_layers
+from onnx_lrsd.passes import find_layers, read_weight
 from onnx_lrsd.runtime import inputs_of, open_session
 
 
@@ -33,7 +34,8 @@ def main() -> None:
     print("| model | samples | inference, s | calibration, s | ratio |\n|---|---|---|---|---|")
     for folder in given.folders:
         model = load(folder / "model.onnx")
-        layers, _ = find_layers(model.graph())
+        graph = model.graph()
+        layers, _ = find_layers(graph)
         samples = read_samples(folder / "calib.npz", inputs_of(model.proto), limit=given.samples)
         plain, whole = [], []
         for _ in range(given.rounds):
@@ -42,7 +44,7 @@ def main() -> None:
             for feed in samples.batches(1):
                 session.run(feed)
             middle = time.perf_counter()
-            calibrate(model, layers, samples)
+            calibrate(model, layers, samples, partial(read_weight, graph))
             plain.append(middle - start)
             whole.append(time.perf_counter() - middle)
         ratio = float(np.median(np.array(whole) / np.array(plain)))

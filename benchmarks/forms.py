@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def main() -> None:
         x for x in find_layers(graph)[0] if len(x.kernel) == 2 and min(x.kernel) > 1 and x.channels > 16
     ]
     samples = read_samples(given.folder / "calib.npz", inputs_of(model.proto), limit=given.samples)
-    fit, held = (calibrate(model, layers, half) for half in samples.split(0.5, 0))
+    weight_of = partial(read_weight, graph)
+    fit, held = (calibrate(model, layers, half, weight_of) for half in samples.split(0.5, 0))
     titles = [f"{kind}{' + S 8' * bool(channels)}" for kind, channels in TRIED]
     print(f"| layer | {' | '.join(titles)} | spatial / channel |\n|---|{'---|' * (len(TRIED) + 1)}")
     ratios = []

@@ -16,6 +16,7 @@ import platform
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,8 @@ def run(folder: Path, ratio: float | None, count: int | None, with_baselines: bo
     ]
     if with_baselines:
         calibration = read_samples(folder / "calib.npz", inputs_of(source.proto), limit=count)
-        known = calibrate(source, find_layers(source.graph())[0], calibration)
+        graph = source.graph()
+        known = calibrate(source, find_layers(graph)[0], calibration, partial(read_weight, graph))
         for whitened in (False, True):
             method = "whitened SVD" if whitened else "plain SVD"
             other = baseline(source, known, evaluation, found.after.macs, whitened)

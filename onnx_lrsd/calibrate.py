@@ -19,7 +19,6 @@ from onnx_lrsd.solver.moments import (
     MomentAccumulator,
     Rows,
     input_rows,
-    output_rows,
     positions_of,
     sample_positions,
 )
@@ -30,8 +29,10 @@ FEWEST_ROWS, MOST_ROWS = 8192, 20_000
 """Rows of a layer that factors are fitted to: eight for each input, between these bounds."""
 SURVEY = 4
 """Every fourth row is enough for the error curves that the plan is made from."""
-FETCHED_BYTES = 384 << 20
+FETCHED_BYTES = 192 << 20
 """Activations fetched in one batch, at most."""
+
+WeightOf = Callable[[Layer], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
 
 
 @dataclass(frozen=True)
@@ -57,26 +58,32 @@ def calibrate(
     model: Model,
     layers: Sequence[Layer],
     samples: Samples,
+    weight_of: WeightOf,
     *,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
     """Moments of the inputs of ``layers`` over ``samples``, and the outputs they give.
 
-    Memory is bounded by the layers: rows, not samples, are kept.
+    ``weight_of`` gives W (n, m) and b (n,) of a layer: outputs are computed from the sampled rows,
+    since fetching them would undo the fusions of ONNX Runtime. Memory is bounded by the layers: rows,
+    not samples, are kept.
     """
     shapes = input_shapes(model, layers, samples)
     bytes_each = sum(4 * int(np.prod(shape)) for shape in shapes.values()) // samples.smallest_batch
-    batch = samples.batch_size(2 * bytes_each, FETCHED_BYTES)
+    batch = samples.batch_size(bytes_each, FETCHED_BYTES)
     located = locate(layers, shapes, samples)
     accumulators = {
         layer.name: MomentAccumulator(layer, _wanted(layer, samples.count) // SURVEY) for layer in located
     }
     outputs: dict[str, list[Rows]] = {layer.name: [] for layer in located}
-    watch = _watcher(model, located, samples, outputs=True)
+    weights = {layer.name: tuple(np.float32(part) for part in weight_of(layer)) for layer in located}
+    watch = _watcher(model, located, samples)
     for layer, activations, positions in _observe(watch, located, samples, batch, seed, progress):
-        accumulators[layer.name].add(input_rows(layer, activations[layer.input], positions[::SURVEY]))
-        outputs[layer.name].append(output_rows(layer, activations[layer.name], positions))
+        rows = input_rows(layer, activations[layer.input], positions)
+        weight, bias = weights[layer.name]
+        outputs[layer.name].append(rows @ weight.T + bias)
+        accumulators[layer.name].add(np.ascontiguousarray(rows[::SURVEY]))
     kept = {layer.name: np.concatenate(outputs.pop(layer.name)) for layer in located}
     moments = _results(accumulators, samples)
     return Calibration(located, moments, kept, shapes, samples, batch, seed)
@@ -169,11 +176,9 @@ def input_shapes(model: Model, layers: Sequence[Layer], samples: Samples) -> dic
     return {name: value.shape for name, value in _watcher(model, layers, samples)(feed).items()}
 
 
-def _watcher(
-    model: Model, layers: Sequence[Layer], samples: Samples, outputs: bool = False
-) -> Callable[[Feed], Feed]:
-    """A function from a feed to the inputs of ``layers``, and their outputs; what is fed needs no run."""
-    names = {layer.input for layer in layers} | ({layer.name for layer in layers} if outputs else set())
+def _watcher(model: Model, layers: Sequence[Layer], samples: Samples) -> Callable[[Feed], Feed]:
+    """A function from a feed to the inputs of ``layers``; what is fed needs no run."""
+    names = {layer.input for layer in layers}
     fed = names & {*samples.arrays, *samples.constants}
     computed = sorted(names - fed)
     session = open_session(model.proto, folder=model.folder, outputs=computed) if computed else None

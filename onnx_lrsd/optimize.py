@@ -20,12 +20,12 @@ import numpy as np
 import onnx
 
 from onnx_lrsd.allocate import COSTS, allocate, by_time, spend
-from onnx_lrsd.calibrate import Calibration, calibrate, input_shapes, locate
+from onnx_lrsd.calibrate import Calibration, WeightOf, calibrate, input_shapes, locate
 from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.errors import BudgetError, DataError, UnsupportedModelError
 from onnx_lrsd.model import Model, check, load, save
 from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.reconstruct import WeightOf, reconstruct
+from onnx_lrsd.reconstruct import reconstruct
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.solver.curve import errors
 from onnx_lrsd.solver.decompose import check_form
@@ -163,7 +163,7 @@ def optimize(
     weight_of = partial(read_weight, graph)
     fit_on, check_on = _samples(run, source, calibration, evaluation)
     with run.clock("calibrate"):
-        known = _calibrate(run, source, layers, fit_on, check_on)
+        known = _calibrate(run, source, layers, weight_of, fit_on, check_on)
     layers = known.layers
     if plan is None:
         with run.clock("decompose"):
@@ -294,13 +294,14 @@ def _calibrate(
     run: _Run,
     source: Model,
     layers: Sequence[Layer],
+    weight_of: WeightOf,
     fit_on: Samples | None,
     check_on: Samples,
 ) -> Calibration:
     if fit_on is None:
         shapes = input_shapes(source, layers, check_on)
         return Calibration(locate(layers, shapes, check_on), {}, {}, shapes, check_on, 1, run.options.seed)
-    return calibrate(source, layers, fit_on, seed=run.options.seed, progress=run.progress)
+    return calibrate(source, layers, fit_on, weight_of, seed=run.options.seed, progress=run.progress)
 
 
 def _curves(run: _Run, layers: Sequence[Layer], weight_of: WeightOf, known: Calibration) -> list[ErrorCurve]:

@@ -8,12 +8,9 @@ rewritten network before each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
-from onnx_lrsd.calibrate import Calibration, recalibrate
+from onnx_lrsd.calibrate import Calibration, WeightOf, recalibrate
 from onnx_lrsd.model import Model
 from onnx_lrsd.passes import split
 from onnx_lrsd.solver.decompose import decompose
@@ -22,8 +19,6 @@ from onnx_lrsd.types import Factors, Form, Layer, Moments, Progress
 
 STAGES = 16
 """Runs of the network, at most."""
-
-WeightOf = Callable[[Layer], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
 
 
 def reconstruct(

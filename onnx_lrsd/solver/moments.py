@@ -100,15 +100,6 @@ def _runs(batch: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
     return list(zip(values.tolist(), starts.tolist(), stops, strict=True))
 
 
-def output_rows(layer: Layer, y: npt.NDArray[np.floating], positions: npt.NDArray[np.int64]) -> Rows:
-    """The rows (len(positions), n) of the layer's output ``y`` at the same positions."""
-    if layer.op == "Conv":
-        where = np.unravel_index(positions, (y.shape[0], *y.shape[2:]))
-        return np.ascontiguousarray(np.moveaxis(y, 1, -1)[where], dtype=np.float32)
-    axis = layer.axis if layer.axis == -2 else -1
-    return np.ascontiguousarray(np.moveaxis(y, axis, -1).reshape(-1, layer.n)[positions], dtype=np.float32)
-
-
 class MomentAccumulator:
     """Streams rows into the moments of one layer.
 
