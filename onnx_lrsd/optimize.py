@@ -180,7 +180,8 @@ def optimize(
     )
     chosen: Mapping[str, Form]
     if plan is None:
-        planner = _Planner(run, source, curves, total_price(source, check_on), known)
+        total = total_price(source, known.samples)
+        planner = _Planner(run, source, curves, total, known)
         with run.clock("plan"):
             if settings.ratio is not None:
                 try:
