@@ -24,8 +24,9 @@ import onnx_lrsd
 from onnx_lrsd.dataset import read_samples
 from onnx_lrsd.doctor import examine
 from onnx_lrsd.errors import LrsdError
+from onnx_lrsd.inspection import inspect
 from onnx_lrsd.model import load, size_on_disk
-from onnx_lrsd.optimize import inspect, optimize
+from onnx_lrsd.optimize import optimize
 from onnx_lrsd.report import (
     comparison_table,
     comparison_to_json,

@@ -1,0 +1,114 @@
+"""The account of a run: what became of each layer, what was promised and whether it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from onnx_lrsd.allocate import COSTS
+from onnx_lrsd.dataset import Samples
+from onnx_lrsd.model import Model
+from onnx_lrsd.run import NOT_NEEDED, Run
+from onnx_lrsd.targets import price
+from onnx_lrsd.types import (
+    DENSE,
+    Declined,
+    Factors,
+    Form,
+    Layer,
+    LayerReport,
+    Plan,
+    Point,
+    Price,
+    Promise,
+    Report,
+    Verification,
+)
+
+
+def make_report(
+    run: Run,
+    source: Model,
+    output: Path | None,
+    layers: Sequence[Layer],
+    declined: Sequence[Declined],
+    plan: Plan,
+    factors: Mapping[str, Factors],
+    fit_on: Samples | None,
+    verification: Verification | None,
+) -> Report:
+    """Everything there is to say; ``factors`` holds the layers that were rewritten in the end."""
+    rows = [_layer_report(layer, plan, factors.get(layer.name), run.reasons) for layer in layers]
+    rows += [_declined_report(entry) for entry in declined]
+    versions = {}
+    for package in ("onnx-lrsd", "onnx", "onnxruntime", "onnx-graphsurgeon", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return Report(
+        str(source.path or "model"),
+        str(output or ""),
+        plan.target,
+        plan.cost,
+        0 if fit_on is None else fit_on.count,
+        "" if fit_on is None else fit_on.source,
+        verification,
+        None if verification is None else _promise(run, plan, verification),
+        tuple(rows),
+        tuple(run.warnings),
+        dict(run.seconds),
+        versions,
+    )
+
+
+def _promise(run: Run, plan: Plan, found: Verification) -> Promise | None:
+    options = run.options
+    if options.ratio is not None:
+        before, after = (
+            COSTS[plan.cost](Point(Form(DENSE), 0.0, Price(cost.macs, cost.parameters, cost.bytes)))
+            for cost in (found.before, found.after)
+        )
+        got = before / max(after, 1)
+        return Promise("ratio", options.ratio, got, got >= options.ratio * 0.995)
+    if options.max_error is not None:
+        got = max((output.relative_error for output in found.outputs), default=0.0)
+        return Promise("max_error", options.max_error, got, got <= options.max_error)
+    return None
+
+
+def _layer_report(
+    layer: Layer, plan: Plan, factors: Factors | None, reasons: Mapping[str, str]
+) -> LayerReport:
+    choice = plan.choices.get(layer.name)
+    before = price(layer, Form(DENSE))
+    form = Form(DENSE)
+    error, reason = 0.0, reasons.get(layer.name) or (choice.reason if choice else "") or NOT_NEEDED
+    if factors is not None:
+        form, error, reason = factors.form, factors.error, ""
+    elif choice is not None and choice.form.kind != DENSE and layer.name not in reasons:
+        form, error, reason = choice.form, choice.error, "planned"
+    after = price(layer, form)
+    taps = layer.m // layer.channels
+    return LayerReport(
+        layer.node,
+        layer.op,
+        layer.shape,
+        form.kind,
+        form.rank,
+        layer.n * form.channels * taps,
+        "channels" if form.channels else "none",
+        before.macs,
+        after.macs,
+        before.bytes,
+        after.bytes,
+        before.parameters,
+        after.parameters,
+        error,
+        reason,
+    )
+
+
+def _declined_report(entry: Declined) -> LayerReport:
+    return LayerReport(entry.node, entry.op, (), DENSE, 0, 0, "none", 0, 0, 0, 0, 0, 0, 0.0, entry.reason)

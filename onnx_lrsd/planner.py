@@ -1,0 +1,132 @@
+"""Search the budget that keeps what was asked for, and a form for every layer within it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from onnx_lrsd.allocate import COSTS, allocate, by_time, spend
+from onnx_lrsd.dataset import Samples
+from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.model import Model
+from onnx_lrsd.run import Run
+from onnx_lrsd.targets import price
+from onnx_lrsd.trial import CLEARLY, speedups
+from onnx_lrsd.types import DENSE, ErrorCurve, Factors, Form, Point, Price
+from onnx_lrsd.verify import compare
+
+ROUNDS = 4
+"""Allocations at most, each without the forms that the one before found to be no faster."""
+MARGIN = 0.9
+"""What a search for --max-error aims at, as a share of what was asked: other samples must confirm it."""
+SEARCHES = 6
+"""Fits of the whole model that a search may take."""
+
+Forms: TypeAlias = dict[str, Form]
+Fit: TypeAlias = Callable[..., tuple[Model, dict[str, Factors]]]
+"""``reconstruct`` with all but the forms filled in."""
+
+
+class Planner:
+    """Chooses a form for every layer; what measurement finds to be no faster is left dense.
+
+    ``total`` is the price of the whole model, ``shapes`` are those of the layers' inputs in the
+    smallest batch.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        source: Model,
+        curves: Sequence[ErrorCurve],
+        total: Price,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.run, self.source, self.shapes = run, source, shapes
+        self.curves = list(curves)
+        self.cost = COSTS[run.options.cost]
+        self.whole = self.cost(Point(Form(DENSE), 0.0, total))
+        self.rest = max(self.whole - sum(self.cost(curve.points[0]) for curve in curves), 0.0)
+        self.times: dict[object, float] = {}
+
+    def for_ratio(self, ratio: float) -> Forms:
+        """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.
+
+        Raises BudgetError where the layers do not bear it.
+        """
+        for _ in range(ROUNDS):
+            points = allocate(self.curves, self.whole / ratio, self.rest, self.cost)
+            if self.run.options.cost == "macs":
+                points = self._by_time(points, self.whole / ratio)
+            chosen = {name: point.form for name, point in points.items() if point.form.kind != DENSE}
+            slow = self._drop_slow(chosen)
+            if not slow:
+                break
+        return {name: form for name, form in chosen.items() if name not in slow}
+
+    def for_error(self, most: float, fit: Fit, samples: Samples) -> Forms:
+        """The cheapest forms found whose outputs stay within ``most`` on ``samples``.
+
+        A tenth is left as margin, since other samples confirm. The search brackets the ratio.
+        """
+        low, high, best = 1.0, 0.0, Forms()
+        ratio = 2.0
+        for _ in range(SEARCHES):
+            try:
+                chosen = self.for_ratio(ratio)
+            except BudgetError:
+                high = ratio
+            else:
+                rewritten, _ = fit(forms=chosen, progress=None)
+                outputs = compare(self.source, rewritten, samples, latency=False).outputs
+                if max(output.relative_error for output in outputs) <= MARGIN * most:
+                    low, best = ratio, chosen
+                else:
+                    high = ratio
+            ratio = ratio * 1.5 if not high else low + (high - low) / 2
+            if high and high / low < 1.05:
+                break
+        return best
+
+    def _by_time(self, points: dict[str, Point], most_macs: float) -> dict[str, Point]:
+        """Points with the same MACs that are predicted to run faster, if there are any.
+
+        MACs are what was asked for, time is what is wanted: allocate by predicted time and bisect its
+        budget until the MACs are met.
+        """
+        low, high = 0.0, sum(point.time for point in points.values())
+        best, slack = points, 0.0
+        for _ in range(16):
+            budget = (low + high) / 2
+            try:
+                found = allocate(self.curves, budget, 0.0, by_time)
+            except BudgetError:
+                low = budget
+                continue
+            left = most_macs - self.rest - sum(point.price.macs for point in found.values())
+            if left >= 0:
+                best, slack, low = found, left, budget
+            else:
+                high = budget
+        return spend(self.curves, best, slack, self.cost)
+
+    def _drop_slow(self, chosen: Forms) -> set[str]:
+        """Names of the layers whose form is not faster here; only much cheaper ones stay in their curves."""
+        layers = [curve.layer for curve in self.curves]
+        measured = speedups(self.source, layers, chosen, self.shapes, self.times, self.run.progress)
+        slow = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}
+        for index, curve in enumerate(self.curves):
+            name = curve.layer.name
+            if name in slow:
+                form = chosen[name]
+                self.run.reasons[name] = f"as {form} it ran {slow[name]:.2f} times as fast as before"
+                faster = tuple(
+                    p for p in curve.points if p.form.kind == DENSE or p.price.macs < _macs(curve, form)
+                )
+                self.curves[index] = ErrorCurve(curve.layer, faster)
+        return set(slow)
+
+
+def _macs(curve: ErrorCurve, form: Form) -> int:
+    """MACs below which a form may still be tried after ``form`` was too slow: a quarter less."""
+    return price(curve.layer, form).macs * 3 // 4

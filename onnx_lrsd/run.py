@@ -1,0 +1,67 @@
+"""One call of ``optimize``: what was asked for, and what its stages note for the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from onnx_lrsd.allocate import COSTS
+from onnx_lrsd.targets import TARGETS, Target
+from onnx_lrsd.types import Progress
+
+NO_FORM = "no smaller form is predicted to be faster"
+OUT_OF_REACH = "the budget is out of reach"
+NOT_NEEDED = "the budget is met at less error without it"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to aim at and what to work on. At most one of ``ratio`` and ``max_error`` is given.
+
+    ``ratio``: how many times cheaper the whole model gets, in the unit of ``cost``. ``max_error``:
+    the relative squared error of the model's outputs that may be reached; .01 where neither is
+    given. ``include`` and ``exclude`` are regular expressions over the names of nodes.
+    """
+
+    target: str = "onnxruntime"
+    cost: str = "macs"
+    ratio: float | None = None
+    max_error: float | None = None
+    forms: tuple[str, ...] | None = None
+    include: str | None = None
+    exclude: str | None = None
+    samples: int | None = None
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an option that cannot be; the command line has refused it before."""
+        if self.target not in TARGETS or self.cost not in COSTS:
+            raise ValueError(f"target is one of {', '.join(TARGETS)}, cost one of {', '.join(COSTS)}")
+        if self.ratio is not None and self.max_error is not None:
+            raise ValueError("give ratio or max_error, not both")
+
+
+@dataclass
+class Run:
+    """Options, and the notes taken on the way: seconds by stage, warnings, why a layer was left alone."""
+
+    options: Options
+    progress: Progress | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def target(self) -> Target:
+        """What is to run the result."""
+        return TARGETS[self.options.target]
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """Add the seconds that the block takes to those of ``stage``."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
