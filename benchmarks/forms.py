@@ -26,7 +26,7 @@ from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
 from onnx_lrsd.solver.whiten import pose
 from onnx_lrsd.targets import price
-from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Form, Layer
+from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Form, Layer, whole_channels
 
 TRIED = ((CHANNEL, 0), (CHANNEL_IN, 0), (SPATIAL, 0), (SPATIAL, 8))
 
@@ -34,8 +34,12 @@ TRIED = ((CHANNEL, 0), (CHANNEL_IN, 0), (SPATIAL, 0), (SPATIAL, 8))
 def largest(layer: Layer, kind: str, channels: int, share: float) -> Form | None:
     """The form of most rank within the share of the dense MACs."""
     most = share * price(layer, Form()).macs
-    ranks = [r for r in range(1, layer.channels) if price(layer, Form(kind, r, channels)).macs <= most]
-    return Form(kind, ranks[-1], channels) if ranks else None
+    ranks = [
+        r
+        for r in range(1, layer.channels)
+        if price(layer, Form(kind, r, whole_channels(channels))).macs <= most
+    ]
+    return Form(kind, ranks[-1], whole_channels(channels)) if ranks else None
 
 
 def main() -> None:

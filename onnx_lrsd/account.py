@@ -10,6 +10,7 @@ from onnx_lrsd.allocate import COSTS
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.model import Model
 from onnx_lrsd.run import NOT_NEEDED, Run
+from onnx_lrsd.solver.pattern import nonzeros
 from onnx_lrsd.targets import price
 from onnx_lrsd.types import (
     DENSE,
@@ -97,8 +98,8 @@ def _layer_report(
         layer.shape,
         form.kind,
         form.rank,
-        layer.n * form.channels * taps,
-        "channels" if form.channels else "none",
+        nonzeros(form.pattern, layer.n, layer.m, taps),
+        form.pattern.kind,
         before.macs,
         after.macs,
         before.bytes,

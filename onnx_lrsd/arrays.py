@@ -65,6 +65,26 @@ def top_eigenvectors(a: Array, count: int) -> tuple[Array, Array]:
     return values, vectors * xp.where(largest < 0, -1.0, 1.0).astype(vectors.dtype)
 
 
+def kth_largest(values: Array, k: int) -> Array:
+    """The ``k``-th largest entry of a 1-D array, as an array without axes: no copy to the host."""
+    xp = namespace(values)
+    place = values.shape[0] - k
+    order = xp.partition(values, place) if hasattr(xp, "partition") else xp.sort(values)
+    return order[place, ...]
+
+
+def from_numpy(values: np.ndarray, like: Array) -> Array:
+    """``values`` in the namespace, precision and device of ``like``."""
+    xp = namespace(like)
+    where = {"device": like.device} if hasattr(like, "__array_namespace__") else {}
+    return xp.asarray(values.astype(str(like.dtype).rpartition(".")[2]), **where)
+
+
+def identity(size: int, like: Array) -> Array:
+    """The identity (size, size) in the namespace, precision and device of ``like``."""
+    return from_numpy(np.eye(size), like)
+
+
 def spd_inverse(a: Array) -> Array:
     """Inverse of a symmetric positive definite (n, n), symmetric to the last bit."""
     xp = namespace(a)

@@ -13,7 +13,7 @@ import numpy as np
 from onnx_lrsd.model import Model
 from onnx_lrsd.passes import isolate, split
 from onnx_lrsd.solver.layout import factor_kernels, shared_groups
-from onnx_lrsd.types import Factors, Form, Layer, Progress
+from onnx_lrsd.types import N_OF_M, UNSTRUCTURED, Factors, Form, Layer, Progress
 from onnx_lrsd.verify import time_pair
 
 CLEARLY = 1.02
@@ -58,6 +58,7 @@ def placeholder(layer: Layer, form: Form) -> Factors:
     if form.rank:
         groups = shared_groups(layer.kernel, form.kind)
         v, h = np.zeros((form.rank, layer.m // groups)), np.zeros((groups, layer.n, form.rank))
-        kernels = factor_kernels(layer, form.kind, v, h)
-    sparse = np.zeros((layer.n, form.channels, *layer.kernel)) if form.channels else None
-    return Factors(form, kernels, np.ones(layer.n), sparse, tuple(range(form.channels)))
+        kernels = factor_kernels(layer, form.kind, v, h, form.outer)
+    channels = layer.channels if form.pattern.kind in (UNSTRUCTURED, N_OF_M) else form.channels
+    sparse = np.zeros((layer.n, channels, *layer.kernel)) if channels else None
+    return Factors(form, kernels, np.ones(layer.n), sparse, tuple(range(channels)))

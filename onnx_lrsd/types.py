@@ -22,7 +22,13 @@ DENSE = "dense"
 CHANNEL = "channel"
 CHANNEL_IN = "channel-in"
 SPATIAL = "spatial"
-KINDS = (DENSE, CHANNEL, CHANNEL_IN, SPATIAL)
+TUCKER = "tucker"
+KINDS = (DENSE, CHANNEL, CHANNEL_IN, SPATIAL, TUCKER)
+
+UNSTRUCTURED = "unstructured"
+N_OF_M = "n-of-m"
+CHANNELS = "channels"
+PATTERNS = ("none", UNSTRUCTURED, N_OF_M, CHANNELS)
 
 
 @dataclass(frozen=True)
@@ -98,20 +104,51 @@ class Moments:
 
 
 @dataclass(frozen=True, order=True)
-class Form:
-    """How a weight is written: the kind of factors, their rank, and the channels of the sparse part.
+class Pattern:
+    """Which entries the sparse part S may have; data only.
 
-    ``channels`` counts the input channels that the channel-structured S keeps in full; 0 means
-    there is no S. Dense, low rank, sparse and both are points of one space.
+    'unstructured': ``count`` entries anywhere. 'n-of-m': ``count`` of each ``block`` consecutive input
+    channels, at every kernel position (2:4). 'channels': ``count`` whole input channels. 'none': no S.
+    """
+
+    kind: str = "none"
+    count: int = 0
+    block: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.count}:{self.block}" if self.block else f"{self.count} {self.kind}"
+
+
+NONE = Pattern()
+
+
+def whole_channels(count: int) -> Pattern:
+    """The pattern that keeps ``count`` input channels; none for 0."""
+    return Pattern(CHANNELS, count) if count else NONE
+
+
+@dataclass(frozen=True, order=True)
+class Form:
+    """How a weight is written: the kind of factors, their rank, and the pattern of the sparse part.
+
+    ``outer`` is the second rank of Tucker-2, outputs of its core; 0 for every other kind. Dense, low
+    rank, sparse and both are points of one space.
     """
 
     kind: str = DENSE
     rank: int = 0
-    channels: int = 0
+    pattern: Pattern = NONE
+    outer: int = 0
+
+    @property
+    def channels(self) -> int:
+        """Input channels that a channel-structured S keeps in full."""
+        return self.pattern.count if self.pattern.kind == CHANNELS else 0
 
     def __str__(self) -> str:
         rank = f" {self.rank}" if self.rank else ""
-        return f"{self.kind}{rank}" + (f" + S {self.channels}" if self.channels else "")
+        outer = f", {self.outer}" if self.outer else ""
+        return f"{self.kind}{rank}{outer}" + (f" + S {self.pattern}" if self.pattern != NONE else "")
 
 
 @dataclass(frozen=True)

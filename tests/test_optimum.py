@@ -17,7 +17,7 @@ from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.moments import MomentAccumulator
 from onnx_lrsd.solver.sparse import eliminate
 from onnx_lrsd.solver.whiten import Metric, Problem, pose
-from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Form, Layer, Moments
+from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Form, Layer, Moments, whole_channels
 
 Matrix = npt.NDArray[np.float64]
 
@@ -82,7 +82,7 @@ def test_full_rank_is_exact(kind: str, channels: int) -> None:
     problem = posed(layer)
     groups = shared_groups(layer.kernel, kind)
     rank = min(layer.n * groups, (layer.channels - channels) * 9 // groups)
-    found = decompose(problem, Form(kind, rank, channels))
+    found = decompose(problem, Form(kind, rank, whole_channels(channels)))
     assert found.error < 1e-9
     np.testing.assert_allclose(expand(layer, found), problem.weight, atol=1e-3)
 
@@ -97,7 +97,9 @@ def test_the_error_reported_is_the_error_recomputed(kind: str, channels: int) ->
     accumulator = MomentAccumulator(layer, len(x))
     for part in np.array_split(x.astype(np.float32), 7):
         accumulator.add(part)
-    found = decompose(pose(layer, weight, bias, accumulator.result()), Form(kind, 4, channels))
+    found = decompose(
+        pose(layer, weight, bias, accumulator.result()), Form(kind, 4, whole_channels(channels))
+    )
     y, new = x @ weight.T + bias, x @ expand(layer, found).T + found.bias
     assert len(found.channels) == channels
     missed = np.sum((new - y) ** 2) / np.sum((y - y.mean(axis=0)) ** 2)
@@ -124,7 +126,7 @@ def test_the_spatial_fit_is_stationary() -> None:
     """No small step away from the fit lowers its error: both factors are at their optimum."""
     layer = conv(8, 6)
     problem = posed(layer)
-    v, h = factors(layer, problem.weight, problem.metric, SPATIAL, 3, 60)
+    v, h = factors(layer, problem.weight, problem.metric, Form(SPATIAL, 3), 60)
     metric = problem.metric.matrix(problem.weight)
 
     def missed(v: Matrix, h: Matrix) -> float:
@@ -168,7 +170,7 @@ def test_the_channels_chosen_are_among_the_best_of_all() -> None:
         return float(np.sum((rest @ found.metric) * rest))
 
     every = sorted(missed(pair) for pair in itertools.combinations(range(8), 2))
-    chosen = missed(choose_channels(problem, Form(CHANNEL, 0, 2)).channels)
+    chosen = missed(choose_channels(problem, Form(CHANNEL, 0, whole_channels(2))).channels)
     assert chosen <= every[len(every) // 4]
 
 
@@ -253,7 +255,14 @@ def test_one_row_and_no_data_still_give_an_answer() -> None:
 
 @pytest.mark.parametrize(
     "form",
-    [Form(), Form(CHANNEL), Form(CHANNEL, 99), Form(CHANNEL, 2, 10), Form(SPATIAL, 2), Form(CHANNEL, -1)],
+    [
+        Form(),
+        Form(CHANNEL),
+        Form(CHANNEL, 99),
+        Form(CHANNEL, 2, whole_channels(10)),
+        Form(SPATIAL, 2),
+        Form(CHANNEL, -1),
+    ],
 )
 def test_a_form_that_does_not_fit_is_refused(form: Form) -> None:
     with pytest.raises(ValueError, match=r"layer|form"):

@@ -20,7 +20,11 @@ from onnx_lrsd.report import (
     report_to_json,
 )
 from onnx_lrsd.types import (
+    CHANNELS,
     KINDS,
+    N_OF_M,
+    NONE,
+    UNSTRUCTURED,
     Choice,
     Cost,
     Declined,
@@ -30,6 +34,7 @@ from onnx_lrsd.types import (
     LayerReport,
     Metric,
     OutputError,
+    Pattern,
     Plan,
     Price,
     Promise,
@@ -72,6 +77,10 @@ forms = st.just(Form()) | st.builds(
     Form,
     st.sampled_from([kind for kind in KINDS if kind != "dense"]),
     st.integers(1, 4096),
+    st.builds(Pattern, st.just(CHANNELS), st.integers(1, 64))
+    | st.builds(Pattern, st.just(UNSTRUCTURED), st.integers(1, 64))
+    | st.builds(Pattern, st.just(N_OF_M), st.integers(0, 4), st.integers(1, 8))
+    | st.just(NONE),
     st.integers(0, 64),
 )
 choices = st.builds(Choice, forms, st.floats(0, 1), prices, prices, st.text(max_size=20))

@@ -22,7 +22,7 @@ from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import shared_groups
 from onnx_lrsd.solver.moments import input_rows, positions_of
 from onnx_lrsd.solver.whiten import pose
-from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Form, Layer
+from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Form, Layer, whole_channels
 
 CONVERTED = Path(onnx.__file__).parent / "backend" / "test" / "data" / "pytorch-converted"
 Values = npt.NDArray[Any]
@@ -31,7 +31,11 @@ Values = npt.NDArray[Any]
 def full_rank(layer: Layer, kind: str, channels: int) -> Form:
     groups = shared_groups(layer.kernel, kind)
     kept = layer.channels - channels
-    return Form(kind, min(layer.n * groups, kept * prod(layer.kernel) // groups), channels)
+    return Form(
+        kind,
+        min(layer.n * groups, kept * prod(layer.kernel) // groups),
+        whole_channels(channels),
+    )
 
 
 def kinds(layer: Layer) -> list[str]:
@@ -118,7 +122,12 @@ def test_conv_at_full_rank(drawn: tuple[Model, list[int]], seed: int, channels: 
     (layer,), _ = find_layers(model.graph())
     for kind in kinds(layer):
         assert_same(model, rewrite(model, lambda layer, kind=kind: full_rank(layer, kind, channels)), feed)
-    assert_same(model, rewrite(model, lambda layer: Form(CHANNEL, 0, layer.channels - 1)), feed, tolerance=10)
+    assert_same(
+        model,
+        rewrite(model, lambda layer: Form(CHANNEL, 0, whole_channels(layer.channels - 1))),
+        feed,
+        tolerance=10,
+    )
 
 
 @settings(max_examples=40, deadline=None)

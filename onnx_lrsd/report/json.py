@@ -14,14 +14,19 @@ from typing import Any, TypeAlias
 
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.types import (
+    CHANNELS,
     DENSE,
     KINDS,
+    N_OF_M,
+    NONE,
+    UNSTRUCTURED,
     Choice,
     Cost,
     Form,
     Inspection,
     Layer,
     LayerReport,
+    Pattern,
     Plan,
     Price,
     Report,
@@ -29,6 +34,8 @@ from onnx_lrsd.types import (
 )
 
 SCHEMA = 1
+FORM_NUMBERS = ("rank", "channels", "outer", "nonzeros", "kept", "of")
+"""``outer`` is Tucker-2's second rank; ``channels``, ``nonzeros``, or ``kept`` ``of`` a block describe S."""
 COSTS = ("macs", "parameters", "bytes")
 STAGES = ("load", "calibrate", "decompose", "plan", "rewrite", "verify")
 
@@ -81,7 +88,7 @@ def inspection_to_json(found: Inspection, model: str) -> str:
 def plan_to_json(plan: Plan) -> str:
     """A plan to be read, edited and replayed: one line for each layer.
 
-    ``kind``, ``rank`` and ``channels`` are what a replay obeys; the rest says why they were chosen.
+    ``kind`` and the numbers of FORM_NUMBERS are what a replay obeys; the rest says why they were chosen.
     """
     head = _dump({**_head(), "target": plan.target, "cost": plan.cost})
     lines = (f"    {json.dumps(name)}: {_dump(_choice(c), indent=None)}" for name, c in plan.choices.items())
@@ -130,27 +137,39 @@ def _read_choice(name: str, entry: Any) -> Choice:
 
     if not isinstance(entry, dict):
         raise wrong('is no object: write {"kind": "dense"} or a kind with its rank')
-    unknown = sorted(set(entry) - {"kind", "rank", "channels", "error", "before", "after", "reason"})
+    unknown = sorted(set(entry) - {"kind", *FORM_NUMBERS, "error", "before", "after", "reason"})
     if unknown:
-        raise wrong(f'has the unknown field "{unknown[0]}": fields that count are kind, rank and channels')
+        raise wrong(
+            f'has the unknown field "{unknown[0]}": fields that count are kind, {", ".join(FORM_NUMBERS)}'
+        )
     kind = entry.get("kind")
     if kind not in KINDS:
         raise wrong(f"has kind {json.dumps(kind)}: write one of {', '.join(KINDS)}")
-    numbers = {field: entry.get(field, 0) for field in ("rank", "channels")}
+    numbers = {field: entry.get(field, 0) for field in FORM_NUMBERS}
     for field, value in numbers.items():
         if type(value) is not int or value < 0:
             raise wrong(f"has {field} {json.dumps(value)}: write a whole number, 0 or more")
-    rank, channels = numbers["rank"], numbers["channels"]
-    if kind == DENSE and (rank or channels):
+    patterns = [
+        Pattern(CHANNELS, numbers["channels"]),
+        Pattern(UNSTRUCTURED, numbers["nonzeros"]),
+        Pattern(N_OF_M, numbers["kept"], numbers["of"]),
+    ]
+    given = [pattern for pattern in patterns if pattern.count or pattern.block]
+    rank, outer = numbers["rank"], numbers["outer"]
+    if kind == DENSE and (rank or outer or given):
         raise wrong("is dense with a rank or channels: remove them, or name another kind")
-    if kind != DENSE and not (rank or channels):
+    if len(given) > 1:
+        raise wrong("has two patterns for its sparse part: give channels, nonzeros, or kept and of")
+    if kind != DENSE and not (rank or given):
         raise wrong(f"is {kind} without a rank: give a rank of 1 or more, or write the kind dense")
     error, reason = entry.get("error") or 0.0, entry.get("reason") or ""
     if isinstance(error, bool) or not isinstance(error, int | float) or not isinstance(reason, str):
         raise wrong("has an error that is no number or a reason that is no text: remove them")
     try:
         before, after = (_read_price(entry.get(side)) for side in ("before", "after"))
-        return Choice(Form(kind, rank, channels), float(error), before, after, reason)
+        return Choice(
+            Form(kind, rank, given[0] if given else NONE, outer), float(error), before, after, reason
+        )
     except (TypeError, ValueError, OverflowError):
         raise wrong('has a "before" or "after" that is no price: remove it') from None
 
@@ -211,7 +230,14 @@ def _inspected(layer: Layer, price: Price) -> Json:
 def _choice(choice: Choice) -> Json:
     form: Json = {"kind": choice.form.kind}
     if choice.form.kind != DENSE:
+        pattern = choice.form.pattern
         form |= {"rank": choice.form.rank, "channels": choice.form.channels}
+        if choice.form.outer:
+            form["outer"] = choice.form.outer
+        if pattern.kind == UNSTRUCTURED:
+            form["nonzeros"] = pattern.count
+        if pattern.kind == N_OF_M:
+            form |= {"kept": pattern.count, "of": pattern.block}
     prices = {"before": _price(choice.before), "after": _price(choice.after)}
     return form | {"error": choice.error} | prices | ({"reason": choice.reason} if choice.reason else {})
 

@@ -1,36 +1,43 @@
 """The error of one layer over many forms at once: one factorisation for each kind, no factors kept.
 
 Errors here are those of the damped objective, before the last sweeps of a final fit. Against
-held-out samples that is the better estimate of the two: damping stands for what was not seen.
+held-out samples that is the better estimate of the two: damping stands for what was not seen. Forms
+whose S has free entries are fitted one by one, briefly, and their error is that of the fit.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from math import prod
 
 from onnx_lrsd.solver import separable
-from onnx_lrsd.solver.decompose import choose_channels, prepare
+from onnx_lrsd.solver.decompose import choose_channels, decompose, prepare
 from onnx_lrsd.solver.lowrank import low_rank
+from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.solver.whiten import Metric, Problem
-from onnx_lrsd.types import CHANNEL, Form
+from onnx_lrsd.types import CHANNEL, CHANNELS, N_OF_M, TUCKER, UNSTRUCTURED, Form, Pattern
 
 
-def errors(problem: Problem, forms: Iterable[Form]) -> dict[Form, float]:
+def errors(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
     """Relative output error of every form (dense is not among them).
 
-    Forms that differ in rank alone share one factorisation; those with S share the channels chosen
-    at the middle rank.
+    Forms that differ in rank alone share one factorisation; those that keep channels share the channels
+    chosen at the middle rank, those with free entries the eigenvectors of the metric.
     """
-    families: defaultdict[tuple[str, int], list[Form]] = defaultdict(list)
-    for form in forms:
-        families[form.kind, form.channels].append(form)
+    families: defaultdict[tuple[str, Pattern], list[Form]] = defaultdict(list)
     found: dict[Form, float] = {}
-    for (kind, channels), family in families.items():
+    free = [form for form in forms if form.pattern.kind in (UNSTRUCTURED, N_OF_M)]
+    for form in forms:
+        if form not in free:
+            families[form.kind, form.pattern].append(form)
+    if free:
+        found |= _free_entries(problem, free)
+    for (kind, pattern), family in families.items():
         family = sorted(family)
         weight, metric = problem.weight, problem.metric
-        if channels:
+        if pattern.kind == CHANNELS:
             if problem.metric.rows is not None:
                 continue  # the conditional metric would be the (m, m) matrix that rows avoid
             chosen = choose_channels(problem, family[len(family) // 2])
@@ -38,6 +45,14 @@ def errors(problem: Problem, forms: Iterable[Form]) -> dict[Form, float]:
         for form, missed in _family(replace(problem, weight=weight, metric=metric), kind, family):
             found[form] = missed / problem.energy if problem.energy > 0 else 0.0
     return found
+
+
+def _free_entries(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
+    """Errors of forms whose S has free entries. Few rows serve forms without shared factors only."""
+    if problem.metric.rows is not None:
+        forms = [form for form in forms if form.kind == CHANNEL or not form.rank]
+    resolvent = Resolvent(problem.metric, problem.weight, prod(problem.layer.kernel))
+    return {form: decompose(problem, form, effort="fast", resolvent=resolvent).error for form in forms}
 
 
 def _family(problem: Problem, kind: str, family: list[Form]) -> Iterable[tuple[Form, float]]:
@@ -53,5 +68,9 @@ def _family(problem: Problem, kind: str, family: list[Form]) -> Iterable[tuple[F
         yield from ((form, float(tail[form.rank]) * total) for form in ranked)
         return
     shared = prepare(problem.layer, weight, metric, kind)
+    if kind == TUCKER:
+        by_outer = separable.outer_errors(shared, sorted({form.rank for form in ranked}))
+        yield from ((form, float(by_outer[form.rank][form.outer]) * shared.energy) for form in ranked)
+        return
     missed = separable.rank_errors(shared, ranked[-1].rank)
     yield from ((form, float(missed[form.rank]) * shared.energy) for form in ranked)

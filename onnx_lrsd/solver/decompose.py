@@ -1,71 +1,96 @@
-"""One layer in one form: W ~ U V + S with the bias refitted, and the error it really has."""
+"""One layer in one form: W ~ L + S with the bias refitted, and the error it really has."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
 from onnx_lrsd.arrays import namespace, to_numpy
 from onnx_lrsd.solver import separable
+from onnx_lrsd.solver.admm import fit_sparse, low_rank_plus_sparse
 from onnx_lrsd.solver.layout import factor_kernels, group_metric, group_weight, shared_groups, ungroup_weight
 from onnx_lrsd.solver.lowrank import low_rank
+from onnx_lrsd.solver.parts import SharedFactors
+from onnx_lrsd.solver.pattern import check_pattern
+from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.solver.sparse import Elimination, best_channels, channel_gains, eliminate
 from onnx_lrsd.solver.whiten import Metric, Problem
-from onnx_lrsd.types import CHANNEL, DENSE, Array, Factors, Form, Layer
+from onnx_lrsd.types import CHANNEL, CHANNELS, DENSE, NONE, TUCKER, Array, Factors, Form, Layer
 
 SWEEPS = 4
 """Alternating sweeps of a final fit: the first gives most of the gain, the fourth half a percent."""
 
 
-def decompose(problem: Problem, form: Form) -> Factors:
+class _Parts(NamedTuple):
+    """V (r, A) and H (B, n, r) of the factors, S (n, m), each or None; ``converged``: the search rested."""
+
+    v: Array | None
+    h: Array | None
+    sparse: Array | None
+    converged: bool = True
+
+
+def decompose(
+    problem: Problem,
+    form: Form,
+    *,
+    effort: str = "standard",
+    seed: int = 0,
+    resolvent: Resolvent | None = None,
+) -> Factors:
     """Fit ``form`` to one layer; the error is recomputed in float64 from the factors themselves.
 
-    Raises ValueError for a dense form, a form the kernel does not allow, and a rank or a number of
-    channels out of range.
+    ``effort``, ``seed`` and ``resolvent`` (that of ``problem.metric``, to be shared between calls) concern
+    forms whose S has free entries. Raises ValueError for a dense form, a form the kernel does not allow,
+    and a rank or a count of entries out of range.
     """
     layer, weight = problem.layer, problem.weight
     check_form(layer, form)
     xp = namespace(weight)
-    chosen = choose_channels(problem, form) if form.channels else None
+    channels: tuple[int, ...] = ()
+    if form.pattern.kind == CHANNELS:
+        chosen = choose_channels(problem, form)
+        parts, channels = _beside_channels(problem, form, chosen), chosen.channels
+    elif form.pattern == NONE:
+        parts = _Parts(*factors(layer, weight, problem.metric, form, SWEEPS), None)
+    else:
+        h = resolvent or Resolvent(_formed(problem, form), weight, prod(layer.kernel))
+        parts, channels = _beside_entries(problem, form, effort, seed, h), tuple(range(layer.channels))
     approximation = xp.zeros_like(weight)
     kernels: tuple[Array, ...] = ()
-    if form.rank:
-        part = weight if chosen is None else weight[:, chosen.rest]
-        metric = problem.metric if chosen is None else Metric(chosen.metric, None, 0.0)
-        v, h = factors(layer, part, metric, form.kind, form.rank, SWEEPS)
-        if chosen is not None:
-            v = _scatter_channels(v, chosen.channels, layer.channels)
-        kernels = tuple(to_numpy(k) for k in factor_kernels(layer, form.kind, v, h))
-        approximation = ungroup_weight(xp.matmul(h, v))
+    if parts.v is not None and parts.h is not None:
+        kernels = factor_kernels(layer, form.kind, parts.v, parts.h, form.outer)
+        approximation = ungroup_weight(xp.matmul(parts.h, parts.v))
     sparse = None
-    if chosen is not None:
-        columns = chosen.sparse(weight, approximation[:, chosen.rest])
-        sparse = to_numpy(columns).reshape(layer.n, form.channels, *layer.kernel)
-        approximation[:, chosen.kept] = columns
+    if parts.sparse is not None:
+        approximation = approximation + parts.sparse
+        wide = np.reshape(to_numpy(parts.sparse), (layer.n, layer.channels, *layer.kernel))
+        sparse = wide[:, list(channels)]
     return Factors(
         form,
-        kernels,
+        tuple(to_numpy(kernel) for kernel in kernels),
         to_numpy(problem.bias(approximation)),
         sparse,
-        () if chosen is None else chosen.channels,
+        channels,
         problem.error(approximation),
-        bool(xp.all(xp.isfinite(approximation))),
+        parts.converged and bool(xp.all(xp.isfinite(approximation))),
     )
 
 
-def factors(
-    layer: Layer, weight: Array, metric: Metric, kind: str, rank: int, sweeps: int
-) -> tuple[Array, Array]:
+def factors(layer: Layer, weight: Array, metric: Metric, form: Form, sweeps: int) -> tuple[Array, Array]:
     """V (rank, A) and H (B, n, rank), float64, for ``weight`` (n, columns) in ``metric``.
 
     The columns may be those of all channels or of some.
     """
-    if kind == CHANNEL:
+    if form.kind == CHANNEL:
         found = low_rank(weight, metric)
-        return found.right[:rank], found.left[:, :rank][None]
+        return found.right[: form.rank], found.left[:, : form.rank][None]
     xp = namespace(weight)
-    v, h, _ = separable.fit(prepare(layer, weight, metric, kind), rank, sweeps)
+    shared = prepare(layer, weight, metric, form.kind)
+    v, h, _ = separable.fit(shared, form.rank, sweeps, outer=form.outer)
     return v.astype(xp.float64), h.astype(xp.float64)
 
 
@@ -84,11 +109,53 @@ def choose_channels(problem: Problem, form: Form) -> Elimination:
     weight, metric = problem.weight, problem.metric.matrix(problem.weight)
     difference = weight
     if form.rank:
-        v, h = factors(problem.layer, weight, problem.metric, form.kind, form.rank, 0)
+        v, h = factors(problem.layer, weight, problem.metric, form, 0)
         difference = weight - ungroup_weight(namespace(weight).matmul(h, v))
     taps = prod(problem.layer.kernel)
     channels = best_channels(channel_gains(difference, metric, taps), form.channels)
     return eliminate(metric, channels, taps)
+
+
+def _beside_channels(problem: Problem, form: Form, chosen: Elimination) -> _Parts:
+    """Factors of the channels that S does not keep, in the conditional metric, and S in closed form."""
+    weight = problem.weight
+    v = h = None
+    low = namespace(weight).zeros_like(weight)
+    if form.rank:
+        metric = Metric(chosen.metric, None, 0.0)
+        v, h = factors(problem.layer, weight[:, chosen.rest], metric, form, SWEEPS)
+        v = _scatter_channels(v, chosen.channels, problem.layer.channels)
+        low = ungroup_weight(namespace(weight).matmul(h, v))
+    sparse = namespace(weight).zeros_like(weight)
+    sparse[:, chosen.kept] = chosen.sparse(weight, low[:, chosen.rest])
+    return _Parts(v, h, sparse)
+
+
+def _beside_entries(problem: Problem, form: Form, effort: str, seed: int, h: Resolvent) -> _Parts:
+    """Factors and an S of free or N:M entries, found jointly."""
+    layer, weight = problem.layer, problem.weight
+    xp = namespace(weight)
+    taps = prod(layer.kernel)
+    if form.kind == CHANNEL or not form.rank:
+        found = low_rank_plus_sparse(
+            weight, problem.metric, form.rank, form.pattern, taps=taps, effort=effort, seed=seed, resolvent=h
+        )
+        v, left = (found.right, found.left[None]) if form.rank else (None, None)
+        return _Parts(v, left, found.sparse, found.converged)
+    w = (weight * h.columns).astype(xp.float32)
+    groups = shared_groups(layer.kernel, form.kind)
+    part = SharedFactors(w, h, groups, form.rank, form.outer)
+    s, rested = fit_sparse(w, h, part, form.pattern, taps, effort)
+    v = part.v.astype(xp.float64) / xp.reshape(h.columns, (-1, groups))[:, 0]
+    return _Parts(v, part.h.astype(xp.float64), s.astype(xp.float64) / h.columns, rested)
+
+
+def _formed(problem: Problem, form: Form) -> Metric:
+    """The metric, as a matrix where shared factors need one."""
+    metric = problem.metric
+    if form.kind == CHANNEL or not form.rank or metric.rows is None:
+        return metric
+    return replace(metric, second=metric.matrix(problem.weight), rows=None, damping=0.0)
 
 
 def _scatter_channels(v: Array, channels: tuple[int, ...], total: int) -> Array:
@@ -110,7 +177,13 @@ def check_form(layer: Layer, form: Form) -> None:
     limit = min(layer.n * groups, layer.m // groups)
     if not 0 <= form.rank <= limit:
         raise ValueError(f"rank {form.rank} of {layer.node} is not between 0 and {limit}")
-    if not 0 <= form.channels < layer.channels:
+    outer = min(layer.n, form.rank * groups) if form.kind == TUCKER else 0
+    if not min(outer, 1) <= form.outer <= outer:
+        raise ValueError(
+            f"outer rank {form.outer} of {layer.node} is not between {min(outer, 1)} and {outer}"
+        )
+    if form.channels >= layer.channels:
         raise ValueError(f"{form.channels} channels for S of {layer.node}, which has {layer.channels} inputs")
-    if not form.rank and not form.channels:
+    check_pattern(form.pattern, layer.n, layer.m, prod(layer.kernel))
+    if not form.rank and form.pattern == NONE:
         raise ValueError(f"form {form} of {layer.node} has neither factors nor a sparse part")

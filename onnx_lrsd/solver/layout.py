@@ -1,7 +1,7 @@
 """Where a form puts the entries of a weight: (n, m) matrices to groups of inputs, factors to kernels.
 
 Every two-factor form shares its first factor over groups b = 0..B-1 of inputs (see separable.py):
-channel B = 1; spatial B = last kernel extent; channel-in B = all kernel positions.
+channel B = 1; spatial B = last kernel extent; channel-in and Tucker-2 B = all kernel positions.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from math import prod
 
 import numpy as np
 
-from onnx_lrsd.arrays import namespace
-from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Array, Factors, Layer
+from onnx_lrsd.arrays import namespace, top_eigenvectors
+from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Array, Factors, Layer
 
 
 def shared_groups(kernel: tuple[int, ...], kind: str) -> int:
@@ -20,7 +20,7 @@ def shared_groups(kernel: tuple[int, ...], kind: str) -> int:
         return 1
     if kind == SPATIAL and len(kernel) == 2:
         return kernel[-1]
-    if kind == CHANNEL_IN and kernel:
+    if kind in (CHANNEL_IN, TUCKER) and kernel:
         return prod(kernel)
     raise ValueError(f"form {kind!r} does not fit a kernel of shape {kernel}")
 
@@ -44,9 +44,16 @@ def ungroup_weight(weight: Array) -> Array:
     return xp.reshape(xp.permute_dims(weight, (1, 2, 0)), (weight.shape[1], -1))
 
 
-def factor_kernels(layer: Layer, kind: str, v: Array, h: Array) -> tuple[Array, Array]:
-    """V (r, A) and H (B, n, r) as the kernels of two nodes, applied first to last."""
+def factor_kernels(layer: Layer, kind: str, v: Array, h: Array, outer: int = 0) -> tuple[Array, ...]:
+    """V (r, A) and H (B, n, r) as the kernels of nodes, applied first to last.
+
+    Tucker-2 has three: H_b = U G_b, where U (n, ``outer``) spans the columns of all H_b.
+    """
     xp = namespace(v)
+    if kind == TUCKER:
+        _, u = top_eigenvectors(xp.sum(xp.matmul(h, xp.permute_dims(h, (0, 2, 1))), axis=0), outer)
+        first, core = factor_kernels(layer, CHANNEL_IN, v, xp.matmul(u.T, h))
+        return first, core, xp.reshape(u, (*u.shape, *(1,) * len(layer.kernel)))
     rank, n = v.shape[0], h.shape[1]
     outer = xp.permute_dims(h, (1, 2, 0))
     if not layer.kernel:
@@ -64,9 +71,11 @@ def expand(layer: Layer, factors: Factors) -> Array:
     """The weight (n, m) that ``factors`` stand for, U V + S, as NumPy."""
     weight = np.zeros((layer.n, layer.channels, *layer.kernel))
     if factors.kernels:
-        first, last = factors.kernels
-        # On every axis one of the two kernels has extent 1, so that their product broadcasts.
-        weight += np.einsum("or...,rc...->oc...", last, first)
+        product, *others = factors.kernels
+        for kernel in others:
+            # On every axis one of the two has extent 1, so that their product broadcasts.
+            product = np.einsum("or...,rc...->oc...", kernel, product)
+        weight += product
     if factors.sparse is not None:
         weight[:, list(factors.channels)] += factors.sparse
     return weight.reshape(layer.n, layer.m)

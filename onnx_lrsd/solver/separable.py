@@ -7,7 +7,7 @@ x = (x_0, ..., x_{B-1}) with x_b of length A, m = A B. The weight becomes
 
 One family holds every two-factor form. *Channel*: B = 1. *Spatial* (k x 1, then 1 x k): b is the
 kernel column, A = channels x kernel rows. *Channel-in* (1 x 1, then k x k): b is the kernel
-position, A = channels.
+position, A = channels. *Tucker-2* (1 x 1, k x k, 1 x 1) is channel-in with H_b = U G_b for one U.
 
 The error tr(D C D^T) is quadratic in each factor: alternating least squares in the metric C of the
 data. H is a linear regression on the r B features V x_b. V solves
@@ -19,9 +19,10 @@ Decomposition for Compression of Convolutional Neural Networks", NeurIPS 2025 (t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onnx_lrsd.arrays import namespace, spd_inverse, top_eigenvectors, trace
+from onnx_lrsd.arrays import identity, namespace, spd_inverse, top_eigenvectors, trace
 from onnx_lrsd.types import Array
 
 RIDGE = 1e-6
@@ -72,22 +73,23 @@ def prepare(weight: Array, metric: Array) -> Separable:
 
 
 def fit(
-    problem: Separable, rank: int, sweeps: int = 4, steps: int = 6, start: Array | None = None
+    problem: Separable, rank: int, sweeps: int = 4, steps: int = 6, outer: int = 0
 ) -> tuple[Array, Array, float]:
     """V (rank, A), H (B, n, rank) and the error relative to ``energy``.
 
-    ``start`` (rank', A) warm-starts V; missing rows come from ``basis``.
+    With ``outer``, H_b = U G_b for one U (n, outer): Tucker-2.
     """
-    xp = namespace(problem.weight)
     v = problem.basis[:rank]
-    if start is not None:
-        v = xp.concat([start[:rank], v[start.shape[0] :]], axis=0)
-    h, error = _outer(problem, v)
-    if problem.weight.shape[0] == 1:
-        return v, h, error
-    for _ in range(sweeps):
-        v = _orthonormalise(problem, _inner(problem, v, h, steps))
-        h, error = _outer(problem, v)
+    h, error = _outer(problem, v, outer)
+    for _ in range(sweeps if problem.weight.shape[0] > 1 else 0):
+        v, h, error = sweep(problem, v, h, steps, outer)
+    return v, h, error
+
+
+def sweep(problem: Separable, v: Array, h: Array, steps: int, outer: int = 0) -> tuple[Array, Array, float]:
+    """Both factors once: V by ``steps`` of conjugate gradients from ``v``, then the best H for it."""
+    v = _orthonormalise(problem, _inner(problem, v, h, steps))
+    h, error = _outer(problem, v, outer)
     return v, h, error
 
 
@@ -99,13 +101,36 @@ def rank_errors(problem: Separable, top: int) -> Array:
     what each feature adds: error_r = 1 - sum of squares of its first r B columns.
     """
     xp = namespace(problem.weight)
-    gram, right = _normal_equations(problem, problem.basis[:top], by_rank=True)
-    size, outputs = gram.shape[0], right.shape[0]
-    corner = 2 * problem.energy * xp.eye(outputs, dtype=gram.dtype)
-    stacked = xp.concat([xp.concat([gram, right.T], axis=1), xp.concat([right, corner], axis=1)], axis=0)
-    added = xp.linalg.cholesky(stacked)[size:, :size]
-    gains = xp.sum(xp.reshape(added**2, (outputs, top, -1)), axis=(0, 2)) / problem.energy
+    added = _added(problem, top)
+    gains = xp.sum(xp.reshape(added**2, (added.shape[0], top, -1)), axis=(0, 2)) / problem.energy
     return xp.maximum(1 - xp.concat([xp.zeros_like(gains[:1]), xp.cumulative_sum(gains)]), 0.0)
+
+
+def outer_errors(problem: Separable, ranks: Sequence[int]) -> dict[int, Array]:
+    """Errors (n + 1,) of every outer rank beside each of ``ranks`` (ascending), before any sweep.
+
+    The features of rank r explain outputs of covariance Z_r Z_r^T, of which q outer directions keep the
+    q largest eigenvalues.
+    """
+    xp = namespace(problem.weight)
+    added, found = _added(problem, ranks[-1]), {}
+    explained, done, groups = xp.zeros_like(added @ added.T), 0, problem.weight.shape[0]
+    for rank in ranks:
+        part = added[:, done * groups : rank * groups]
+        explained, done = explained + part @ part.T, rank
+        values = xp.flip(xp.linalg.eigvalsh(explained)) / problem.energy
+        found[rank] = xp.maximum(1 - xp.concat([xp.zeros_like(values[:1]), xp.cumulative_sum(values)]), 0.0)
+    return found
+
+
+def _added(problem: Separable, top: int) -> Array:
+    """Z (n, top B): what each feature of the first ``top`` rows of ``basis`` adds to each output."""
+    xp = namespace(problem.weight)
+    gram, right = _normal_equations(problem, problem.basis[:top], by_rank=True)
+    size = gram.shape[0]
+    corner = 2 * problem.energy * identity(right.shape[0], gram)
+    stacked = xp.concat([xp.concat([gram, right.T], axis=1), xp.concat([right, corner], axis=1)], axis=0)
+    return xp.linalg.cholesky(stacked)[size:, :size]
 
 
 def _normal_equations(problem: Separable, v: Array, *, by_rank: bool = False) -> tuple[Array, Array]:
@@ -119,16 +144,25 @@ def _normal_equations(problem: Separable, v: Array, *, by_rank: bool = False) ->
     right = xp.matmul(problem.product, v.T)
     order, columns = ((2, 0, 3, 1), (1, 2, 0)) if by_rank else ((0, 2, 1, 3), (1, 0, 2))
     gram = xp.reshape(xp.permute_dims(features, order), (size, size)).astype(xp.float64)
-    gram = (gram + gram.T) / 2 + RIDGE * trace(gram) / size * xp.eye(size, dtype=gram.dtype)
+    gram = (gram + gram.T) / 2 + RIDGE * trace(gram) / size * identity(size, gram)
     return gram, xp.reshape(xp.permute_dims(right, columns), (right.shape[1], size)).astype(xp.float64)
 
 
-def _outer(problem: Separable, v: Array) -> tuple[Array, float]:
-    """H (B, n, r) for a fixed V, and the error it leaves."""
+def _outer(problem: Separable, v: Array, outer: int = 0) -> tuple[Array, float]:
+    """H (B, n, r) for a fixed V, and the error it leaves.
+
+    With features z = V x_b of Gram matrix G and R = E[y z^T] the regression is R G^-1. Of ``outer``
+    outputs at most (Tucker-2) the best is its projection on the top eigenvectors of R G^-1 R^T, the
+    covariance of what it explains (reduced-rank regression; Izenman, J. Multivariate Anal. 5, 1975).
+    """
     xp = namespace(v)
     gram, right = _normal_equations(problem, v)
     solution = xp.linalg.solve(gram, right.T).T
-    error = max(1 - float(xp.sum(solution * right)) / problem.energy, 0.0)
+    if 0 < outer < right.shape[0]:
+        explained = solution @ right.T
+        _, u = top_eigenvectors((explained + explained.T) / 2, outer)
+        solution = u @ (u.T @ solution)
+    error = max(1 - float(xp.sum(solution * right)) / problem.energy, 0.0) if problem.energy > 0 else 0.0
     h = xp.permute_dims(xp.reshape(solution, (right.shape[0], -1, v.shape[0])), (1, 0, 2))
     return h.astype(v.dtype), error
 
@@ -140,7 +174,7 @@ def _inner(problem: Separable, v: Array, h: Array, steps: int) -> Array:
     transposed = xp.permute_dims(h, (0, 2, 1))
     gram = xp.matmul(transposed[:, None], h[None])
     own = xp.sum(xp.stack([gram[b, b] for b in range(groups)]), axis=0)
-    own = own + RIDGE * trace(own) / own.shape[0] * xp.eye(own.shape[0], dtype=own.dtype)
+    own = own + RIDGE * trace(own) / own.shape[0] * identity(own.shape[0], own)
     own_inverse = spd_inverse(own.astype(xp.float64)).astype(v.dtype)
 
     def apply(x: Array) -> Array:

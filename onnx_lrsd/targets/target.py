@@ -10,7 +10,20 @@ from dataclasses import dataclass
 from math import prod
 
 from onnx_lrsd.solver.moments import output_size
-from onnx_lrsd.types import CHANNEL, CHANNEL_IN, DENSE, SPATIAL, Form, Layer, Price
+from onnx_lrsd.solver.pattern import nonzeros
+from onnx_lrsd.types import (
+    CHANNEL,
+    CHANNEL_IN,
+    DENSE,
+    N_OF_M,
+    NONE,
+    SPATIAL,
+    TUCKER,
+    UNSTRUCTURED,
+    Form,
+    Layer,
+    Price,
+)
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -28,6 +41,8 @@ def price(layer: Layer, form: Form) -> Price:
     """What ``form`` costs for one sample of a layer whose positions and size are known."""
     nodes = node_shapes(layer, form)
     parameters = sum(out * inner for out, inner, _ in nodes) + layer.n
+    if form.pattern.kind in (UNSTRUCTURED, N_OF_M):
+        parameters += nonzeros(form.pattern, layer.n, layer.m, prod(layer.kernel)) - layer.n * layer.m
     macs = sum(out * inner * times for out, inner, times in nodes)
     return Price(macs, parameters, parameters * BYTES[layer.dtype])
 
@@ -49,10 +64,16 @@ def node_shapes(layer: Layer, form: Form) -> list[tuple[int, int, int]]:
         nodes = [(rank, channels, _positions_before(layer, later)), (layer.n, rank * taps, positions)]
     elif rank and form.kind == SPATIAL:
         rows, columns = layer.kernel
-        first = _positions_before(layer, [False, True])
-        nodes = [(rank, channels * rows, first), (layer.n, rank * columns, positions)]
+        before = _positions_before(layer, [False, True])
+        nodes = [(rank, channels * rows, before), (layer.n, rank * columns, positions)]
+    elif rank and form.kind == TUCKER:
+        later = [extent > 1 for extent in layer.kernel]
+        first = (rank, channels, _positions_before(layer, later))
+        nodes = [first, (form.outer, rank * taps, positions), (layer.n, form.outer, positions)]
     if form.channels:
         nodes.append((layer.n, form.channels * taps, positions))
+    elif form.pattern != NONE:
+        nodes.append((layer.n, layer.m, positions))
     return nodes
 
 

@@ -1,0 +1,156 @@
+"""W ~ L + S for a given low-rank part and pattern: the least output error, support and factors jointly.
+
+Minimise tr(D H D^T), D = W - L - S, over L of some form and S of a pattern. ADMM splits S into a dense
+copy Z and the patterned S. With S and the dual fixed, Z *and* L have a joint closed form: eliminating Z
+leaves a fit of L in the metric M = rho H (H + rho I)^-1, and Z follows. The scheme thus has two blocks,
+not three, and one (n, m, m) product an iteration; L is kept current by one step of its own at a time.
+On the support that comes out, conjugate gradients refit S; where L is U V they do so with the right
+factor eliminated (variable projection).
+
+Sources: Boyd et al., Foundations and Trends in Machine Learning 3 (2011), section 9.1 (ADMM for
+cardinality); Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973) (variable projection). Peers: Meng et
+al., ALPS, NeurIPS 2024; Makni et al., 3BASiL, NeurIPS 2025 (three blocks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_lrsd.arrays import namespace
+from onnx_lrsd.solver.lowrank import low_rank
+from onnx_lrsd.solver.parts import FreeFactors, Part, orthonormal
+from onnx_lrsd.solver.pattern import check_pattern, grown, nonzeros, support
+from onnx_lrsd.solver.resolvent import Resolvent
+from onnx_lrsd.solver.whiten import Metric
+from onnx_lrsd.types import NONE, Array, Pattern
+
+EFFORTS = {"brief": (5, 4), "fast": (5, 8), "standard": (10, 8), "thorough": (16, 16)}
+"""Values of rho, and iterations at each."""
+FIRST_RHO, DAMPED_RHO, LAST_RHO = 0.015, 0.3, 0.25
+"""rho rises geometrically from max(FIRST_RHO, DAMPED_RHO x damping) to LAST_RHO / share of entries kept."""
+ROUNDS, GRADIENT_STEPS = 2, 4
+"""Of the polish: a refit of L, then so many conjugate gradients on S."""
+RESTED = 0.01
+"""Share of the support that the last step of a converged search may still move."""
+
+
+@dataclass(frozen=True)
+class LowRankPlusSparse:
+    """``left`` (n, r), ``right`` (r, m) and ``sparse`` (n, m), float64.
+
+    ``error`` is tr(D C D^T) / tr(W C W^T) with the undamped C; columns of ``left`` are orthonormal and
+    sorted, so that the first r' of them are a good fit of rank r'. ``converged``: the support had come
+    to rest.
+    """
+
+    left: Array
+    right: Array
+    sparse: Array
+    error: float
+    converged: bool
+
+
+def low_rank_plus_sparse(
+    weight: Array,
+    metric: Metric,
+    rank: int,
+    pattern: Pattern = NONE,
+    *,
+    taps: int = 1,
+    effort: str = "standard",
+    seed: int = 0,
+    resolvent: Resolvent | None = None,
+) -> LowRankPlusSparse:
+    """Fit U V + S to ``weight`` (n, m), float64, in ``metric``.
+
+    ``taps`` is the number of kernel positions of an input channel. ``resolvent`` is that of ``metric``,
+    to be shared between calls. Raises ValueError for a rank or pattern that the shape does not allow and
+    for a weight that is not finite.
+    """
+    xp = namespace(weight)
+    n, m = weight.shape
+    if not 0 <= rank <= min(n, m):
+        raise ValueError(f"rank {rank} of an ({n}, {m}) weight is not between 0 and {min(n, m)}")
+    check_pattern(pattern, n, m, taps)
+    if not bool(xp.all(xp.isfinite(weight))):
+        raise ValueError("weight has NaN or infinite entries")
+    kept = nonzeros(pattern, n, m, taps)
+    left, sparse, rested = weight[:, :0], xp.zeros_like(weight), True
+    if kept == n * m:
+        sparse = weight
+    elif not kept or rank == min(n, m):
+        left = low_rank(weight, metric).left[:, :rank]
+    else:
+        h = resolvent or Resolvent(metric, weight, taps)
+        w = (weight * h.columns).astype(xp.float32)
+        part = FreeFactors.random(w, rank, seed)
+        s, rested = fit_sparse(w, h, part, pattern, taps, effort)
+        sparse, left = s.astype(xp.float64) / h.columns, orthonormal(part.p.astype(xp.float64))
+    right = left.T @ (weight - sparse)
+    difference = weight - sparse - left @ right
+    energy = float(xp.sum(metric.undamped(weight) * weight))
+    missed = float(xp.sum(metric.undamped(difference) * difference))
+    error = max(missed, 0.0) / energy if energy > 0 else 0.0
+    return LowRankPlusSparse(left, right, sparse, error, rested)
+
+
+def fit_sparse(
+    w: Array, h: Resolvent, part: Part, pattern: Pattern, taps: int, effort: str
+) -> tuple[Array, bool]:
+    """S (n, m) beside ``part``, which is fitted along, and whether its support had come to rest.
+
+    ``w`` and S are float32 and in the columns of ``h``; the pattern keeps some entries but not all.
+    """
+    s, mask, rested = _search(w, h, part, pattern, taps, effort)
+    for _ in range(ROUNDS):
+        part.refit(w - s, h)
+        s = _gradients(w, h, part, s, mask)
+    part.refit(w - s, h)
+    return s, rested
+
+
+def _search(
+    w: Array, h: Resolvent, part: Part, pattern: Pattern, taps: int, effort: str
+) -> tuple[Array, Array, bool]:
+    """S, its support and whether the last step moved little of it."""
+    xp = namespace(w)
+    stages, iterations = EFFORTS[effort]
+    kept = nonzeros(pattern, w.shape[0], w.shape[1], taps)
+    first = max(FIRST_RHO, DAMPED_RHO * h.damping)
+    last = max(LAST_RHO * w.shape[0] * w.shape[1] / kept, first)
+    zero = xp.zeros_like(w)
+    s = dual = zero
+    mask = before = s != 0
+    rho, step = first, 0
+    for value in np.geomspace(first, last, stages).tolist():
+        dual, rho = dual * (rho / value), value
+        inverse = h.shifted_inverse(rho)
+        part.shift(h, rho)
+        for _ in range(iterations):
+            a = w - s + dual
+            # Z + dual = S + (A - L)(I - rho (H + rho I)^-1): what is to be projected.
+            moving = s + part.follow(a, a - rho * inverse(a))
+            before, mask = mask, support(moving, grown(pattern, 0.5 + step / (stages * iterations)), taps)
+            s = xp.where(mask, moving, zero)
+            dual = moving - s
+            step += 1
+    moved = float(xp.count_nonzero(mask != before)) / (2 * kept)
+    return s, mask, moved <= RESTED
+
+
+def _gradients(w: Array, h: Resolvent, part: Part, s: Array, mask: Array) -> Array:
+    """Conjugate gradients for min_S |W - L - S|_H^2 on the support ``mask``, from ``s``."""
+    xp = namespace(w)
+    zero = xp.zeros_like(w)
+    residual = xp.where(mask, h.apply(part.miss(w - s)), zero)
+    direction, fall = residual, xp.sum(residual**2)
+    for _ in range(GRADIENT_STEPS):
+        image = xp.where(mask, h.apply(part.tangent(direction)), zero)
+        curvature = xp.sum(direction * image)
+        step = fall / xp.where(curvature > 0, curvature, xp.inf)
+        s, residual = s + step * direction, residual - step * image
+        fall, last = xp.sum(residual**2), fall
+        direction = residual + fall / xp.where(last > 0, last, xp.inf) * direction
+    return s
