@@ -52,6 +52,11 @@ def to_numpy(x: Array) -> np.ndarray:
     return np.asarray(x.get() if hasattr(x, "get") else x)
 
 
+def cast(x: Array, dtype: Any) -> Array:
+    """``x`` as ``dtype``: a method in NumPy and CuPy, a function in the standard."""
+    return x.astype(dtype) if hasattr(x, "astype") else namespace(x).astype(x, dtype)
+
+
 def top_eigenvectors(a: Array, count: int) -> tuple[Array, Array]:
     """The ``count`` largest eigenvalues (descending) of symmetric ``a`` (n, n) and their vectors (n, count).
 
@@ -62,7 +67,7 @@ def top_eigenvectors(a: Array, count: int) -> tuple[Array, Array]:
     values, vectors = xp.linalg.eigh(a)
     values, vectors = xp.flip(values)[:count], xp.flip(vectors, axis=1)[:, :count]
     largest = xp.take_along_axis(vectors, xp.argmax(xp.abs(vectors), axis=0)[None, :], axis=0)
-    return values, vectors * xp.where(largest < 0, -1.0, 1.0).astype(vectors.dtype)
+    return values, vectors * (1 - 2 * cast(largest < 0, vectors.dtype))
 
 
 def kth_largest(values: Array, k: int) -> Array:
@@ -76,8 +81,17 @@ def kth_largest(values: Array, k: int) -> Array:
 def from_numpy(values: np.ndarray, like: Array) -> Array:
     """``values`` in the namespace, precision and device of ``like``."""
     xp = namespace(like)
-    where = {"device": like.device} if hasattr(like, "__array_namespace__") else {}
-    return xp.asarray(values.astype(str(like.dtype).rpartition(".")[2]), **where)
+    return xp.asarray(values.astype(str(like.dtype).rpartition(".")[2]), **_where(like))
+
+
+def indices(values: np.ndarray, like: Array) -> Array:
+    """Whole numbers ``values`` in the namespace and on the device of ``like``."""
+    return namespace(like).asarray(values, **_where(like))
+
+
+def _where(like: Array) -> dict[str, Any]:
+    """NumPy has one device, and CuPy uses the current one; other libraries are told."""
+    return {} if namespace(like).__name__ in ("numpy", "cupy") else {"device": like.device}
 
 
 def identity(size: int, like: Array) -> Array:
@@ -92,6 +106,14 @@ def spd_inverse(a: Array) -> Array:
     return (inverse + inverse.T) / 2
 
 
+def diagonal(a: Array) -> Array:
+    """Diagonals of the matrices in the last two axes of ``a`` (..., n, n): (..., n)."""
+    xp = namespace(a)
+    if hasattr(xp.linalg, "diagonal"):
+        return xp.linalg.diagonal(a)
+    return xp.diagonal(a, axis1=-2, axis2=-1)
+
+
 def trace(a: Array) -> float:
     """Sum of the diagonal of ``a`` (n, n)."""
-    return float(namespace(a).sum(a.reshape(-1)[:: a.shape[0] + 1]))
+    return float(namespace(a).sum(diagonal(a)))

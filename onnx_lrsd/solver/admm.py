@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_lrsd.arrays import namespace
+from onnx_lrsd.arrays import cast, namespace
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.parts import FreeFactors, Part, orthonormal
 from onnx_lrsd.solver.pattern import check_pattern, grown, nonzeros, support
@@ -84,10 +84,10 @@ def low_rank_plus_sparse(
         left = low_rank(weight, metric).left[:, :rank]
     else:
         h = resolvent or Resolvent(metric, weight, taps)
-        w = (weight * h.columns).astype(xp.float32)
+        w = cast(weight * h.columns, xp.float32)
         part = FreeFactors.random(w, rank, seed)
         s, rested = fit_sparse(w, h, part, pattern, taps, effort)
-        sparse, left = s.astype(xp.float64) / h.columns, orthonormal(part.p.astype(xp.float64))
+        sparse, left = cast(s, xp.float64) / h.columns, orthonormal(cast(part.p, xp.float64))
     right = left.T @ (weight - sparse)
     difference = weight - sparse - left @ right
     energy = float(xp.sum(metric.undamped(weight) * weight))

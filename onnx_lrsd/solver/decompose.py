@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onnx_lrsd.arrays import namespace, to_numpy
+from onnx_lrsd.arrays import cast, indices, namespace, to_numpy
 from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.admm import fit_sparse, low_rank_plus_sparse
 from onnx_lrsd.solver.layout import factor_kernels, group_metric, group_weight, shared_groups, ungroup_weight
@@ -91,16 +91,16 @@ def factors(layer: Layer, weight: Array, metric: Metric, form: Form, sweeps: int
     xp = namespace(weight)
     shared = prepare(layer, weight, metric, form.kind)
     v, h, _ = separable.fit(shared, form.rank, sweeps, outer=form.outer)
-    return v.astype(xp.float64), h.astype(xp.float64)
+    return cast(v, xp.float64), cast(h, xp.float64)
 
 
 def prepare(layer: Layer, weight: Array, metric: Metric, kind: str) -> separable.Separable:
     """``weight`` (n, columns) and its metric grouped for a separable form, float32."""
     xp = namespace(weight)
     groups = shared_groups(layer.kernel, kind)
-    blocks = group_metric(metric.matrix(weight).astype(xp.float32), groups)
+    blocks = group_metric(cast(metric.matrix(weight), xp.float32), groups)
     return separable.prepare(
-        xp.asarray(group_weight(weight, groups).astype(xp.float32), copy=True), xp.asarray(blocks, copy=True)
+        xp.asarray(cast(group_weight(weight, groups), xp.float32), copy=True), xp.asarray(blocks, copy=True)
     )
 
 
@@ -118,17 +118,16 @@ def choose_channels(problem: Problem, form: Form) -> Elimination:
 
 def _beside_channels(problem: Problem, form: Form, chosen: Elimination) -> _Parts:
     """Factors of the channels that S does not keep, in the conditional metric, and S in closed form."""
-    weight = problem.weight
-    v = h = None
-    low = namespace(weight).zeros_like(weight)
+    layer, weight = problem.layer, problem.weight
+    xp = namespace(weight)
+    part = xp.take(weight, chosen.rest, axis=1)
+    v, h, low = None, None, xp.zeros_like(part)
     if form.rank:
-        metric = Metric(chosen.metric, None, 0.0)
-        v, h = factors(problem.layer, weight[:, chosen.rest], metric, form, SWEEPS)
-        v = _scatter_channels(v, chosen.channels, problem.layer.channels)
-        low = ungroup_weight(namespace(weight).matmul(h, v))
-    sparse = namespace(weight).zeros_like(weight)
-    sparse[:, chosen.kept] = chosen.sparse(weight, low[:, chosen.rest])
-    return _Parts(v, h, sparse)
+        v, h = factors(layer, part, Metric(chosen.metric, None, 0.0), form, SWEEPS)
+        low = ungroup_weight(xp.matmul(h, v))
+        v = _scatter_channels(v, chosen.channels, layer.channels)
+    columns = chosen.sparse(weight, low)
+    return _Parts(v, h, chosen.join(columns, xp.zeros_like(part)))
 
 
 def _beside_entries(problem: Problem, form: Form, effort: str, seed: int, h: Resolvent) -> _Parts:
@@ -142,12 +141,12 @@ def _beside_entries(problem: Problem, form: Form, effort: str, seed: int, h: Res
         )
         v, left = (found.right, found.left[None]) if form.rank else (None, None)
         return _Parts(v, left, found.sparse, found.converged)
-    w = (weight * h.columns).astype(xp.float32)
+    w = cast(weight * h.columns, xp.float32)
     groups = shared_groups(layer.kernel, form.kind)
     part = SharedFactors(w, h, groups, form.rank, form.outer)
     s, rested = fit_sparse(w, h, part, form.pattern, taps, effort)
-    v = part.v.astype(xp.float64) / xp.reshape(h.columns, (-1, groups))[:, 0]
-    return _Parts(v, part.h.astype(xp.float64), s.astype(xp.float64) / h.columns, rested)
+    v = cast(part.v, xp.float64) / xp.reshape(h.columns, (-1, groups))[:, 0]
+    return _Parts(v, cast(part.h, xp.float64), cast(s, xp.float64) / h.columns, rested)
 
 
 def _formed(problem: Problem, form: Form) -> Metric:
@@ -162,11 +161,12 @@ def _scatter_channels(v: Array, channels: tuple[int, ...], total: int) -> Array:
     """V on the channels S does not keep, widened by zeros to all ``total`` channels."""
     xp = namespace(v)
     rank = v.shape[0]
-    rest = xp.asarray(np.setdiff1d(np.arange(total), channels))
-    part = xp.reshape(v, (rank, total - len(channels), -1))
-    wide = xp.zeros((rank, total, part.shape[2]), dtype=v.dtype)
-    wide[:, rest] = part
-    return xp.reshape(wide, (rank, -1))
+    rest = np.setdiff1d(np.arange(total), channels)
+    part = xp.reshape(v, (rank, len(rest), -1))
+    empty = xp.zeros_like(part[:, :1, :])
+    order = indices(np.argsort(np.concatenate([channels, rest])), v)
+    wide = xp.concat([*(empty for _ in channels), part], axis=1)
+    return xp.reshape(xp.take(wide, order, axis=1), (rank, -1))
 
 
 def check_form(layer: Layer, form: Form) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_lrsd.arrays import from_numpy, kth_largest, namespace
+from onnx_lrsd.arrays import cast, from_numpy, kth_largest, namespace
 from onnx_lrsd.types import CHANNELS, N_OF_M, UNSTRUCTURED, Array, Pattern
 
 
@@ -69,7 +69,7 @@ def _largest(values: Array, count: int) -> Array:
         return xp.full_like(values, count > 0, dtype=xp.bool)
     least = kth_largest(values[0, :], count)
     above, level = values > least, values == least
-    ranks = xp.cumulative_sum(level[0, :], dtype=xp.int32)[None, :]
+    ranks = xp.cumulative_sum(cast(level[0, :], xp.int32))[None, :]
     return above | (level & (ranks <= count - xp.count_nonzero(above)))
 
 
@@ -80,4 +80,4 @@ def _largest_of_few(values: Array, count: int) -> Array:
     width = values.shape[-1]
     earlier = from_numpy(np.tril(np.ones((width, width)), -1), values) > 0
     beaten_by = (rival > own) | ((rival == own) & earlier)
-    return xp.sum(beaten_by, axis=-1, dtype=xp.int8) < count
+    return xp.count_nonzero(beaten_by, axis=-1) < count

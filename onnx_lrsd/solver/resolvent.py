@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from onnx_lrsd.arrays import namespace
+from onnx_lrsd.arrays import cast, diagonal, namespace
 from onnx_lrsd.solver.whiten import Metric
 from onnx_lrsd.types import Array
 
@@ -37,16 +37,16 @@ class Resolvent:
         if metric.rows is not None:
             energy = xp.sum(metric.rows**2) / (metric.rows.shape[0] * like.shape[1]) + metric.damping
             self.columns = xp.sqrt(energy) * xp.ones_like(like[0, :])
-            self._rows = (metric.rows / (metric.rows.shape[0] ** 0.5 * self.columns)).astype(xp.float32)
+            self._rows = cast(metric.rows / (metric.rows.shape[0] ** 0.5 * self.columns), xp.float32)
             gram = self._rows @ self._rows.T
         else:
             matrix = metric.matrix(like)
-            diagonal = xp.maximum(xp.linalg.diagonal(matrix), 1e-30)
-            energy = xp.mean(diagonal)
-            channels = xp.mean(xp.reshape(diagonal, (-1, taps)), axis=1)
+            own = xp.maximum(diagonal(matrix), 1e-30)
+            energy = xp.mean(own)
+            channels = xp.mean(xp.reshape(own, (-1, taps)), axis=1)
             scale = xp.repeat(channels, taps) ** SCALING
-            self.columns = scale * xp.sqrt(xp.mean(diagonal / scale**2))
-            self.matrix = gram = (matrix / self.columns[:, None] / self.columns).astype(xp.float32)
+            self.columns = scale * xp.sqrt(xp.mean(own / scale**2))
+            self.matrix = gram = cast(matrix / self.columns[:, None] / self.columns, xp.float32)
         self.damping = float(metric.damping / energy)
         self._values, self._vectors = xp.linalg.eigh(gram)
         self._values = xp.maximum(self._values, 0.0)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onnx_lrsd.arrays import identity, namespace, spd_inverse, top_eigenvectors, trace
+from onnx_lrsd.arrays import cast, identity, namespace, spd_inverse, top_eigenvectors, trace
 from onnx_lrsd.types import Array
 
 RIDGE = 1e-6
@@ -54,10 +54,10 @@ def prepare(weight: Array, metric: Array) -> Separable:
     product = xp.sum(xp.matmul(weight[:, None], metric), axis=0)
     energy = float(xp.sum(weight * product))
     mean = xp.sum(xp.stack([metric[b, b] for b in range(groups)]), axis=0) / groups
-    values, vectors = xp.linalg.eigh(mean.astype(xp.float64))
+    values, vectors = xp.linalg.eigh(cast(mean, xp.float64))
     values = xp.maximum(values, values[-1] * 1e-10)
     root, inverse_root = vectors * xp.sqrt(values), vectors / xp.sqrt(values)
-    stacked = xp.reshape(weight, (-1, weight.shape[2])).astype(xp.float64)
+    stacked = cast(xp.reshape(weight, (-1, weight.shape[2])), xp.float64)
     if stacked.shape[0] < stacked.shape[1]:
         white = stacked @ root
         _, _, right = xp.linalg.svd(white, full_matrices=True)
@@ -68,7 +68,7 @@ def prepare(weight: Array, metric: Array) -> Separable:
         basis = right.T @ inverse_root.T
     dtype = weight.dtype
     return Separable(
-        weight, metric, product, energy, basis.astype(dtype), (inverse_root @ inverse_root.T).astype(dtype)
+        weight, metric, product, energy, cast(basis, dtype), cast(inverse_root @ inverse_root.T, dtype)
     )
 
 
@@ -143,9 +143,9 @@ def _normal_equations(problem: Separable, v: Array, *, by_rank: bool = False) ->
     features = xp.matmul(xp.matmul(v, problem.metric), v.T)
     right = xp.matmul(problem.product, v.T)
     order, columns = ((2, 0, 3, 1), (1, 2, 0)) if by_rank else ((0, 2, 1, 3), (1, 0, 2))
-    gram = xp.reshape(xp.permute_dims(features, order), (size, size)).astype(xp.float64)
+    gram = cast(xp.reshape(xp.permute_dims(features, order), (size, size)), xp.float64)
     gram = (gram + gram.T) / 2 + RIDGE * trace(gram) / size * identity(size, gram)
-    return gram, xp.reshape(xp.permute_dims(right, columns), (right.shape[1], size)).astype(xp.float64)
+    return gram, cast(xp.reshape(xp.permute_dims(right, columns), (right.shape[1], size)), xp.float64)
 
 
 def _outer(problem: Separable, v: Array, outer: int = 0) -> tuple[Array, float]:
@@ -164,7 +164,7 @@ def _outer(problem: Separable, v: Array, outer: int = 0) -> tuple[Array, float]:
         solution = u @ (u.T @ solution)
     error = max(1 - float(xp.sum(solution * right)) / problem.energy, 0.0) if problem.energy > 0 else 0.0
     h = xp.permute_dims(xp.reshape(solution, (right.shape[0], -1, v.shape[0])), (1, 0, 2))
-    return h.astype(v.dtype), error
+    return cast(h, v.dtype), error
 
 
 def _inner(problem: Separable, v: Array, h: Array, steps: int) -> Array:
@@ -175,7 +175,7 @@ def _inner(problem: Separable, v: Array, h: Array, steps: int) -> Array:
     gram = xp.matmul(transposed[:, None], h[None])
     own = xp.sum(xp.stack([gram[b, b] for b in range(groups)]), axis=0)
     own = own + RIDGE * trace(own) / own.shape[0] * identity(own.shape[0], own)
-    own_inverse = spd_inverse(own.astype(xp.float64)).astype(v.dtype)
+    own_inverse = cast(spd_inverse(cast(own, xp.float64)), v.dtype)
 
     def apply(x: Array) -> Array:
         # sum_bd H_b^T H_d x C_db: the (r, r) products first, then one long product for each b.
@@ -206,7 +206,7 @@ def _orthonormalise(problem: Separable, v: Array) -> Array:
     xp = namespace(v)
     groups = problem.metric.shape[0]
     gram = sum(v @ problem.metric[b, b] @ v.T for b in range(groups)) / groups
-    gram = gram.astype(xp.float64)
+    gram = cast(gram, xp.float64)
     values, vectors = xp.linalg.eigh((gram + gram.T) / 2)
     values = xp.maximum(values, values[-1] * 1e-12)
-    return ((vectors / xp.sqrt(values)).T @ v.astype(xp.float64)).astype(v.dtype)
+    return cast((vectors / xp.sqrt(values)).T @ cast(v, xp.float64), v.dtype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_lrsd.arrays import namespace, spd_inverse, to_numpy
+from onnx_lrsd.arrays import diagonal, indices, namespace, spd_inverse, to_numpy
 from onnx_lrsd.types import Array
 
 
@@ -31,7 +31,15 @@ class Elimination:
 
     def sparse(self, weight: Array, factors: Array) -> Array:
         """S (n, kept) for the product of the ``factors`` on the rest, (n, rest)."""
-        return weight[:, self.kept] + (weight[:, self.rest] - factors) @ self.regression
+        xp = namespace(weight)
+        beside = xp.take(weight, self.rest, axis=1) - factors
+        return xp.take(weight, self.kept, axis=1) + beside @ self.regression
+
+    def join(self, kept: Array, rest: Array) -> Array:
+        """(n, m) with the columns ``kept`` (n, kept) of J and ``rest`` (n, rest) of the complement."""
+        xp = namespace(kept)
+        order = xp.argsort(xp.concat([self.kept, self.rest]))
+        return xp.take(xp.concat([kept, rest], axis=1), order, axis=1)
 
 
 def eliminate(metric: Array, channels: tuple[int, ...], taps: int) -> Elimination:
@@ -40,10 +48,11 @@ def eliminate(metric: Array, channels: tuple[int, ...], taps: int) -> Eliminatio
     mask = np.zeros(metric.shape[0] // taps, dtype=bool)
     mask[list(channels)] = True
     columns = np.repeat(mask, taps)
-    kept, rest = xp.asarray(np.flatnonzero(columns)), xp.asarray(np.flatnonzero(~columns))
-    cross = metric[rest][:, kept]
-    regression = cross @ spd_inverse(metric[kept][:, kept])
-    conditional = metric[rest][:, rest] - regression @ cross.T
+    kept, rest = (indices(np.flatnonzero(chosen), metric) for chosen in (columns, ~columns))
+    of_rest, of_kept = xp.take(metric, rest, axis=0), xp.take(metric, kept, axis=0)
+    cross = xp.take(of_rest, kept, axis=1)
+    regression = cross @ spd_inverse(xp.take(of_kept, kept, axis=1))
+    conditional = xp.take(of_rest, rest, axis=1) - regression @ cross.T
     return Elimination(channels, kept, rest, (conditional + conditional.T) / 2, regression)
 
 
@@ -57,8 +66,8 @@ def channel_gains(difference: Array, metric: Array, taps: int) -> np.ndarray:
     n, m = difference.shape
     channels = m // taps
     gradient = xp.permute_dims(xp.reshape(difference @ metric, (n, channels, taps)), (1, 0, 2))
-    index = xp.arange(channels)
-    own = xp.reshape(metric, (channels, taps, channels, taps))[index, :, index, :]
+    blocks = xp.permute_dims(xp.reshape(metric, (channels, taps, channels, taps)), (1, 3, 0, 2))
+    own = xp.permute_dims(diagonal(blocks), (2, 0, 1))
     return to_numpy(xp.sum(gradient * (gradient @ xp.linalg.inv(own)), axis=(1, 2)))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_lrsd.arrays import namespace, to_device, trace
+from onnx_lrsd.arrays import cast, identity, namespace, to_device, trace
 from onnx_lrsd.types import Array, Layer, Moments
 
 
@@ -39,16 +39,13 @@ class Metric:
 
     def matrix(self, like: Array) -> Array:
         """H as an (m, m) array in the namespace, precision and device of ``like`` (n, m)."""
-        xp = namespace(like)
         if self.second is not None:
-            result = xp.asarray(self.second, copy=True)
+            result = self.second
         elif self.rows is not None:
             result = (self.rows.T @ self.rows) / self.rows.shape[0]
         else:
-            result = xp.eye(like.shape[1], dtype=like.dtype)
-        diagonal = xp.arange(result.shape[0])
-        result[diagonal, diagonal] += self.damping
-        return result
+            return (1 + self.damping) * identity(like.shape[1], like)
+        return result + self.damping * identity(result.shape[0], result)
 
 
 @dataclass(frozen=True)
@@ -110,13 +107,13 @@ def pose(
         raise ValueError(
             f"weight {weight.shape} or bias {bias.shape} is not ({layer.n}, {layer.m}), ({layer.n},)"
         )
-    w, b = to_device(weight.astype(np.float64), device), to_device(bias.astype(np.float64), device)
+    w, b = to_device(cast(weight, np.float64), device), to_device(cast(bias, np.float64), device)
     xp = namespace(w)
     if moments is None or moments.count == 0:
         metric = Metric(None, None, 0.0)
         return Problem(layer, w, xp.zeros(layer.m, dtype=w.dtype), b, metric, float(xp.sum(w * w)))
-    second = None if moments.second is None else to_device(moments.second, device).astype(xp.float64)
-    rows = None if moments.rows is None else to_device(moments.rows, device).astype(xp.float64)
+    second = None if moments.second is None else cast(to_device(moments.second, device), xp.float64)
+    rows = None if moments.rows is None else cast(to_device(moments.rows, device), xp.float64)
     mean = to_device(moments.mean, device)
     total = trace(second) if rows is None else float(xp.sum(xp.square(rows))) / moments.count
     relative = relative_damping(layer.m, moments.count, moments.samples or moments.count)
@@ -125,7 +122,7 @@ def pose(
     if moments.cross is None:
         energy = float(xp.sum(metric.undamped(w) * w))
         return Problem(layer, w, mean, b + w @ mean, metric, energy)
-    cross = to_device(moments.cross, device).astype(xp.float64)
+    cross = cast(to_device(moments.cross, device), xp.float64)
     best = _ridge(cross + metric.damping * w, metric)
     energy = float(moments.output_energy or 0.0)
     return Problem(layer, best, mean, to_device(moments.output_mean, device), metric, energy, cross)
@@ -137,6 +134,6 @@ def _ridge(right: Array, metric: Metric) -> Array:
     if metric.rows is None:
         return xp.linalg.solve(metric.matrix(right), right.T).T
     rows, count = metric.rows, metric.rows.shape[0]
-    gram = rows @ rows.T / count + metric.damping * xp.eye(count, dtype=rows.dtype)
+    gram = rows @ rows.T / count + metric.damping * identity(count, rows)
     inner = xp.linalg.solve(gram, (right @ rows.T).T).T
     return (right - inner @ rows / count) / metric.damping
