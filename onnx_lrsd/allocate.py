@@ -73,6 +73,8 @@ def allocate(
         total += cost(hulls[name][index]) - cost(chosen[name])
         chosen[name] = hulls[name][index]
     if total > budget * (1 + 1e-9):
+        if not steps:
+            raise BudgetError("No layer of the model can be made cheaper: use it as it is.")
         whole = rest + sum(cost(hull[0]) for hull in hulls.values())
         raise BudgetError(
             f"The model can be made at most {_floor(whole / max(total, 1e-12))} times cheaper within what "

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lrsd.dataset import Samples
+from onnx_lrsd.dataset import Samples, as_fed
 from onnx_lrsd.model import Model
 from onnx_lrsd.runtime import Feed, open_session
 from onnx_lrsd.solver.moments import (
@@ -70,6 +70,8 @@ def calibrate(
     not samples, are kept.
     """
     shapes = input_shapes(model, layers, samples)
+    watch = _watcher(model, layers, samples)
+    samples = as_fed(samples, watch)
     bytes_each = sum(4 * int(np.prod(shape)) for shape in shapes.values()) // samples.smallest_batch
     batch = samples.batch_size(bytes_each, FETCHED_BYTES)
     located = locate(layers, shapes, samples)
@@ -78,7 +80,6 @@ def calibrate(
     }
     outputs: dict[str, list[Rows]] = {layer.name: [] for layer in located}
     weights = {layer.name: tuple(np.float32(part) for part in weight_of(layer)) for layer in located}
-    watch = _watcher(model, located, samples)
     for layer, activations, positions in _observe(watch, located, samples, batch, seed, progress):
         rows = input_rows(layer, activations[layer.input], positions)
         weight, bias = weights[layer.name]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lrsd.errors import DataError
+from onnx_lrsd.errors import DataError, LrsdError
 from onnx_lrsd.slots import Slot, check_values, slots
 from onnx_lrsd.sources import LABELS, LONE, RawFeed, Values, feeds
 from onnx_lrsd.types import InputSpec
@@ -116,6 +116,21 @@ def read_samples(source: Any, inputs: Sequence[InputSpec], *, limit: int | None 
         return source if limit is None else source.take(slice(limit))
     name, stream = feeds(source, [spec.name for spec in inputs])
     return _Gathered(name, inputs).take_in(stream, limit).samples(limit)
+
+
+def as_fed(samples: Samples, run: Callable[[Mapping[str, Values]], Any]) -> Samples:
+    """``samples``, to be fed one by one where ``run`` takes one but not two.
+
+    An exporter may declare an open batch and yet write a batch of one into a Reshape.
+    """
+    if samples.fixed is not None or samples.count < 2:
+        return samples
+    try:
+        run(next(samples.batches(2)))
+    except LrsdError:
+        run(next(samples.batches(1)))  # raises what is wrong where the batch is not to blame
+        return replace(samples, fixed=1)
+    return samples
 
 
 class _Gathered:

@@ -8,6 +8,7 @@ that changed; every other byte of the model stays as it was.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -26,12 +27,23 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_lrsd.errors import ModelError, VerificationError
+from onnx_lrsd.tensors import (
+    content,
+    embed,
+    located,
+    stored_bytes,
+    stored_tensors,
+    subgraphs,
+    tensor_values,
+)
 
 G_LOGGER.severity = G_LOGGER.CRITICAL  # it logs to stdout, which belongs to the user
 
 PROTOBUF_LIMIT = 2**31 - 1
 EXTERNAL_THRESHOLD = 1024
 ALIGNMENT = 4096
+DESCRIPTION = ("name", "data_type", "dims", "doc_string", "metadata_props")
+"""What a tensor says of its values."""
 
 
 @dataclass(frozen=True)
@@ -121,42 +133,10 @@ class _Mapped(LazyValues):  # type: ignore[misc]  # graphsurgeon has no types
         self.tensor, self.folder = tensor, folder
         self.shape = list(tensor.dims)
         self.dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        self.nbytes = int(np.prod(tensor.dims, dtype=np.int64)) * self.dtype.itemsize
+        self.nbytes = math.prod(tensor.dims) * self.dtype.itemsize
 
     def load(self) -> npt.NDArray[Any]:
         return tensor_values(self.tensor, self.folder)
-
-
-def tensor_values(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[Any]:
-    """The values of ``tensor``, memory-mapped when they lie in a data file in ``folder``."""
-    if not uses_external_data(tensor):
-        return numpy_helper.to_array(tensor)
-    path, offset = _external(tensor, folder)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    shape = tuple(tensor.dims)
-    if not all(shape):
-        return np.zeros(shape, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
-
-
-def _external(tensor: onnx.TensorProto, folder: Path | None) -> tuple[Path, int]:
-    """File and offset of external data, checked: inside the model's folder, there, and long enough."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    if folder is None:
-        raise ModelError("The model keeps weights in a data file: give its path instead of the loaded model.")
-    path = folder / entries.get("location", "")
-    inside = path.resolve().is_relative_to(folder.resolve())
-    if not inside or os.path.isabs(entries.get("location", "")):
-        raise ModelError(
-            f"Tensor {tensor.name} points to a file outside the model's folder: refuse models like this."
-        )
-    if not path.is_file():
-        raise ModelError(f"The data file {path} of the model is missing: put it beside the model.")
-    bits = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    offset, size = int(entries.get("offset", 0)), int(np.prod(tensor.dims, dtype=np.int64)) * bits
-    if offset < 0 or offset + size > path.stat().st_size:
-        raise ModelError(f"The data file {path} is too short for tensor {tensor.name}: copy it again, whole.")
-    return path, offset
 
 
 def _importable(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -196,14 +176,6 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
             yield from _nodes(inner)
 
 
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The graphs a node carries, such as the bodies of If and Loop."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
 def _used(graph: onnx.GraphProto) -> set[str]:
     """Names that some node or output reads, subgraphs included."""
     names = {output.name for output in graph.output}
@@ -236,11 +208,11 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
         proto = _read(path)
     if not proto.ir_version or not proto.graph.node or not (proto.opset_import or proto.ir_version < 3):
         raise ModelError(f"{name} holds no ONNX graph: give a model as an exporter wrote it.")
-    stored = list(_tensors(proto))
+    stored = list(stored_tensors(proto))
     external = any(uses_external_data(tensor) for tensor in stored)
     for tensor in stored:
         if uses_external_data(tensor):
-            _external(tensor, path.parent if path is not None else None)
+            located(tensor, path.parent if path is not None else None)
     return Model(proto, path, external)
 
 
@@ -259,17 +231,6 @@ def _read(path: Path) -> onnx.ModelProto:
     except DecodeError:
         raise ModelError(f"{path} is not a whole ONNX file: export or copy it again.") from None
     return proto
-
-
-def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every stored tensor of the main graph and of the graphs inside its nodes."""
-    graphs = [proto.graph]
-    while graphs:
-        graph = graphs.pop()
-        yield from graph.initializer
-        for node in graph.node:
-            yield from (a.t for a in node.attribute if a.HasField("t"))
-            graphs.extend(subgraphs(node))
 
 
 def save(model: Model, path: str | Path) -> None:
@@ -305,7 +266,10 @@ def save(model: Model, path: str | Path) -> None:
 
 
 def _externalise(model: Model, data: Path, location: str) -> onnx.ModelProto:
-    """A copy of the model whose large initializers are written to the file ``data``, one by one."""
+    """A copy of the model whose large initializers are written to the file ``data``, one by one.
+
+    Everything else that lay in the data file of the original is taken into the copy.
+    """
     proto = onnx.ModelProto()
     for descriptor, value in model.proto.ListFields():
         if descriptor.name != "graph":
@@ -313,20 +277,24 @@ def _externalise(model: Model, data: Path, location: str) -> onnx.ModelProto:
     for descriptor, value in model.proto.graph.ListFields():
         if descriptor.name != "initializer":
             _assign(proto.graph, descriptor, value)
+    for tensor in stored_tensors(proto):
+        embed(tensor, model.folder)
     with data.open("wb") as file:
         for tensor in model.proto.graph.initializer:
-            values = tensor_values(tensor, model.folder)
-            if values.nbytes < EXTERNAL_THRESHOLD or tensor.data_type == onnx.TensorProto.STRING:
-                proto.graph.initializer.append(tensor)
+            kept = proto.graph.initializer.add()
+            if tensor.data_type == onnx.TensorProto.STRING or stored_bytes(tensor) < EXTERNAL_THRESHOLD:
+                kept.CopyFrom(tensor)
+                embed(kept, model.folder)
                 continue
+            for descriptor, value in tensor.ListFields():
+                if descriptor.name in DESCRIPTION:
+                    _assign(kept, descriptor, value)
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            stub = proto.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            stub.doc_string = tensor.doc_string
-            stub.data_location = onnx.TensorProto.EXTERNAL
-            entries = {"location": location, "offset": file.tell(), "length": values.nbytes}
+            kept.data_location = onnx.TensorProto.EXTERNAL
+            entries = {"location": location, "offset": file.tell(), "length": stored_bytes(tensor)}
             for key, entry in entries.items():
-                stub.external_data.add(key=key, value=str(entry))
-            values.tofile(file)
+                kept.external_data.add(key=key, value=str(entry))
+            content(tensor, model.folder).tofile(file)
     return proto
 
 
@@ -336,21 +304,16 @@ def size_on_disk(path: str | Path) -> int:
     proto = onnx.ModelProto()
     proto.ParseFromString(path.read_bytes())
     files = {path}
-    for tensor in _tensors(proto):
+    for tensor in stored_tensors(proto):
         if uses_external_data(tensor):
-            files.add(_external(tensor, path.parent)[0])
+            files.add(located(tensor, path.parent)[0])
     return sum(file.stat().st_size for file in files)
 
 
 def model_bytes(model: Model) -> int:
     """Bytes the model takes when it is written: the file and what it keeps in data files."""
-    outside = 0
-    if model.external:
-        for tensor in model.proto.graph.initializer:
-            if uses_external_data(tensor):
-                item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-                outside += int(np.prod(tensor.dims, dtype=np.int64)) * item
-    return int(model.proto.ByteSize()) + outside
+    outside = (stored_bytes(t) for t in stored_tensors(model.proto) if uses_external_data(t))
+    return int(model.proto.ByteSize()) + sum(outside)
 
 
 def check(model: Model, like: Model) -> None:

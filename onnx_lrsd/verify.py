@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from onnx_lrsd.dataset import GUESSES, Samples, made_up
+from onnx_lrsd.dataset import GUESSES, Samples, as_fed, made_up
 from onnx_lrsd.divergence import Divergence
 from onnx_lrsd.errors import DataError, LrsdError, VerificationError
 from onnx_lrsd.model import Model, model_bytes
@@ -176,6 +176,7 @@ def _differences(
     old = open_session(before.proto, folder=before.folder)
     with _second():
         new = open_session(after.proto, folder=after.folder)
+    samples = as_fed(samples, old.run)
     errors = {name: Divergence() for name in old.outputs}
     top: tuple[list[int], list[int]] = [], []
     done = 0

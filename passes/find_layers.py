@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.passes.fold_batchnorm import foldable_batchnorm, scale_and_shift
-from onnx_lrsd.passes.lift_weights import constant_value, overridable, quantised
+from onnx_lrsd.passes.lift_weights import constant_value, derived, overridable, quantised
 from onnx_lrsd.types import Declined, Layer
 
 Matrix = npt.NDArray[np.float64]
@@ -114,9 +114,7 @@ def _read(node: gs.Node, graph: gs.Graph) -> Layer | str | None:
     """The layer that ``node`` is, or why it is none; None where it has no weight at all."""
     side = _weight_side(node)
     if side is None:
-        if any(quantised(given) for given in node.inputs):
-            return "already quantised"
-        return None if node.op == "MatMul" else "its weight is computed at run time"
+        return _no_weight(node)
     tensor = node.inputs[side]
     value = constant_value(tensor)
     assert value is not None
@@ -139,6 +137,19 @@ def _weight_side(node: gs.Node) -> int | None:
     if len(constant) != 1 or (constant == [0] and node.op != "MatMul"):
         return None
     return constant[0]
+
+
+def _no_weight(node: gs.Node) -> str | None:
+    """Why ``node`` has no weight to read; None for a product of activations."""
+    if any(quantised(given) for given in node.inputs):
+        return "already quantised"
+    first, second = node.inputs[:2]
+    if derived(first) and derived(second):
+        return "all that it reads is constant"
+    for operand in (first, second) if node.op == "MatMul" else (second,):
+        if derived(operand):
+            return f"its weight is not stored but computed, by {operand.inputs[0].op}"
+    return None if node.op == "MatMul" else "its weight is computed at run time"
 
 
 def _read_conv(node: gs.Node, value: npt.NDArray[Any], side: int, graph: gs.Graph) -> Layer | str:

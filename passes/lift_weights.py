@@ -34,6 +34,21 @@ def constant_value(tensor: gs.Tensor) -> Values | None:
     return fold(node, [value for value in inputs if value is not None])
 
 
+def derived(tensor: gs.Tensor) -> bool:
+    """Whether ``tensor`` is computed, by whatever nodes, from constants alone."""
+    seen: set[int] = set()
+    waiting = [tensor]
+    while waiting:
+        reached = waiting.pop()
+        if isinstance(reached, gs.Constant) or id(reached) in seen or reached.is_empty():
+            continue
+        seen.add(id(reached))
+        if not reached.inputs or any(isinstance(a, gs.Graph) for a in reached.inputs[0].attrs.values()):
+            return False  # an input of the model, or a node whose body may read one
+        waiting.extend(reached.inputs[0].inputs)
+    return True
+
+
 def stored_values(tensor: gs.Constant) -> Values:
     """Values of a constant without replacing the stored TensorProto (``.values`` would)."""
     values = tensor._values

@@ -179,6 +179,19 @@ DECLINED = {
     "its C is not one value for each output": make(
         [helper.make_node("Gemm", ["x", "w", "c"], ["y"])], {"w": W, "c": np.ones((3, 10), np.float32)}
     ),
+    "not stored but computed, by ConstantOfShape": make(
+        [helper.make_node("ConstantOfShape", ["s"], ["w"]), helper.make_node("Gemm", ["x", "w"], ["y"])],
+        {"s": np.array([12, 10])},
+    ),
+    "not stored but computed, by Mul": make(
+        [helper.make_node("Mul", ["v", "v"], ["w"]), reads("w")], {"v": W.copy()}
+    ),
+    "all that it reads is constant": make(
+        [helper.make_node("MatMul", ["v", "w"], ["y"])], {"v": W.T.copy(), "w": W}
+    ),
+    "computed at run time": make(
+        [helper.make_node("Gemm", ["x", "x2"], ["y"])], inputs={"x": [3, 12], "x2": [12, 10]}
+    ),
     "its weight has 3 axes": make([reads("w")], {"w": np.ones((3, 12, 10), np.float32)}),
 }
 

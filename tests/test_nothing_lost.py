@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_lrsd.errors import ModelError, VerificationError
 from onnx_lrsd.model import Model, check, load, model_bytes, save, size_on_disk
 from onnx_lrsd.passes import find_layers, split
+from onnx_lrsd.runtime import open_session
 from onnx_lrsd.trial import placeholder
 from onnx_lrsd.types import CHANNEL, Form
 
@@ -187,6 +188,43 @@ def test_external_data_in_external_data_out(tmp_path: Path) -> None:
     kept = next(tensor for tensor in again.graph.initializer if tensor.name == "w1")
     np.testing.assert_array_equal(numpy_helper.to_array(kept), numpy_helper.to_array(weight("w1", 64, 96)))
     assert size_on_disk(tmp_path / "out.onnx") >= model_bytes(changed) > 0
+
+
+def test_small_nested_and_packed_tensors_leave_the_old_data_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    scale = helper.make_node("Constant", [], ["scale"], value=weight("scale", 64))
+    graph = helper.make_graph(
+        [
+            scale,
+            helper.make_node("MatMul", ["x", "w"], ["h"], name="one"),
+            helper.make_node("Add", ["h", "small"], ["a"]),
+            helper.make_node("Mul", ["a", "scale"], ["y"]),
+            helper.make_node("DequantizeLinear", ["q", "s"], ["z"]),
+        ],
+        "external",
+        [helper.make_tensor_value_info("x", FLOAT, ["n", 64])],
+        [
+            helper.make_tensor_value_info("y", FLOAT, ["n", 64]),
+            helper.make_tensor_value_info("z", FLOAT, [51, 51]),
+        ],
+        [weight("w", 64, 64), weight("small", 64), weight("s")],
+    )
+    packed = TensorProto(name="q", data_type=TensorProto.INT4, dims=[51, 51], raw_data=rng.bytes(1301))
+    graph.initializer.append(packed)
+    path = tmp_path / "in.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    feed = {"x": rng.standard_normal((2, 64)).astype(np.float32)}
+    before = open_session(model).run(feed)
+    onnx.save(
+        model, path, save_as_external_data=True, location="in.data", size_threshold=0, convert_attribute=True
+    )
+    (tmp_path / "out").mkdir()
+    save(load(path), tmp_path / "out" / "out.onnx")
+    written = load(tmp_path / "out" / "out.onnx")
+    after = open_session(written.proto, folder=written.folder).run(feed)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+    check(written, load(path))
 
 
 @pytest.mark.parametrize("location", ["../outside.data", "/etc/hostname", "missing.data"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_lrsd.calibrate import calibrate
 from onnx_lrsd.dataset import Samples, made_up, read_samples
 from onnx_lrsd.divergence import Divergence
 from onnx_lrsd.errors import DataError, VerificationError
 from onnx_lrsd.model import Model, load
+from onnx_lrsd.passes import find_layers, read_weight
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.types import Verification
 from onnx_lrsd.verify import _top1, compare, cost, made_up_samples, time_pair, total_price
@@ -266,3 +269,27 @@ def test_made_up_data_is_found_for_dimensions_that_matter() -> None:
     with pytest.raises(DataError, match="runs on no data that can be made up: give samples"):
         made_up_samples(model)
     assert made_up(inputs_of(model.proto)).source == "made up"
+
+
+def test_a_model_that_takes_one_sample_at_a_time_gets_one_whatever_it_declares() -> None:
+    rng = np.random.default_rng(0)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Reshape", ["x", "one"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "w"], ["y"]),
+        ],
+        "one by one",
+        [value("x", TensorProto.FLOAT, ["batch", 4, 6])],
+        [value("y", TensorProto.FLOAT, ["batch", 10])],
+        [
+            numpy_helper.from_array(np.array([1, 24]), "one"),
+            numpy_helper.from_array(rng.standard_normal((24, 10)).astype(np.float32), "w"),
+        ],
+    )
+    model = load(helper.make_model(graph, opset_imports=[OPSET], ir_version=8))
+    data = samples(model, rng.standard_normal((7, 4, 6)).astype(np.float32))
+    assert quickly(model, model, data).outputs[0].relative_error == 0
+    working = model.graph()
+    layers, _ = find_layers(working)
+    known = calibrate(model, layers, data, partial(read_weight, working))
+    assert known.moments["y"].count == 7

@@ -1,0 +1,161 @@
+"""Any model at all through the whole tool: an optimised model that holds what was promised, or one sentence.
+
+    python benchmarks/corpus.py [FOLDER_OR_MODEL...] [--ratio R] [--timeout S] [--filled]
+
+Without arguments: the models that the installed onnx package ships with its backend tests. Each runs
+in a process of its own, so that a crash or a hang is a row of the table, on random data of the shapes
+it takes, or on the inputs stored beside it where it does not run on those. A row is a failure when
+anything but an LrsdError was raised, or the result does not pass onnx.checker where the original does,
+has another interface, does not run, or is larger or slower. With --filled, weights that
+ConstantOfShape makes are random numbers in the file instead, as those of a trained model would be.
+Exits 1 if there was a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+import onnx_lrsd
+from onnx_lrsd.dataset import GUESSES, Samples, made_up, read_samples
+from onnx_lrsd.errors import LrsdError
+from onnx_lrsd.model import Model, check, load
+from onnx_lrsd.runtime import inputs_of, open_session
+
+SHIPPED = Path(onnx.__file__).parent / "backend" / "test" / "data"
+SAMPLES = 20
+FAILED = "FAILED"
+
+
+def models(given: list[Path]) -> Iterator[Path]:
+    """The model files meant by ``given``."""
+    for path in given:
+        yield from sorted(path.rglob("*.onnx")) if path.is_dir() else [path]
+
+
+def samples_for(model: Model, path: Path) -> Samples:
+    """Random samples the model runs on, or those stored beside it."""
+    inputs = inputs_of(model.proto)
+    session = open_session(model.proto, folder=model.folder)
+    problem: LrsdError | None = None
+    for size in GUESSES:
+        for fill in (1, 0):
+            samples = made_up(inputs, SAMPLES, size=size, fill=fill)
+            try:
+                session.run(next(samples.batches(1)))
+            except LrsdError as error:
+                problem = problem or error
+                continue
+            return samples
+    stored = sorted(path.parent.glob("test_data_set_*"))
+    if not stored and problem is not None:
+        raise problem
+    feeds = [
+        {
+            spec.name: numpy_helper.to_array(onnx.load_tensor(str(folder / f"input_{index}.pb")))
+            for index, spec in enumerate(inputs)
+        }
+        for folder in stored
+    ]
+    return read_samples(feeds * SAMPLES, inputs)
+
+
+def filled(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with random initializers in place of ConstantOfShape nodes, scaled by their inputs."""
+    rng = np.random.default_rng(0)
+    known = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in list(proto.graph.node):
+        if node.op_type == "ConstantOfShape" and node.input[0] in known:
+            shape = tuple(numpy_helper.to_array(known[node.input[0]]).astype(int))
+            scale = 1 / np.sqrt(max(np.prod(shape[1:]), 1)) if len(shape) > 1 else 0.1
+            values = (1.0 if len(shape) == 1 else 0.0) + scale * rng.standard_normal(shape)
+            proto.graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), node.output[0]))
+            proto.graph.node.remove(node)
+    return proto
+
+
+def verdict(path: Path, ratio: float, fill: bool) -> str:
+    """What came out, as the cells of a row."""
+    with tempfile.TemporaryDirectory() as folder:
+        if fill:
+            proto = filled(onnx.load(path))
+            path = Path(folder) / path.name
+            onnx.save(proto, path)
+        try:
+            source = load(path)
+            output = Path(folder) / "out.onnx"
+            _, report, _ = onnx_lrsd.optimize(path, samples_for(source, path), ratio=ratio, output=output)
+            result = load(output)
+            check(result, source)
+        except LrsdError as error:
+            return f"a sentence | {error} | | | |"
+        except Exception as error:  # this is what is looked for
+            traceback.print_exc()
+            return f"{FAILED} | {type(error).__name__}: {' '.join(str(error).split())} | | | |"
+        found = report.verification
+        assert found is not None
+        faults = [f"other {end}s" for end in ("input", "output") if ends(source, end) != ends(result, end)]
+        faults += ["larger"] if found.after.bytes > found.before.bytes else []
+        faults += ["slower"] if found.latency_interval and found.latency_interval[1] < 1 else []
+        split = sum(layer.form != "dense" for layer in report.layers)
+        worst = max((output.relative_error for output in found.outputs), default=0.0)
+        said = f"{split} of {len(report.layers)} layers split" if split else report.warnings[-1:]
+        said = "; ".join([*faults, *([said] if isinstance(said, str) else said)])
+        return (
+            f"{FAILED if faults else 'a model'} | {said} "
+            f"| {found.before.macs / max(found.after.macs, 1):.2f} x "
+            f"| {found.before.bytes / found.after.bytes:.2f} x | {found.latency_ratio:.2f} x | {worst:.1e}"
+        )
+
+
+def ends(model: Model, end: str) -> list[bytes]:
+    """The inputs or outputs as the file declares them."""
+    return [value.SerializeToString() for value in getattr(model.proto.graph, end)]
+
+
+def main() -> None:
+    """Run every model in a process of its own and print a markdown row for it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", type=Path, default=[SHIPPED])
+    parser.add_argument("--ratio", type=float, default=1.3)
+    parser.add_argument("--timeout", type=float, default=300)
+    parser.add_argument("--filled", action="store_true")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.here:
+        print(verdict(given.models[0], given.ratio, given.filled))
+        return
+    print(
+        "| model | came out | what | MACs | bytes | latency | output error |\n|---|---|---|---|---|---|---|"
+    )
+    counts: Counter[str] = Counter()
+    for path in models(given.models):
+        command = [sys.executable, __file__, str(path), "--here", "--ratio", str(given.ratio)]
+        command += ["--filled"] if given.filled else []
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=given.timeout, check=False)
+            row = run.stdout.strip() or f"{FAILED} | exit status {run.returncode} | | | |"
+            sys.stderr.write(run.stderr)
+        except subprocess.TimeoutExpired:
+            row = f"{FAILED} | not done after {given.timeout:g} s | | | |"
+        counts[row.split(" | ")[0]] += 1
+        name = path.stem if path.stem != "model" else path.parent.name
+        print(f"| {name} | {row} |", flush=True)
+    print(f"\n{', '.join(f'{count} x {kind}' for kind, count in counts.items())}.")
+    sys.exit(FAILED in counts)
+
+
+if __name__ == "__main__":
+    main()

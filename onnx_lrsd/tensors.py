@@ -1,0 +1,100 @@
+"""Tensors as a model stores them: in the file itself, or in a data file beside it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+from onnx.external_data_helper import uses_external_data
+
+from onnx_lrsd.errors import ModelError
+
+PACKED = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
+"""Bits of the types whose values share bytes in a file."""
+
+
+def tensor_values(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[Any]:
+    """The values of ``tensor``, memory-mapped when they lie in a data file in ``folder``."""
+    if not uses_external_data(tensor):
+        return numpy_helper.to_array(tensor)
+    values = content(tensor, folder)
+    if _bits(tensor) % 8:
+        packed = onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=values.tobytes())
+        return numpy_helper.to_array(packed)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return values.view(dtype).reshape(tuple(tensor.dims))
+
+
+def content(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[np.uint8]:
+    """The values of ``tensor`` as a file holds them, mapped when they lie in one."""
+    if uses_external_data(tensor):
+        path, offset = located(tensor, folder)
+        size = stored_bytes(tensor)
+        return np.memmap(path, np.uint8, "r", offset, (size,)) if size else np.zeros(0, np.uint8)
+    if not tensor.HasField("raw_data"):
+        tensor = numpy_helper.from_array(numpy_helper.to_array(tensor))
+    return np.frombuffer(tensor.raw_data, np.uint8)
+
+
+def _bits(tensor: onnx.TensorProto) -> int:
+    """Bits that one value takes in a file."""
+    name = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return PACKED.get(name) or 8 * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def stored_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes that the values take in a file."""
+    return -(-math.prod(tensor.dims) * _bits(tensor) // 8)
+
+
+def located(tensor: onnx.TensorProto, folder: Path | None) -> tuple[Path, int]:
+    """File and offset of external data, checked: inside the model's folder, there, and long enough."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if folder is None:
+        raise ModelError("The model keeps weights in a data file: give its path instead of the loaded model.")
+    path = folder / entries.get("location", "")
+    inside = path.resolve().is_relative_to(folder.resolve())
+    if not inside or os.path.isabs(entries.get("location", "")):
+        raise ModelError(
+            f"Tensor {tensor.name} points to a file outside the model's folder: refuse models like this."
+        )
+    if not path.is_file():
+        raise ModelError(f"The data file {path} of the model is missing: put it beside the model.")
+    offset = int(entries.get("offset", 0))
+    if offset < 0 or offset + stored_bytes(tensor) > path.stat().st_size:
+        raise ModelError(f"The data file {path} is too short for tensor {tensor.name}: copy it again, whole.")
+    return path, offset
+
+
+def embed(tensor: onnx.TensorProto, folder: Path | None) -> None:
+    """Take the values of ``tensor`` out of its data file, if they lie in one."""
+    if uses_external_data(tensor):
+        tensor.raw_data = content(tensor, folder).tobytes()
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+
+
+def stored_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every stored tensor of the main graph and of the graphs inside its nodes."""
+    graphs = [proto.graph]
+    while graphs:
+        graph = graphs.pop()
+        yield from graph.initializer
+        for node in graph.node:
+            yield from (a.t for a in node.attribute if a.HasField("t"))
+            graphs.extend(subgraphs(node))
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs a node carries, such as the bodies of If and Loop."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
