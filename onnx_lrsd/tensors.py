@@ -51,7 +51,7 @@ def _bits(tensor: onnx.TensorProto) -> int:
 
 def stored_bytes(tensor: onnx.TensorProto) -> int:
     """Bytes that the values take in a file."""
-    return -(-math.prod(tensor.dims) * _bits(tensor) // 8)
+    return int(-(-math.prod(tensor.dims) * _bits(tensor) // 8))
 
 
 def located(tensor: onnx.TensorProto, folder: Path | None) -> tuple[Path, int]:

@@ -79,6 +79,8 @@ def forms(layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
 
 def _tucker(layer: Layer) -> list[Form]:
     """Tucker-2 with outer ranks about in the proportion of outputs to inputs."""
+    if min(layer.n, layer.channels) < WIDE:
+        return []  # a third node costs more there than its MACs save
     pairs = {
         (rank, max(BLOCK, round(share * rank * layer.n / layer.channels / BLOCK) * BLOCK))
         for rank in _spread(range(BLOCK, layer.channels, BLOCK), TUCKER_RANKS)
