@@ -16,7 +16,12 @@ SWEEPS, STEPS = 6, 12
 
 
 def tucker2(
-    weight: Array, second: Array, taps: int, ranks: tuple[int, int], damping: float = 0.01, sweeps: int = SWEEPS
+    weight: Array,
+    second: Array,
+    taps: int,
+    ranks: tuple[int, int],
+    damping: float = 0.01,
+    sweeps: int = SWEEPS,
 ) -> tuple[Array, Array, Array]:
     """``last`` (n, q), ``core`` (taps, q, p) and ``first`` (p, c) for ``ranks`` = (p, q), float32.
 
