@@ -74,8 +74,9 @@ def budgets(problem: LayerProblem, method: str, keeps: list[float]) -> list[Budg
         return found
     if (m // problem.taps) % 4:
         return found
-    rank = round(RANKED * n * m / (n + m)) if share else 0
-    return [*found, Budget(0.5 + RANKED * bool(share), rank, 0.5, TWO_OF_FOUR)]
+    if share is not None:
+        return [*found, Budget(0.5, 0, 0.5, TWO_OF_FOUR)]
+    return [*found, Budget(0.5 + RANKED, round(RANKED * n * m / (n + m)), 0.5, TWO_OF_FOUR)]
 
 
 def run(problem: LayerProblem, method: str, budget: Budget) -> Row:

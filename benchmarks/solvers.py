@@ -1,7 +1,7 @@
 """The package's solver against the published ones on layer problems: held-out error and CPU time, as ratios.
 
     python benchmarks/solvers.py [--layers DIR] [--json FILE] [--plot FILE] [--keep .5,.3,.15]
-                                 [--methods NAMES] [--only LAYERS]
+                                 [--methods "NAME;NAME"] [--only LAYERS]
 
 DIR holds .npz files with W (n, m), X and XH (rows of the layer's input, for fitting and held out) and meta,
 JSON with weight_shape; without it the layers of models/digits.onnx are taken. One BLAS thread. All get the
@@ -135,7 +135,11 @@ def print_ratios(rows: Sequence[Row], keeps: Sequence[float]) -> None:
     print(f"|---|{'---|' * (len(keeps) + 2)}")
     for comparison in COMPARISONS:
         cells, times, whole = [], [], []
-        own_keeps = list(keeps) if comparison.pattern == FREE else [0.6 if comparison.ours == "ours" else 0.5]
+        own_keeps = (
+            list(keeps)
+            if comparison.pattern == FREE
+            else [0.6 if comparison.peer in ("3basil", "oats") else 0.5]
+        )
         for keep in own_keeps:
             pairs = list(_pairs(rows, comparison, keep))
             ratios = [mine.error / theirs.error for mine, theirs in pairs]
@@ -157,7 +161,7 @@ def print_ratios(rows: Sequence[Row], keeps: Sequence[float]) -> None:
 
 
 def print_planted(problems: Sequence[LayerProblem], keeps: Sequence[float]) -> None:
-    """Error of the fit of a weight that is exactly U V + S, with the inputs of a square layer if there is one."""
+    """Error of the fit of a weight that is exactly U V + S, with the inputs of a square layer if any."""
     like = next((x for x in problems if x.layer.n == x.layer.m), problems[0])
     print(f"\nPlanted U V + S, n = m = {like.layer.m}, inputs of {like.name}\n")
     print(f"| keep | ours (bar ≤ {PLANTED:g}) | 3basil |\n|---|---|---|")

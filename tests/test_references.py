@@ -1,4 +1,4 @@
-"""The published solvers that ours is measured against keep their budgets and are exact where they should be."""
+"""The published solvers that ours is judged against keep their budgets and are exact where they should."""
 
 from __future__ import annotations
 
