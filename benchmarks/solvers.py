@@ -133,7 +133,10 @@ def print_ratios(rows: Sequence[Row], keeps: Sequence[float]) -> None:
     titles = " | ".join(f"keep {keep:.0%}" for keep in keeps)
     print(f"\n| ours / peer | {titles} | CPU time | with the choice of the split |")
     print(f"|---|{'---|' * (len(keeps) + 2)}")
+    layers = {row.layer for row in rows}
     for comparison in COMPARISONS:
+        if comparison.without and comparison.without not in layers:
+            continue
         cells, times, whole = [], [], []
         own_keeps = (
             list(keeps)

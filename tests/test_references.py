@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -75,8 +76,12 @@ def test_low_rank_plus_sparse_keeps_rank_and_pattern(method: str, structured: bo
     free = partial(largest_in_rows if method == "oats" else largest, density=DENSITY)
     select = largest_in_groups if structured else free
     given = (weight, np.diagonal(second) if method == "oats" else second, RANK, select)
-    solve = {"oats": oats, "three_basil": three_basil, "hassle_free": partial(hassle_free, rounds=3)}[method]
-    left, right, sparse = solve(*given)
+    solvers: dict[str, Callable[..., tuple[Matrix, Matrix, Matrix]]] = {
+        "oats": oats,
+        "three_basil": three_basil,
+        "hassle_free": partial(hassle_free, rounds=3),
+    }
+    left, right, sparse = solvers[method](*given)
     assert left.shape == (N, RANK) and right.shape == (RANK, M)
     assert np.count_nonzero(sparse) == (0.5 if structured else DENSITY) * N * M
     alone = alps(weight, second, select) if method != "oats" else wanda(weight, np.diagonal(second), select)
