@@ -20,7 +20,7 @@ ROUNDS = 40
 def hassle_free(
     weight: Array, second: Array, rank: int, select: Select, rounds: int = ROUNDS, damping: float = 0.01
 ) -> tuple[Array, Array, Array]:
-    """U (n, rank), V (rank, m), S (n, m): ALPS on W − U V, then the whitened SVD of W − S, so often."""
+    """U (n, rank), V (rank, m), S (n, m): ALPS on W − U V, then whitened SVD of W − S, ``rounds`` times."""
     xp = namespace(weight)
     metric, scale = unit_diagonal(damped(second, damping))
     target = weight.astype(xp.float32) * scale

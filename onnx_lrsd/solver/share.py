@@ -20,8 +20,8 @@ from onnx_lrsd.solver.whiten import Problem
 from onnx_lrsd.types import NONE, TUCKER, UNSTRUCTURED, Form, Layer, Pattern
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
-DAMPINGS = (1.0, 3.0, 10.0)
-"""Multiples of the damping of the problem that are tried, in this order, while they help."""
+DAMPINGS = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Multiples of the damping of the problem, of which the best is looked for in the same way."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,14 @@ def choose_split(fit: Problem, held: Problem, forms: Sequence[Form], *, effort: 
         found = decompose(problem, form, effort=effort, resolvent=shared)
         return held.error(from_numpy(expand(fit.layer, found), held.weight))
 
-    place, least = _valley(lambda place: error(forms[place], 1.0), len(forms))
-    form, chosen = forms[place], 1.0
-    for damping in DAMPINGS[1:]:
-        found = error(form, damping)
-        if found >= least:
-            break
-        least, chosen = found, damping
-    return Split(form, chosen, least)
+    place, _ = _valley(lambda place: error(forms[place], 1.0), len(forms), len(forms) // 3)
+    form = forms[place]
+    place, least = _valley(lambda place: error(form, DAMPINGS[place]), len(DAMPINGS), DAMPINGS.index(1.0))
+    return Split(form, DAMPINGS[place], least)
 
 
-def _valley(height: Callable[[int], float], count: int) -> tuple[int, float]:
-    """The place where a walk downhill over 0..count-1 ends, and its height."""
+def _valley(height: Callable[[int], float], count: int, start: int) -> tuple[int, float]:
+    """The place where a walk downhill over 0..count-1 from ``start`` ends, and its height."""
     known: dict[int, float] = {}
 
     def at(place: int) -> float:
@@ -96,7 +92,7 @@ def _valley(height: Callable[[int], float], count: int) -> tuple[int, float]:
             known[place] = height(place)
         return known[place]
 
-    place = count // 3
+    place = start
     while True:
         beside = [other for other in (place - 1, place + 1) if 0 <= other < count]
         lowest = min((place, *beside), key=at)

@@ -1,0 +1,137 @@
+"""Layer problems: a weight and the rows of its input, for fitting and, from other samples, for judging."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from onnx_lrsd.calibrate import input_shapes, locate
+from onnx_lrsd.dataset import Samples, read_samples
+from onnx_lrsd.model import Model, load
+from onnx_lrsd.passes import find_layers, read_weight
+from onnx_lrsd.runtime import inputs_of, open_session
+from onnx_lrsd.solver.moments import input_rows, positions_of, sample_positions
+from onnx_lrsd.solver.whiten import Problem, pose
+from onnx_lrsd.types import Array, Layer, Moments
+
+EXAMPLE = Path(__file__).parent.parent / "models"
+FIT_ROWS, HELD_ROWS = 2000, 1500
+FEWEST_INPUTS, MOST_INPUTS = 100, 1200
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """``weight`` (n, m), ``rows`` (N, m) to fit on and ``held`` (N', m) to judge by, grouped by sample."""
+
+    layer: Layer
+    weight: Array
+    rows: Array
+    held: Array
+
+    @property
+    def name(self) -> str:
+        """What a person calls the layer."""
+        return self.layer.node
+
+    @property
+    def taps(self) -> int:
+        """Kernel positions of an input channel."""
+        return prod(self.layer.kernel)
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Mean and centred second moment of all rows, float64."""
+        return _moments(self.rows)
+
+    @cached_property
+    def folds(self) -> tuple[Problem, Problem]:
+        """The problem of the first 70 % of the rows, and of the rest: other samples."""
+        cut = int(0.7 * len(self.rows))
+        return self.posed(_moments(self.rows[:cut])), self.posed(_moments(self.rows[cut:]))
+
+    def posed(self, moments: Moments | None = None) -> Problem:
+        """As the package's solver takes it."""
+        return pose(self.layer, self.weight, np.zeros(self.layer.n), moments or self.moments)
+
+    @cached_property
+    def held_second(self) -> Array:
+        """E (x − μ)(x − μ)ᵀ over the held-out rows, μ the mean of those fitted on: the bias is fixed."""
+        centred = self.held.astype(np.float64) - self.moments.mean
+        return centred.T @ centred / len(centred)
+
+    def errors(self, weight: Array) -> tuple[float, float]:
+        """tr(D C Dᵀ) / tr(W C Wᵀ) of an approximation, held out and on the rows fitted on."""
+        return tuple(_relative(self.weight, weight, c) for c in (self.held_second, self.moments.second))
+
+
+def read_problems(folder: Path) -> Iterator[LayerProblem]:
+    """Every .npz of ``folder``: W (n, m), X (N, m), XH (N', m), and meta, JSON with weight_shape."""
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as file:
+            shape = tuple(json.loads(str(file["meta"]))["weight_shape"])
+            weight, rows, held = (file[key].astype(np.float64) for key in ("W", "X", "XH"))
+        yield LayerProblem(_layer(path.stem, shape, *weight.shape), weight, rows, held)
+
+
+def example_problems() -> Iterator[LayerProblem]:
+    """The inner layers of the example network on its own calibration and evaluation samples."""
+    model = load(EXAMPLE / "digits.onnx")
+    graph = model.graph()
+    parts = [
+        read_samples(EXAMPLE / f"digits_{part}.npz", inputs_of(model.proto)) for part in ("calib", "eval")
+    ]
+    found = [x for x in find_layers(graph)[0] if FEWEST_INPUTS <= x.m <= MOST_INPUTS]
+    layers = locate(found, input_shapes(model, found, parts[0]), parts[0])
+    rows, held = (_rows(model, layers, *of) for of in zip(parts, (FIT_ROWS, HELD_ROWS), strict=True))
+    for layer in layers:
+        yield LayerProblem(layer, read_weight(graph, layer)[0], rows[layer.name], held[layer.name])
+
+
+def planted(like: LayerProblem, keep: float, share: float, seed: int = 0) -> tuple[LayerProblem, int, int]:
+    """A square weight that is exactly U V + S, with the inputs of ``like``; its rank and its non-zeros."""
+    m = like.layer.m
+    rank = round(share * keep * m / 2)
+    entries = int(keep * m * m) - 2 * rank * m
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((m, rank)) @ rng.standard_normal((rank, m)) / np.sqrt(rank)
+    chosen = rng.permutation(m * m)[:entries]
+    weight.reshape(-1)[chosen] += rng.standard_normal(entries)
+    return LayerProblem(_layer("planted", (m, m), m, m), weight, like.rows, like.held), rank, entries
+
+
+def _rows(model: Model, layers: tuple[Layer, ...], samples: Samples, wanted: int) -> dict[str, Array]:
+    """About ``wanted`` rows of the input of every layer, evenly over the samples."""
+    session = open_session(model.proto, folder=model.folder, outputs=sorted({x.input for x in layers}))
+    rng = np.random.default_rng(0)
+    parts: dict[str, list[Array]] = {layer.name: [] for layer in layers}
+    for feed in samples.batches():
+        share = wanted * samples.size_of(feed) // samples.count
+        seen = session.run(feed)
+        for layer in layers:
+            positions = sample_positions(positions_of(layer, seen[layer.input].shape), share, rng)
+            parts[layer.name].append(input_rows(layer, seen[layer.input], positions))
+    return {name: np.concatenate(batches).astype(np.float64) for name, batches in parts.items()}
+
+
+def _layer(name: str, shape: tuple[int, ...], n: int, m: int) -> Layer:
+    if len(shape) < 4:
+        return Layer(name, name, "MatMul", "x", "w", shape, "float32", n, m)
+    ones = (1, 1)
+    return Layer(name, name, "Conv", "x", "w", shape, "float32", n, m, 1, shape[2:], ones, (0, 0, 0, 0), ones)
+
+
+def _moments(rows: Array) -> Moments:
+    mean = rows.mean(axis=0)
+    centred = rows - mean
+    return Moments("rows", len(rows), mean, centred.T @ centred / len(rows))
+
+
+def _relative(weight: Array, approximation: Array, second: Array) -> float:
+    difference = weight - approximation
+    return float(np.sum((difference @ second) * difference) / np.sum((weight @ second) * weight))
