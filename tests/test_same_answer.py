@@ -242,13 +242,14 @@ def test_models_converted_from_pytorch_give_their_stored_outputs(folder: Path) -
 def test_calibration_repeats_to_the_bit_and_passes_over_what_nobody_asked_for() -> None:
     rng = np.random.default_rng(0)
     tensors = {
-        "v": rng.standard_normal((6, 8, 3, 3)).astype(np.float32),
-        "w": rng.standard_normal((5, 6, 1, 1)).astype(np.float32),
+        "v": rng.standard_normal((12, 8, 3, 3)).astype(np.float32),
+        "w": rng.standard_normal((9, 12, 1, 1)).astype(np.float32),
     }
     nodes = [helper.make_node("Conv", ["x", "v"], ["h"]), helper.make_node("Conv", ["h", "w"], ["y"])]
-    model = make(nodes, ["N", 8, 9, 9], tensors)  # type: ignore[list-item]
+    model = make(nodes, [2, 8, 9, 9], tensors)
     graph = model.graph()
     layers, _ = find_layers(graph)
+    assert len(layers) == 2
     data = {"x": rng.standard_normal((300, 8, 9, 9)).astype(np.float32)}
     samples = read_samples(data, inputs_of(model.proto))
     once, again = (calibrate(model, layers, samples, partial(read_weight, graph)) for _ in range(2))
@@ -256,11 +257,13 @@ def test_calibration_repeats_to_the_bit_and_passes_over_what_nobody_asked_for() 
         count = len(once.outputs[layer.name])
         assert count == min(8192, 300 * layer.positions)  # a bound on rows, however many samples
         assert np.array_equal(once.outputs[layer.name], again.outputs[layer.name])
-        assert np.array_equal(once.moments[layer.name].second, again.moments[layer.name].second)
+        one, two = once.moments[layer.name].second, again.moments[layer.name].second
+        assert one is not None and two is not None and np.array_equal(one, two)
     second = recalibrate(model, once.layers, once)
     for layer in once.layers:  # an unchanged network: cross moment = W times the second moment
         found, (weight, _) = second[layer.name], read_weight(graph, layer)
         assert found.count == len(once.outputs[layer.name])
+        assert found.second is not None and found.cross is not None
         np.testing.assert_allclose(found.cross, weight @ found.second, atol=1e-3)
     last = layers[-1].name
     some = calibrate(
