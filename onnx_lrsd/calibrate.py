@@ -1,13 +1,17 @@
 """Run the samples through ONNX Runtime and keep the moments of every layer's input.
 
 Activations are fetched, not recomputed; positions are sampled, so that the cost of the moments
-depends on the sizes of the layers and not on the number of samples or the size of the images.
+depends on the sizes of the layers and not on the number of samples or the size of the images. One
+thread runs the network a batch ahead of the moments: ONNX Runtime leaves idle some of the time that
+NumPy needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +29,14 @@ from onnx_lrsd.solver.moments import (
 from onnx_lrsd.types import Layer, Moments, Progress
 
 ROWS_PER_INPUT = 8
-FEWEST_ROWS, MOST_ROWS = 8192, 20_000
+FEWEST_ROWS, MOST_ROWS = 4096, 20_000
 """Rows of a layer that factors are fitted to: eight for each input, between these bounds."""
 SURVEY = 4
 """Every fourth row is enough for the error curves that the plan is made from."""
-FETCHED_BYTES = 192 << 20
-"""Activations fetched in one batch, at most."""
+FETCHED_BYTES = 96 << 20
+"""Activations fetched in one batch, at most; two batches are held at a time."""
 
+Item = TypeVar("Item")
 WeightOf = Callable[[Layer], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
 
 
@@ -40,9 +45,9 @@ class Calibration:
     """What one run over the calibration samples taught.
 
     ``layers`` know their positions. ``moments`` and ``outputs`` (rows of the layer's original
-    outputs, (count, n), at the sampled positions) are by layer name; ``shapes`` are those of the
-    layers' inputs in the smallest batch, by tensor. A later run with the same ``samples``,
-    ``batch`` and ``seed`` sees the same positions.
+    outputs, (count, n), at the sampled positions) are by layer name, for the layers asked
+    for; ``shapes`` are those of the layers' inputs in the smallest batch, by tensor. A later run
+    with the same ``samples``, ``batch`` and ``seed`` sees the same positions.
     """
 
     layers: tuple[Layer, ...]
@@ -60,32 +65,39 @@ def calibrate(
     samples: Samples,
     weight_of: WeightOf,
     *,
+    asked: Callable[[Layer], bool] = lambda layer: True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
     """Moments of the inputs of ``layers`` over ``samples``, and the outputs they give.
 
     ``weight_of`` gives W (n, m) and b (n,) of a layer: outputs are computed from the sampled rows,
-    since fetching them would undo the fusions of ONNX Runtime. Memory is bounded by the layers: rows,
-    not samples, are kept.
+    since fetching them would undo the fusions of ONNX Runtime. ``asked`` says for which layers
+    (located) there shall be moments and outputs; the inputs of the others are not even fetched. Memory
+    is bounded by the layers: rows, not samples, are kept.
     """
+    samples = as_fed(samples, _watcher(model, layers, samples))
     shapes = input_shapes(model, layers, samples)
-    watch = _watcher(model, layers, samples)
-    samples = as_fed(samples, watch)
     bytes_each = sum(4 * int(np.prod(shape)) for shape in shapes.values()) // samples.smallest_batch
     batch = samples.batch_size(bytes_each, FETCHED_BYTES)
     located = locate(layers, shapes, samples)
-    accumulators = {
-        layer.name: MomentAccumulator(layer, _wanted(layer, samples.count) // SURVEY) for layer in located
-    }
-    outputs: dict[str, list[Rows]] = {layer.name: [] for layer in located}
-    weights = {layer.name: tuple(np.float32(part) for part in weight_of(layer)) for layer in located}
-    for layer, activations, positions in _observe(watch, located, samples, batch, seed, progress):
-        rows = input_rows(layer, activations[layer.input], positions)
+    watched = [layer for layer in located if asked(layer)]
+    accumulators, outputs, weights = {}, {}, {}
+    for layer in watched:
+        wanted = _wanted(layer, samples.count)
+        accumulators[layer.name] = MomentAccumulator(layer, wanted // SURVEY)
+        outputs[layer.name] = np.empty((wanted, layer.n), np.float32)
+        weights[layer.name] = tuple(part.astype(np.float32) for part in weight_of(layer))
+    done = dict.fromkeys(accumulators, 0)
+    for layer, rows in _observe(model, watched, samples, batch, seed, progress):
+        start, stop = done[layer.name], done[layer.name] + len(rows)
         weight, bias = weights[layer.name]
-        outputs[layer.name].append(rows @ weight.T + bias)
-        accumulators[layer.name].add(np.ascontiguousarray(rows[::SURVEY]))
-    kept = {layer.name: np.concatenate(outputs.pop(layer.name)) for layer in located}
+        given = np.matmul(rows, weight.T, out=outputs[layer.name][start:stop])
+        given += bias
+        # Every fourth row of all, wherever the batches end.
+        accumulators[layer.name].add(np.ascontiguousarray(rows[-start % SURVEY :: SURVEY]))
+        done[layer.name] = stop
+    kept = {name: values[: done[name]] for name, values in outputs.items()}
     moments = _results(accumulators, samples)
     return Calibration(located, moments, kept, shapes, samples, batch, seed)
 
@@ -97,12 +109,10 @@ def recalibrate(model: Model, layers: Sequence[Layer], reference: Calibration) -
     """
     samples, done = reference.samples, dict.fromkeys((layer.name for layer in layers), 0)
     accumulators = {layer.name: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in layers}
-    watch = _watcher(model, layers, samples)
-    for layer, activations, positions in _observe(watch, layers, samples, reference.batch, reference.seed):
-        at = done[layer.name]
-        done[layer.name] = at + len(positions)
-        wanted = reference.outputs[layer.name][at : done[layer.name]]
-        accumulators[layer.name].add(input_rows(layer, activations[layer.input], positions), wanted)
+    for layer, rows in _observe(model, layers, samples, reference.batch, reference.seed):
+        start, stop = done[layer.name], done[layer.name] + len(rows)
+        accumulators[layer.name].add(rows, reference.outputs[layer.name][start:stop])
+        done[layer.name] = stop
     return _results(accumulators, samples)
 
 
@@ -114,41 +124,44 @@ def _results(accumulators: Mapping[str, MomentAccumulator], samples: Samples) ->
 
 
 def _observe(
-    watch: Callable[[Feed], Feed],
+    model: Model,
     layers: Sequence[Layer],
     samples: Samples,
     batch: int,
     seed: int,
     progress: Progress | None = None,
-) -> Iterator[tuple[Layer, Feed, npt.NDArray[np.int64]]]:
-    """Layer, activations and sampled positions, batch by batch; the same ones for the same seed and batch."""
+) -> Iterator[tuple[Layer, Rows]]:
+    """Each layer with its sampled rows, batch by batch; the same ones for the same seed and batch."""
+    watch = _watcher(model, layers, samples)
     first = 0
-    for feed in samples.batches(batch):
-        count = samples.size_of(feed)
-        activations = watch(feed)
+    for count, activations in _ahead((samples.size_of(feed), watch(feed)) for feed in samples.batches(batch)):
         for layer in layers:
-            shape = activations[layer.input].shape
-            positions = _positions(layer, shape, first, count, samples.count, seed)
+            values = activations[layer.input]
+            positions = _positions(layer, values.shape, first, count, samples.count, seed)
             if len(positions):
-                yield layer, activations, positions
+                yield layer, input_rows(layer, values, positions)
         first += count
         if progress is not None:
             progress("calibrate", first, samples.count)
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """``items`` in their order, the next one being made in another thread while one is worked on."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
+            yield item
 
 
 def _positions(
     layer: Layer, shape: tuple[int, ...], first: int, count: int, total: int, seed: int
 ) -> npt.NDArray[np.int64]:
     """Positions in a batch of samples first..first+count-1, a share of the rows from each sample."""
-    each = positions_of(layer, shape) // count
     wanted = _wanted(layer, total)
-    chosen = []
-    for index in range(count):
-        sample = first + index
-        quota = (sample + 1) * wanted // total - sample * wanted // total
-        rng = np.random.default_rng((seed, sample, layer.n, layer.m))
-        chosen.append(index * each + sample_positions(each, quota, rng))
-    return np.concatenate(chosen)
+    share = (first + count) * wanted // total - first * wanted // total
+    rng = np.random.default_rng((seed, first, layer.n, layer.m))
+    return sample_positions(positions_of(layer, shape), share, rng)
 
 
 def _wanted(layer: Layer, samples: int) -> int:

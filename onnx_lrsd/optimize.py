@@ -76,7 +76,7 @@ def optimize(
     weight_of = partial(read_weight, graph)
     fit_on, check_on = fit_and_check(run, source, calibration, evaluation)
     with run.clock("calibrate"):
-        known = _calibrate(run, source, layers, weight_of, fit_on, check_on)
+        known = _calibrate(run, source, layers, weight_of, fit_on, check_on, plan)
     if plan is None:
         with run.clock("decompose"):
             curves = error_curves(run, known, weight_of)
@@ -140,11 +140,23 @@ def _calibrate(
     weight_of: WeightOf,
     fit_on: Samples | None,
     check_on: Samples,
+    plan: Plan | None,
 ) -> Calibration:
+    """What the samples teach about the layers that a form is worth trying for, or that ``plan`` splits."""
     if fit_on is None:
         shapes = input_shapes(source, layers, check_on)
         return Calibration(locate(layers, shapes, check_on), {}, {}, shapes, check_on, 1, run.options.seed)
-    return calibrate(source, layers, fit_on, weight_of, seed=run.options.seed, progress=run.progress)
+    kinds = run.options.forms or KINDS
+    planned = {name for name, choice in plan.choices.items() if choice.form.kind != DENSE} if plan else set()
+    return calibrate(
+        source,
+        layers,
+        fit_on,
+        weight_of,
+        asked=lambda layer: layer.name in planned or bool(run.target.forms(layer, kinds)),
+        seed=run.options.seed,
+        progress=run.progress,
+    )
 
 
 def _plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_lrsd.calibrate import calibrate, recalibrate
+from onnx_lrsd.dataset import read_samples
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.model import Model, check, load
 from onnx_lrsd.passes import find_layers, read_weight, split
-from onnx_lrsd.runtime import open_session
+from onnx_lrsd.runtime import inputs_of, open_session
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import shared_groups
 from onnx_lrsd.solver.moments import input_rows, positions_of
@@ -243,3 +246,36 @@ def test_models_converted_from_pytorch_give_their_stored_outputs(folder: Path) -
             np.testing.assert_allclose(
                 got, wanted, rtol=1e-3, atol=1e-4 * max(float(np.abs(wanted).max()), 1)
             )
+
+
+def test_calibration_repeats_to_the_bit_and_passes_over_what_nobody_asked_for() -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        "v": rng.standard_normal((12, 8, 3, 3)).astype(np.float32),
+        "w": rng.standard_normal((9, 12, 1, 1)).astype(np.float32),
+    }
+    nodes = [helper.make_node("Conv", ["x", "v"], ["h"]), helper.make_node("Conv", ["h", "w"], ["y"])]
+    model = make(nodes, [2, 8, 9, 9], tensors)
+    graph = model.graph()
+    layers, _ = find_layers(graph)
+    assert len(layers) == 2
+    data = {"x": rng.standard_normal((300, 8, 9, 9)).astype(np.float32)}
+    samples = read_samples(data, inputs_of(model.proto))
+    once, again = (calibrate(model, layers, samples, partial(read_weight, graph)) for _ in range(2))
+    for layer in once.layers:
+        count = len(once.outputs[layer.name])
+        assert count == min(4096, 300 * layer.positions)  # a bound on rows, however many samples
+        assert np.array_equal(once.outputs[layer.name], again.outputs[layer.name])
+        one, two = once.moments[layer.name].second, again.moments[layer.name].second
+        assert one is not None and two is not None and np.array_equal(one, two)
+    second = recalibrate(model, once.layers, once)
+    for layer in once.layers:  # an unchanged network: cross moment = W times the second moment
+        found, (weight, _) = second[layer.name], read_weight(graph, layer)
+        assert found.count == len(once.outputs[layer.name])
+        assert found.second is not None and found.cross is not None
+        np.testing.assert_allclose(found.cross, weight @ found.second, atol=1e-3)
+    last = layers[-1].name
+    some = calibrate(
+        model, layers, samples, partial(read_weight, graph), asked=lambda layer: layer.name == last
+    )
+    assert {*some.moments} == {*some.outputs} == {last} and len(some.layers) == 2

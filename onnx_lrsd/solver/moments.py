@@ -71,6 +71,10 @@ def input_rows(layer: Layer, x: npt.NDArray[np.floating], positions: npt.NDArray
         features = np.moveaxis(x, layer.axis, -1).reshape(-1, layer.m)
         return np.ascontiguousarray(features[positions], dtype=np.float32)
     size, kernel = x.shape[2:], layer.kernel
+    if output_size(layer, size) == size and prod(kernel) == 1:
+        pixels = x.reshape(len(x), layer.channels, -1).transpose(0, 2, 1)
+        here = np.divmod(positions, pixels.shape[1])
+        return np.ascontiguousarray(pixels[here], dtype=np.float32)
     where = np.unravel_index(positions, (x.shape[0], *output_size(layer, size)))
     flat = np.zeros((len(positions),) + (1,) * len(kernel), dtype=np.int64)
     inside = np.ones((len(positions), *kernel), dtype=bool)
