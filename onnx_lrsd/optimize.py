@@ -27,7 +27,18 @@ from onnx_lrsd.plans import forms_of, make_plan
 from onnx_lrsd.reconstruct import reconstruct
 from onnx_lrsd.run import OUT_OF_REACH, Options, Run
 from onnx_lrsd.shares import fit_and_check, search_and_confirm
-from onnx_lrsd.types import Declined, ErrorCurve, Factors, Layer, Plan, Progress, Report, Verification
+from onnx_lrsd.types import (
+    DENSE,
+    KINDS,
+    Declined,
+    ErrorCurve,
+    Factors,
+    Layer,
+    Plan,
+    Progress,
+    Report,
+    Verification,
+)
 from onnx_lrsd.verify import compare, total_price
 
 MUCH = 0.1
