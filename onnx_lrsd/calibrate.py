@@ -33,6 +33,8 @@ FEWEST_ROWS, MOST_ROWS = 4096, 20_000
 """Rows of a layer that factors are fitted to: eight for each input, between these bounds."""
 SURVEY = 4
 """Every fourth row is enough for the error curves that the plan is made from."""
+MOST_INPUTS = 6
+"""Inputs are kept instead of outputs where there are at most so many for each output."""
 FETCHED_BYTES = 96 << 20
 """Activations fetched in one batch, at most; two batches are held at a time."""
 
@@ -44,15 +46,16 @@ WeightOf = Callable[[Layer], tuple[npt.NDArray[np.float64], npt.NDArray[np.float
 class Calibration:
     """What one run over the calibration samples taught.
 
-    ``layers`` know their positions. ``moments`` and ``outputs`` (rows of the layer's original
-    outputs, (count, n), at the sampled positions) are by layer name, for the layers asked
-    for; ``shapes`` are those of the layers' inputs in the smallest batch, by tensor. A later run
+    ``layers`` know their positions. ``moments`` and ``kept`` are by layer name, for the layers asked
+    for: of the sampled positions, either the original outputs (count, n) or, where that takes little
+    more memory, the original inputs (count, m), whose product with W is then left to a later run that
+    needs it. ``shapes`` are those of the layers' inputs in the smallest batch, by tensor. A later run
     with the same ``samples``, ``batch`` and ``seed`` sees the same positions.
     """
 
     layers: tuple[Layer, ...]
     moments: Mapping[str, Moments]
-    outputs: Mapping[str, Rows]
+    kept: Mapping[str, Rows]
     shapes: Mapping[str, tuple[int, ...]]
     samples: Samples
     batch: int
@@ -69,11 +72,11 @@ def calibrate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Moments of the inputs of ``layers`` over ``samples``, and the outputs they give.
+    """Moments of the inputs of ``layers`` over ``samples``, and what tells the outputs they give.
 
     ``weight_of`` gives W (n, m) and b (n,) of a layer: outputs are computed from the sampled rows,
     since fetching them would undo the fusions of ONNX Runtime. ``asked`` says for which layers
-    (located) there shall be moments and outputs; the inputs of the others are not even fetched. Memory
+    (located) there shall be moments; the inputs of the others are not even fetched. Memory
     is bounded by the layers: rows, not samples, are kept.
     """
     samples = as_fed(samples, _watcher(model, layers, samples))
@@ -82,38 +85,61 @@ def calibrate(
     batch = samples.batch_size(bytes_each, FETCHED_BYTES)
     located = locate(layers, shapes, samples)
     watched = [layer for layer in located if asked(layer)]
-    accumulators, outputs, weights = {}, {}, {}
+    accumulators, kept, weights = {}, {}, {}
     for layer in watched:
         wanted = _wanted(layer, samples.count)
         accumulators[layer.name] = MomentAccumulator(layer, wanted // SURVEY)
-        outputs[layer.name] = np.empty((wanted, layer.n), np.float32)
-        weights[layer.name] = tuple(part.astype(np.float32) for part in weight_of(layer))
+        kept[layer.name] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
+        if not _keeps_inputs(layer):
+            weights[layer.name] = _single(weight_of(layer))
     done = dict.fromkeys(accumulators, 0)
     for layer, rows in _observe(model, watched, samples, batch, seed, progress):
         start, stop = done[layer.name], done[layer.name] + len(rows)
-        weight, bias = weights[layer.name]
-        given = np.matmul(rows, weight.T, out=outputs[layer.name][start:stop])
-        given += bias
+        if layer.name in weights:
+            _outputs(rows, weights[layer.name], kept[layer.name][start:stop])
+        else:
+            kept[layer.name][start:stop] = rows
         # Every fourth row of all, wherever the batches end.
         accumulators[layer.name].add(np.ascontiguousarray(rows[-start % SURVEY :: SURVEY]))
         done[layer.name] = stop
-    kept = {name: values[: done[name]] for name, values in outputs.items()}
+    kept = {name: values[: done[name]] for name, values in kept.items()}
     moments = _results(accumulators, samples)
     return Calibration(located, moments, kept, shapes, samples, batch, seed)
 
 
-def recalibrate(model: Model, layers: Sequence[Layer], reference: Calibration) -> dict[str, Moments]:
+def recalibrate(
+    model: Model, layers: Sequence[Layer], reference: Calibration, weight_of: WeightOf
+) -> dict[str, Moments]:
     """Moments of the inputs that the rewritten ``model`` feeds to ``layers``, with the cross moment.
 
-    ``layers`` are as ``reference`` has them; what they should give are the original outputs kept there.
+    ``layers`` are as ``reference`` has them; what they should give are the original outputs.
     """
+    weights = {layer.name: _single(weight_of(layer)) for layer in layers if _keeps_inputs(layer)}
     samples, done = reference.samples, dict.fromkeys((layer.name for layer in layers), 0)
     accumulators = {layer.name: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in layers}
     for layer, rows in _observe(model, layers, samples, reference.batch, reference.seed):
         start, stop = done[layer.name], done[layer.name] + len(rows)
-        accumulators[layer.name].add(rows, reference.outputs[layer.name][start:stop])
+        wanted = reference.kept[layer.name][start:stop]
+        if layer.name in weights:
+            wanted = _outputs(wanted, weights[layer.name], np.empty((len(wanted), layer.n), np.float32))
+        accumulators[layer.name].add(rows, wanted)
         done[layer.name] = stop
     return _results(accumulators, samples)
+
+
+def _keeps_inputs(layer: Layer) -> bool:
+    return layer.m <= MOST_INPUTS * layer.n
+
+
+def _single(affine: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]) -> tuple[Rows, Rows]:
+    return affine[0].astype(np.float32), affine[1].astype(np.float32)
+
+
+def _outputs(rows: Rows, affine: tuple[Rows, Rows], out: Rows) -> Rows:
+    """W x + b of every row, into ``out``."""
+    np.matmul(rows, affine[0].T, out=out)
+    out += affine[1]
+    return out
 
 
 def _results(accumulators: Mapping[str, MomentAccumulator], samples: Samples) -> dict[str, Moments]:

@@ -42,7 +42,7 @@ def reconstruct(
     for stage in _stages(chosen):
         moments: Mapping[str, Moments] = {}
         if calibration is not None:
-            moments = recalibrate(rewritten, stage, calibration)
+            moments = recalibrate(rewritten, stage, calibration, weight_of)
         for layer in stage:
             weight, bias = weight_of(layer)
             problem = pose(layer, weight, bias, moments.get(layer.name), device)

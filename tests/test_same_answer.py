@@ -263,19 +263,19 @@ def test_calibration_repeats_to_the_bit_and_passes_over_what_nobody_asked_for() 
     samples = read_samples(data, inputs_of(model.proto))
     once, again = (calibrate(model, layers, samples, partial(read_weight, graph)) for _ in range(2))
     for layer in once.layers:
-        count = len(once.outputs[layer.name])
+        count = len(once.kept[layer.name])
         assert count == min(4096, 300 * layer.positions)  # a bound on rows, however many samples
-        assert np.array_equal(once.outputs[layer.name], again.outputs[layer.name])
+        assert np.array_equal(once.kept[layer.name], again.kept[layer.name])
         one, two = once.moments[layer.name].second, again.moments[layer.name].second
         assert one is not None and two is not None and np.array_equal(one, two)
-    second = recalibrate(model, once.layers, once)
+    second = recalibrate(model, once.layers, once, partial(read_weight, graph))
     for layer in once.layers:  # an unchanged network: cross moment = W times the second moment
         found, (weight, _) = second[layer.name], read_weight(graph, layer)
-        assert found.count == len(once.outputs[layer.name])
+        assert found.count == len(once.kept[layer.name])
         assert found.second is not None and found.cross is not None
         np.testing.assert_allclose(found.cross, weight @ found.second, atol=1e-3)
     last = layers[-1].name
     some = calibrate(
         model, layers, samples, partial(read_weight, graph), asked=lambda layer: layer.name == last
     )
-    assert {*some.moments} == {*some.outputs} == {last} and len(some.layers) == 2
+    assert {*some.moments} == {*some.kept} == {last} and len(some.layers) == 2
