@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.version_converter
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -24,7 +26,12 @@ from onnx_lrsd.solver.moments import input_rows, positions_of
 from onnx_lrsd.solver.whiten import pose
 from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Form, Layer
 
-CONVERTED = Path(onnx.__file__).parent / "backend" / "test" / "data" / "pytorch-converted"
+BACKEND = Path(onnx.__file__).parent / "backend" / "test" / "data"
+SHIPPED = sorted(
+    path.parent
+    for path in BACKEND.glob("pytorch-*/*/model.onnx")
+    if {"Conv", "Gemm", "MatMul"} & {node.op_type for node in onnx.load(path).graph.node}
+)
 Values = npt.NDArray[Any]
 
 
@@ -206,31 +213,39 @@ def test_matmul_at_full_rank(left: bool, batch: list[int], after: str, channels:
         assert "b" not in {tensor.name for tensor in changed.proto.graph.initializer}
 
 
-@pytest.mark.parametrize("folder", sorted(CONVERTED.glob("*")), ids=lambda folder: folder.name)
-def test_models_converted_from_pytorch_give_their_stored_outputs(folder: Path) -> None:
-    model = load(folder / "model.onnx")
-    try:
-        open_session(model.proto)
-    except LrsdError:
-        return  # opset 6 and older: ONNX Runtime itself does not open some of them
-    forms: list[Form] = []
+def stored(folder: Path, end: str) -> list[Values]:
+    return [numpy_helper.to_array(onnx.load_tensor(str(file))) for file in sorted(folder.glob(f"{end}_*.pb"))]
 
-    def choose(layer: Layer) -> Form:
-        offered = kinds(layer)
-        forms.append(full_rank(layer, offered[len(forms) % len(offered)], 0))
-        return forms[-1]
 
-    changed = rewrite(model, choose)
-    names = [value.name for value in model.proto.graph.input]
-    names = [name for name in names if name not in {t.name for t in model.proto.graph.initializer}]
-    for data in sorted(folder.glob("test_data_set_*")):
-        stored = [
-            [numpy_helper.to_array(onnx.load_tensor(str(file))) for file in sorted(data.glob(f"{end}_*.pb"))]
-            for end in ("input", "output")
-        ]
-        for wanted, got in zip(
-            stored[1], outputs(changed, dict(zip(names, stored[0], strict=True))), strict=True
-        ):
-            np.testing.assert_allclose(
-                got, wanted, rtol=1e-3, atol=1e-4 * max(float(np.abs(wanted).max()), 1)
-            )
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_models_converted_from_pytorch_give_their_stored_outputs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer, however small, in every form of its kernel, with and without a sparse part."""
+    monkeypatch.setattr(sys.modules["onnx_lrsd.passes.find_layers"], "SMALLEST", 1)
+    proto = onnx.load(folder / "model.onnx")
+    if proto.opset_import[0].version < 7:  # ONNX Runtime starts there
+        proto = onnx.version_converter.convert_version(proto, 9)
+    model = load(proto)
+    layers, _ = find_layers(model.graph())
+    defaults = {tensor.name for tensor in proto.graph.initializer}
+    names = [value.name for value in proto.graph.input if value.name not in defaults]
+    for kind in {kind for layer in layers for kind in kinds(layer)}:
+        for freed in (0, 1):
+
+            def choose(layer: Layer, kind: str = kind, freed: int = freed) -> Form:
+                fits = kind if kind in kinds(layer) else CHANNEL
+                return full_rank(layer, fits, freed if layer.channels > freed else 0)
+
+            changed = rewrite(model, choose)
+            check(changed, model)
+            for data in sorted(folder.glob("test_data_set_*")):
+                feed = dict(zip(names, stored(data, "input"), strict=True))
+                for wanted, got in zip(stored(data, "output"), outputs(changed, feed), strict=True):
+                    scale = max(float(np.abs(wanted).max()), 1)
+                    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_the_models_converted_from_pytorch_have_layers_of_every_kind() -> None:
+    found = {path.name.split("_")[1] for path in SHIPPED}
+    assert found == {"Conv1d", "Conv2d", "Conv3d", "Linear", "operator"}
