@@ -12,9 +12,10 @@ from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.model import Model, load, save
 from onnx_lrsd.optimize import Options, Result, inspect, optimize
-from onnx_lrsd.passes import find_layers, split
+from onnx_lrsd.passes import find_layers, read_weight, split
 from onnx_lrsd.report import plan_from_json, plan_to_json, report_table, report_to_json
 from onnx_lrsd.solver.decompose import decompose
+from onnx_lrsd.solver.whiten import pose
 from onnx_lrsd.types import Factors, Form, Layer, Moments, Plan, Report, Verification
 from onnx_lrsd.verify import compare
 
@@ -44,7 +45,9 @@ __all__ = [
     "optimize",
     "plan_from_json",
     "plan_to_json",
+    "pose",
     "read_samples",
+    "read_weight",
     "report_table",
     "report_to_json",
     "save",

@@ -207,6 +207,15 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     """Load a model; its external data stays on disk. A ModelProto is copied.
 
     Raises ModelError when there is no such file, or it is not a whole ONNX model.
+
+    >>> import onnx, onnx_lrsd
+    >>> graph = onnx.parser.parse_graph("g (float[n, 8] x) => (float[n, 8] y) { y = Relu (x) }")
+    >>> model = onnx_lrsd.load(onnx.helper.make_model(graph))
+    >>> model.proto.graph.node[0].op_type, model.path, model.external
+    ('Relu', None, False)
+    >>> onnx_lrsd.load("nowhere.onnx")
+    Traceback (most recent call last):
+    onnx_lrsd.errors.ModelError: There is no file nowhere.onnx: check the path.
     """
     if isinstance(source, onnx.ModelProto):
         proto, path = onnx.ModelProto(), None
