@@ -98,18 +98,19 @@ def convolutions(draw: st.DrawFn) -> tuple[Model, list[int]]:
     if draw(st.booleans()):
         attributes["kernel_shape"] = kernel
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    tensors = {"w": rng.standard_normal((9, 8, *kernel)).astype(np.float32)}
+    n, channels = draw(st.integers(8, 12)), draw(st.integers(8, 12))
+    tensors = {"w": rng.standard_normal((n, channels, *kernel)).astype(np.float32)}
     if draw(st.booleans()):
-        tensors["b"] = rng.standard_normal(9).astype(np.float32)
+        tensors["b"] = rng.standard_normal(n).astype(np.float32)
     norm = draw(st.booleans())
     nodes = [helper.make_node("Conv", ["x", *tensors], ["c" if norm else "y"], **attributes)]
     if norm:
         statistics = {
-            name: rng.random(9).astype(np.float32) + 0.5 for name in ("gamma", "beta", "mean", "var")
+            name: rng.random(n).astype(np.float32) + 0.5 for name in ("gamma", "beta", "mean", "var")
         }
         nodes.append(helper.make_node("BatchNormalization", ["c", *statistics], ["y"], epsilon=1e-3))
         tensors |= statistics
-    shape = [2, 8, *size]
+    shape = [2, channels, *size]
     return make(nodes, shape, tensors), shape
 
 
@@ -148,65 +149,79 @@ def test_rows_are_what_the_convolution_reads(drawn: tuple[Model, list[int]], see
     np.testing.assert_allclose(rows @ weight.T + bias, given_there, atol=1e-3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.booleans(),
     st.booleans(),
-    st.sampled_from([1.0, 0.5]),
-    st.sampled_from([1.0, 2.0]),
-    st.sampled_from([None, (), (1,), (9,), (1, 9), (1, 1)]),
+    st.floats(-2, 2, width=32),
+    st.floats(-2, 2, width=32),
+    st.integers(8, 20),
+    st.integers(8, 20),
+    st.integers(1, 5),
+    st.sampled_from(["none", "()", "(1,)", "(n,)", "(1, n)", "(1, 1)", "(rows, 1)", "(rows, n)"]),
     st.sampled_from([0, 0, 3]),
-    st.sampled_from([9, 13]),
+    st.sampled_from([7, 9, 11, 13, 17]),
 )
 def test_gemm_at_full_rank(
     trans_a: bool,
     trans_b: bool,
     alpha: float,
     beta: float,
-    c: tuple[int, ...] | None,
+    n: int,
+    m: int,
+    rows: int,
+    c: str,
     channels: int,
     opset: int,
 ) -> None:
-    rng = np.random.default_rng(0)
-    tensors = {"w": rng.standard_normal((9, 12) if trans_b else (12, 9)).astype(np.float32)}
-    if c is None and opset < 11:
-        c = (9,)
-    if c is not None:
-        tensors["c"] = rng.standard_normal(c).astype(np.float32)
-    attributes: dict[str, Any] = {
-        "transA": int(trans_a),
-        "transB": int(trans_b),
-        "alpha": alpha,
-        "beta": beta,
-    }
-    shape = [12, 5] if trans_a else [5, 12]
+    rng = np.random.default_rng(n)
+    tensors = {"w": rng.standard_normal((n, m) if trans_b else (m, n)).astype(np.float32)}
+    if c == "none" and opset < 11:
+        c = "(n,)"
+    if c != "none":
+        sizes = {"n": n, "rows": rows, "1": 1}
+        shape = [sizes[axis] for axis in c.strip("()").replace(" ", "").split(",") if axis]
+        tensors["c"] = rng.standard_normal(shape).astype(np.float32)
+    attributes = {"transA": int(trans_a), "transB": int(trans_b), "alpha": alpha, "beta": beta}
+    shape = [m, rows] if trans_a else [rows, m]
     model = make([helper.make_node("Gemm", ["x", *tensors], ["y"], **attributes)], shape, tensors, opset)
     feed = {"x": rng.standard_normal(shape).astype(np.float32)}
+    layers, declined = find_layers(model.graph())
+    assert len(layers) + len(declined) == 1
+    assert not declined or (c.startswith("(rows") and rows > 1)
     assert_same(model, rewrite(model, lambda layer: full_rank(layer, CHANNEL, channels)), feed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.booleans(),
-    st.lists(st.integers(1, 3), max_size=2),
-    st.sampled_from(["none", "add", "relu"]),
+    st.lists(st.integers(1, 3), max_size=3),
+    st.booleans(),
+    st.integers(8, 20),
+    st.integers(8, 20),
+    st.sampled_from(["none", "add", "add rows", "relu"]),
     st.sampled_from([0, 0, 3]),
 )
-def test_matmul_at_full_rank(left: bool, batch: list[int], after: str, channels: int) -> None:
-    rng = np.random.default_rng(0)
-    weight = rng.standard_normal((9, 12) if left else (12, 9)).astype(np.float32)
-    shape = [*batch, 12, 5] if left else [*batch, 5, 12]
-    tensors = {"w": weight}
+def test_matmul_at_full_rank(
+    left: bool, batch: list[int], vector: bool, n: int, m: int, after: str, channels: int
+) -> None:
+    rng = np.random.default_rng(n)
+    shape = [*batch, m, 5] if left else [*batch, 5, m]
+    if vector and not left:
+        shape = [m]
+    tensors = {"w": rng.standard_normal((n, m) if left else (m, n)).astype(np.float32)}
     nodes = [
         helper.make_node("MatMul", ["w", "x"] if left else ["x", "w"], ["y" if after == "none" else "h"])
     ]
-    if after == "add":
-        tensors["b"] = rng.standard_normal((9, 1) if left else 9).astype(np.float32)
+    if after.startswith("add"):
+        axes = {"add": (n, 1) if left else (n,), "add rows": (1, n) if not left else (1, 5)}
+        tensors["b"] = rng.standard_normal(axes[after]).astype(np.float32)
         nodes.append(helper.make_node("Add", ["b", "h"], ["y"]))
     elif after == "relu":
         nodes.append(helper.make_node("Relu", ["h"], ["y"]))
     model = make(nodes, shape, tensors)
     feed = {"x": rng.standard_normal(shape).astype(np.float32)}
+    assert len(find_layers(model.graph())[0]) == 1
     changed = rewrite(model, lambda layer: full_rank(layer, CHANNEL, channels))
     assert_same(model, changed, feed)
     if after == "add":
