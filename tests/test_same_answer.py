@@ -182,7 +182,12 @@ def test_gemm_at_full_rank(
         sizes = {"n": n, "rows": rows, "1": 1}
         shape = [sizes[axis] for axis in c.strip("()").replace(" ", "").split(",") if axis]
         tensors["c"] = rng.standard_normal(shape).astype(np.float32)
-    attributes = {"transA": int(trans_a), "transB": int(trans_b), "alpha": alpha, "beta": beta}
+    attributes: dict[str, Any] = {
+        "transA": int(trans_a),
+        "transB": int(trans_b),
+        "alpha": alpha,
+        "beta": beta,
+    }
     shape = [m, rows] if trans_a else [rows, m]
     model = make([helper.make_node("Gemm", ["x", *tensors], ["y"], **attributes)], shape, tensors, opset)
     feed = {"x": rng.standard_normal(shape).astype(np.float32)}
