@@ -118,9 +118,9 @@ def verdict(path: Path, ratio: float, fill: bool) -> str:
         )
 
 
-def ends(model: Model, end: str) -> list[bytes]:
-    """The inputs or outputs as the file declares them."""
-    return [value.SerializeToString() for value in getattr(model.proto.graph, end)]
+def ends(model: Model, end: str) -> list[str]:
+    """What the model must be fed, or its outputs as the file declares them."""
+    return list(map(str, inputs_of(model.proto) if end == "input" else model.proto.graph.output))
 
 
 def main() -> None:

@@ -13,10 +13,11 @@ from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.inspection import inspect
 from onnx_lrsd.model import Model, load, save
 from onnx_lrsd.optimize import Result, optimize
-from onnx_lrsd.passes import find_layers, split
+from onnx_lrsd.passes import find_layers, read_weight, split
 from onnx_lrsd.report import plan_from_json, plan_to_json, report_table, report_to_json
 from onnx_lrsd.run import Options
 from onnx_lrsd.solver.decompose import decompose
+from onnx_lrsd.solver.whiten import pose
 from onnx_lrsd.types import Factors, Form, Layer, Moments, Plan, Report, Verification
 from onnx_lrsd.verify import compare
 
@@ -46,7 +47,9 @@ __all__ = [
     "optimize",
     "plan_from_json",
     "plan_to_json",
+    "pose",
     "read_samples",
+    "read_weight",
     "report_table",
     "report_to_json",
     "save",

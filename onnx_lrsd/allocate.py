@@ -57,6 +57,14 @@ def allocate(
     ``rest`` is the cost of everything in the model that the curves do not cover, in the unit of
     ``cost``. Sensitivities default to 1. Raises BudgetError, naming the nearest budget that can be
     met, when even the cheapest points cost more.
+
+    >>> from onnx_lrsd.types import Form, Layer, Price
+    >>> layer = Layer("y", "dense", "Gemm", "x", "w", (64, 64), "float32", 64, 64)
+    >>> dense = Point(Form(), 0.0, Price(4096, 4096, 16384))
+    >>> split = Point(Form("channel", 16), 0.01, Price(2048, 2048, 8192))
+    >>> chosen = allocate([ErrorCurve(layer, (dense, split))], 3000, 0, COSTS["macs"])
+    >>> str(chosen["y"].form)
+    'channel 16'
     """
     weights = {c.layer.name: 1.0 if sensitivity is None else sensitivity[c.layer.name] for c in curves}
     hulls = {c.layer.name: lower_hull(c.points, cost) for c in curves}

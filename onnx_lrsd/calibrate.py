@@ -78,6 +78,21 @@ def calibrate(
     since fetching them would undo the fusions of ONNX Runtime. ``asked`` says for which layers
     (located) there shall be moments; the inputs of the others are not even fetched. Memory
     is bounded by the layers: rows, not samples, are kept.
+
+    >>> from functools import partial
+    >>> import numpy as np, onnx, onnx_lrsd
+    >>> from onnx_lrsd.runtime import inputs_of
+    >>> graph = onnx.parser.parse_graph("g (float[n, 64] x) => (float[n, 64] y) { y = MatMul (x, w) }")
+    >>> weight = np.outer(np.arange(64), np.ones(64)).astype(np.float32)
+    >>> graph.initializer.extend([onnx.numpy_helper.from_array(weight, "w")])
+    >>> opset = onnx.helper.make_opsetid("", 17)
+    >>> model = onnx_lrsd.load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8))
+    >>> working = model.graph()
+    >>> layers, _ = onnx_lrsd.find_layers(working)
+    >>> samples = onnx_lrsd.read_samples({"x": np.eye(200, 64, dtype=np.float32)}, inputs_of(model.proto))
+    >>> known = onnx_lrsd.calibrate(model, layers, samples, partial(onnx_lrsd.read_weight, working))
+    >>> known.kept["y"].shape, known.moments["y"].mean.shape
+    ((200, 64), (64,))
     """
     samples = as_fed(samples, _watcher(model, layers, samples))
     shapes = input_shapes(model, layers, samples)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -215,10 +215,7 @@ def optimize_command(
     """
     _check_usage(ctx)
     target = None if dry_run else output or model.with_name(model.stem + SUFFIX)
-    for path in (target, json_path, save_plan):
-        _check_writable(path)
-        if path is not None and path.exists() and model.exists() and path.samefile(model):
-            raise LrsdError(f"{path} is the model itself, which is never touched: choose another file.")
+    _check_apart((target, json_path, save_plan), (model, calib, evaluation, plan_path))
     with _progress(quiet) as progress:
         result = optimize(
             model,
@@ -337,12 +334,26 @@ def _check_writable(path: Path | None) -> None:
         return
     if path.is_dir():
         raise LrsdError(f"{path} is a folder: name a file in it.")
+    if path.exists() and not path.is_file():
+        raise LrsdError(f"{path} is no ordinary file: name one.")
     if not path.parent.is_dir():
         raise LrsdError(f"There is no folder {path.parent} to write {path.name} to: create it first.")
     if not os.access(path.parent, os.W_OK):
         raise LrsdError(
             f"The folder {path.parent} cannot be written to: choose another place for {path.name}."
         )
+
+
+def _check_apart(outputs: Sequence[Path | None], inputs: Sequence[str | Path | None]) -> None:
+    """Find out that outputs can be written, none over another nor over what is read. Raises LrsdError."""
+    taken = {Path(path).resolve() for path in inputs if path is not None}
+    for path in outputs:
+        _check_writable(path)
+        if path is None or path == STDOUT:
+            continue
+        if path.resolve() in taken:
+            raise LrsdError(f"{path} is read or written already in this run: choose another file.")
+        taken.add(path.resolve())
 
 
 def _read_plan(path: Path) -> Plan:

@@ -110,6 +110,14 @@ def read_samples(source: Any, inputs: Sequence[InputSpec], *, limit: int | None 
     along the model's batch axis or the first); one less, a single sample; one more, a stack of
     feeds. An input without a batch axis may be given once for all samples or once for each.
     Raises DataError when there are fewer than two samples, or they do not fit.
+
+    >>> import numpy as np
+    >>> image = InputSpec("image", "float32", ("N", 3, 8, 8))
+    >>> samples = read_samples({"image": np.zeros((10, 3, 8, 8), np.uint8)}, [image])
+    >>> samples.count, [len(feed["image"]) for feed in samples.batches(4)]
+    (10, [4, 4, 2])
+    >>> samples.notes
+    ('image was converted from uint8 to float32, values as they are.',)
     """
     if isinstance(source, Samples):
         _must_be_named({*source.arrays, *source.constants}, source.source, inputs)

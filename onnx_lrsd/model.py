@@ -30,6 +30,7 @@ from onnx_lrsd.errors import ModelError, VerificationError
 from onnx_lrsd.tensors import (
     content,
     embed,
+    is_whole,
     located,
     stored_bytes,
     stored_tensors,
@@ -42,6 +43,8 @@ G_LOGGER.severity = G_LOGGER.CRITICAL  # it logs to stdout, which belongs to the
 PROTOBUF_LIMIT = 2**31 - 1
 EXTERNAL_THRESHOLD = 1024
 ALIGNMENT = 4096
+EDITED = ("node", "initializer", "input", "value_info", "quantization_annotation")
+"""Fields of a graph that a splice writes anew."""
 DESCRIPTION = ("name", "data_type", "dims", "doc_string", "metadata_props")
 """What a tensor says of its values."""
 
@@ -96,7 +99,7 @@ class Model:
             if descriptor.name != "graph":
                 _assign(proto, descriptor, value)
         for descriptor, value in self.proto.graph.ListFields():
-            if descriptor.name not in ("node", "initializer", "value_info", "quantization_annotation"):
+            if descriptor.name not in EDITED:
                 _assign(proto.graph, descriptor, value)
         proto.graph.node.extend(nodes)
         self._splice_tensors(graph, proto)
@@ -109,16 +112,23 @@ class Model:
         used_before, used = _used(before), _used(after)
         known = {tensor.name for tensor in before.initializer}
         known |= {tensor.values.name for tensor in before.sparse_initializer}
-        listed = {value.name for value in before.input}
-        # A default of an input is part of the interface even when nothing reads it any more.
+        # Before IR version 4 the inputs list every initializer; since then they are a caller's to
+        # override, and part of the interface even when nothing reads them any more.
+        listing = self.proto.ir_version < 4
+        kept = used if listing else used | {value.name for value in before.input}
         after.initializer.extend(
-            tensor
-            for tensor in before.initializer
-            if tensor.name in used or tensor.name not in used_before or tensor.name in listed
+            tensor for tensor in before.initializer if tensor.name in kept or tensor.name not in used_before
         )
+        dropped = {t.name for t in before.initializer} - {t.name for t in after.initializer}
+        after.input.extend(value for value in before.input if value.name not in dropped)
         for name, tensor in graph.tensors().items():
             if isinstance(tensor, gs.Constant) and name not in known and name in used:
-                after.initializer.append(numpy_helper.from_array(np.asarray(tensor.values), name))
+                values = numpy_helper.from_array(np.asarray(tensor.values), name)
+                after.initializer.append(values)
+                if listing:
+                    after.input.append(
+                        onnx.helper.make_tensor_value_info(name, values.data_type, values.dims)
+                    )
         gone = _named(before) - _named(after)
         after.value_info.extend(value for value in before.value_info if value.name not in gone)
         after.quantization_annotation.extend(
@@ -197,6 +207,15 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
     """Load a model; its external data stays on disk. A ModelProto is copied.
 
     Raises ModelError when there is no such file, or it is not a whole ONNX model.
+
+    >>> import onnx, onnx_lrsd
+    >>> graph = onnx.parser.parse_graph("g (float[n, 8] x) => (float[n, 8] y) { y = Relu (x) }")
+    >>> model = onnx_lrsd.load(onnx.helper.make_model(graph))
+    >>> model.proto.graph.node[0].op_type, model.path, model.external
+    ('Relu', None, False)
+    >>> onnx_lrsd.load("nowhere.onnx")
+    Traceback (most recent call last):
+    onnx_lrsd.errors.ModelError: There is no file nowhere.onnx: check the path.
     """
     if isinstance(source, onnx.ModelProto):
         proto, path = onnx.ModelProto(), None
@@ -208,12 +227,26 @@ def load(source: str | Path | onnx.ModelProto) -> Model:
         proto = _read(path)
     if not proto.ir_version or not proto.graph.node or not (proto.opset_import or proto.ir_version < 3):
         raise ModelError(f"{name} holds no ONNX graph: give a model as an exporter wrote it.")
+    _must_be_sound(proto, name)
     stored = list(stored_tensors(proto))
     external = any(uses_external_data(tensor) for tensor in stored)
     for tensor in stored:
         if uses_external_data(tensor):
             located(tensor, path.parent if path is not None else None)
     return Model(proto, path, external)
+
+
+def _must_be_sound(proto: onnx.ModelProto, name: str) -> None:
+    """Raise ModelError for what no exporter writes and no later stage should have to reckon with."""
+    given = {value.name for value in proto.graph.input} | {t.name for t in proto.graph.initializer}
+    given |= {sparse.values.name for sparse in proto.graph.sparse_initializer}
+    given |= {output for node in proto.graph.node for output in node.output}
+    for output in proto.graph.output:
+        if output.name not in given:
+            raise ModelError(f"Output {output.name} of {name} is given by no node: export the model again.")
+    for tensor in stored_tensors(proto):
+        if not is_whole(tensor):
+            raise ModelError(f"Tensor {tensor.name} of {name} is damaged: export or copy the model again.")
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -243,8 +276,8 @@ def save(model: Model, path: str | Path) -> None:
         raise ModelError(f"{path} is the model itself: choose another output.")
     if not path.parent.is_dir():
         raise ModelError(f"There is no folder {path.parent} to write to: create it first.")
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder: name the output file.")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path} is no ordinary file: name the output file.")
     external = model.external or model.proto.ByteSize() > PROTOBUF_LIMIT
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-lrsd-") as folder:

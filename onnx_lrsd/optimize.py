@@ -71,10 +71,16 @@ def optimize(
     atomically. ``plan`` replays an earlier plan; ``dry_run`` stops once there is a plan. ``options``
     are the fields of ``Options``. Raises LrsdError for anything that is wrong with the input.
 
-    >>> import onnx_lrsd
-    >>> optimised, report, plan = onnx_lrsd.optimize(  # doctest: +SKIP
-    ...     "model.onnx", calibration="calib.npz", ratio=2
-    ... )
+    >>> import numpy as np, onnx, onnx_lrsd
+    >>> graph = onnx.parser.parse_graph("g (float[n, 64] x) => (float[n, 64] y) { y = MatMul (x, w) }")
+    >>> weight = np.outer(np.arange(64), np.ones(64)).astype(np.float32)
+    >>> graph.initializer.extend([onnx.numpy_helper.from_array(weight, "w")])
+    >>> opset = onnx.helper.make_opsetid("", 17)
+    >>> model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    >>> x = np.random.default_rng(0).standard_normal((40, 64)).astype(np.float32)
+    >>> optimised, report, plan = onnx_lrsd.optimize(model, {"x": x}, ratio=2, dry_run=True)
+    >>> report.calibration_samples, list(plan.choices)
+    (32, ['y'])
     """
     settings = Options(**options)
     if settings.ratio is None and settings.max_error is None and plan is None:

@@ -51,7 +51,17 @@ def _bits(tensor: onnx.TensorProto) -> int:
 
 def stored_bytes(tensor: onnx.TensorProto) -> int:
     """Bytes that the values take in a file."""
-    return int(-(-math.prod(tensor.dims) * _bits(tensor) // 8))
+    return -(-math.prod(map(int, tensor.dims)) * _bits(tensor) // 8)
+
+
+def is_whole(tensor: onnx.TensorProto) -> bool:
+    """Whether ``tensor`` is of a known type and has the bytes of its shape, or says where they are."""
+    if tensor.data_type not in onnx.TensorProto.DataType.values()[1:] or min(tensor.dims, default=0) < 0:
+        return False
+    if uses_external_data(tensor):
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        return all(entries.get(key, "0").isdigit() for key in ("offset", "length"))
+    return not tensor.HasField("raw_data") or len(tensor.raw_data) == stored_bytes(tensor)
 
 
 def located(tensor: onnx.TensorProto, folder: Path | None) -> tuple[Path, int]:
@@ -68,7 +78,7 @@ def located(tensor: onnx.TensorProto, folder: Path | None) -> tuple[Path, int]:
     if not path.is_file():
         raise ModelError(f"The data file {path} of the model is missing: put it beside the model.")
     offset = int(entries.get("offset", 0))
-    if offset < 0 or offset + stored_bytes(tensor) > path.stat().st_size:
+    if offset + stored_bytes(tensor) > path.stat().st_size:
         raise ModelError(f"The data file {path} is too short for tensor {tensor.name}: copy it again, whole.")
     return path, offset
 

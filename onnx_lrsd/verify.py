@@ -101,6 +101,14 @@ def compare(
     score of both on ``samples.labels``; None gives it where there are labels of classes and an output with
     scores. ``latency`` takes ``seconds`` on ``threads``. Raises VerificationError when the models differ
     in their inputs or outputs or only the first one runs, DataError when the metric cannot be had.
+
+    >>> import numpy as np, onnx, onnx_lrsd
+    >>> graph = onnx.parser.parse_graph("g (float[n, 8] x) => (float[n, 8] y) { y = Relu (x) }")
+    >>> opset = onnx.helper.make_opsetid("", 17)
+    >>> model = onnx_lrsd.load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8))
+    >>> found = onnx_lrsd.compare(model, model, made_up_samples(model), latency=False)
+    >>> found.outputs, found.before.macs
+    ((OutputError(name='y', relative_error=0.0),), 0)
     """
     _same_interface(before.proto, after.proto)
     labels = _labels(samples, metric)

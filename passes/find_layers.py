@@ -26,7 +26,18 @@ WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose", *QUANTISED, *RECURRENT)
 
 
 def find_layers(graph: gs.Graph) -> tuple[tuple[Layer, ...], tuple[Declined, ...]]:
-    """Layers of the main graph in graph order, and what was declined."""
+    """Layers of the main graph in graph order, and what was declined.
+
+    >>> import numpy as np, onnx, onnx_lrsd
+    >>> graph = onnx.parser.parse_graph("g (float[n, 64] x) => (float[n, 64] y) { y = MatMul (x, w) }")
+    >>> weight = np.outer(np.arange(64), np.ones(64)).astype(np.float32)
+    >>> graph.initializer.extend([onnx.numpy_helper.from_array(weight, "w")])
+    >>> opset = onnx.helper.make_opsetid("", 17)
+    >>> model = onnx_lrsd.load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8))
+    >>> (layer,), declined = onnx_lrsd.find_layers(model.graph())
+    >>> layer.name, layer.op, layer.n, layer.m, declined
+    ('y', 'MatMul', 64, 64, ())
+    """
     layers: list[Layer] = []
     declined: list[Declined] = []
     for node in graph.nodes:

@@ -19,6 +19,20 @@ def split(graph: gs.Graph, layer: Layer, factors: Factors) -> None:
 
     A BatchNormalization or Add that the layer absorbed goes with it; so does what computed a weight
     that nothing reads any more.
+
+    >>> import numpy as np, onnx, onnx_lrsd
+    >>> from onnx_lrsd.types import Factors, Form
+    >>> graph = onnx.parser.parse_graph("g (float[n, 64] x) => (float[n, 64] y) { y = MatMul (x, w) }")
+    >>> weight = np.outer(np.arange(64), np.ones(64)).astype(np.float32)
+    >>> graph.initializer.extend([onnx.numpy_helper.from_array(weight, "w")])
+    >>> opset = onnx.helper.make_opsetid("", 17)
+    >>> model = onnx_lrsd.load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8))
+    >>> working = model.graph()
+    >>> (layer,), _ = onnx_lrsd.find_layers(working)
+    >>> v, u = np.ones((1, 64)), np.ones((64, 1))  # applied first, applied last
+    >>> onnx_lrsd.split(working, layer, Factors(Form("channel", 1), (v, u), bias=np.zeros(64)))
+    >>> [(node.op_type, list(node.output)) for node in model.splice(working).proto.graph.node]
+    [('MatMul', ['y/lrsd/V_out']), ('MatMul', ['y'])]
     """
     node = producer(graph, layer)
     target = graph.tensors()[layer.name]

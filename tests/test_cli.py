@@ -279,6 +279,44 @@ def _folder_for_model(folder: Path) -> None:
     (folder / "model.onnx").mkdir()
 
 
+def _no_such_output(folder: Path) -> None:
+    proto = a_model()
+    proto.graph.output[0].name = "nowhere"
+    onnx.save(proto, folder / "model.onnx")
+
+
+def _damaged_weight(folder: Path) -> None:
+    proto = a_model()
+    proto.graph.initializer[0].raw_data = b"abc"
+    onnx.save(proto, folder / "model.onnx")
+
+
+def _weight_of_no_type(folder: Path) -> None:
+    proto = a_model()
+    proto.graph.initializer[0].data_type = 99
+    onnx.save(proto, folder / "model.onnx")
+
+
+def _external_data_nowhere(folder: Path, offset: str = "x") -> None:
+    proto = a_model()
+    weight = proto.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": "model.data", "offset": offset}.items():
+        weight.external_data.add(key=key, value=value)
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+
+
+def _external_data_missing(folder: Path) -> None:
+    _external_data_nowhere(folder, "0")
+
+
+def _sizes_of_zero(folder: Path) -> None:
+    proto = a_model()
+    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 0
+    onnx.save(proto, folder / "model.onnx")
+
+
 def _no_layers(folder: Path) -> None:
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 64, 16, 16]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", values[:1], values[1:])
@@ -319,6 +357,12 @@ BAD_INPUT = {
     "a truncated model": (_truncated, "model.onnx"),
     "an empty model": (_empty_model, "model.onnx"),
     "a folder": (_folder_for_model, "model.onnx"),
+    "no such output": (_no_such_output, "model.onnx"),
+    "a damaged weight": (_damaged_weight, "model.onnx"),
+    "a weight of no type": (_weight_of_no_type, "model.onnx"),
+    "an offset that is none": (_external_data_nowhere, "model.onnx"),
+    "no data file": (_external_data_missing, "model.data"),
+    "sizes of zero": (_sizes_of_zero, "samples"),
     "no layers": (_no_layers, ""),
     "NaN in weights": (_nan_in_weights, ""),
     "no data": (_no_data, "calib.npz"),
@@ -371,6 +415,29 @@ def test_the_model_itself_is_never_overwritten(fake: dict[str, Any], folder: Pat
     _assert_one_sentence(run("optimize", folder / "model.onnx", option, folder / "model.onnx"), "model.onnx")
     assert (folder / "model.onnx").read_bytes() == content
     assert "model" not in fake
+
+
+@pytest.mark.parametrize("name", ["calib.npz", "eval.npz", "plan.json"])
+def test_nothing_that_is_read_is_overwritten(fake: dict[str, Any], folder: Path, name: str) -> None:
+    options = {"calib.npz": "--calib", "eval.npz": "--eval", "plan.json": "--plan"}
+    common = "optimize", folder / "model.onnx", options[name], folder / name
+    _assert_one_sentence(run(*common, "-o", folder / name), name)
+    assert "model" not in fake
+
+
+def test_two_outputs_are_two_files(fake: dict[str, Any], folder: Path) -> None:
+    same = folder / "out"
+    _assert_one_sentence(run("optimize", folder / "model.onnx", "-o", same, "--json", same), "out")
+    assert "model" not in fake
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs named pipes")
+def test_what_is_no_ordinary_file_is_not_replaced(fake: dict[str, Any], folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    _assert_one_sentence(run("optimize", folder / "model.onnx", "-o", folder / "pipe"), "pipe")
+    with pytest.raises(onnx_lrsd.LrsdError, match="ordinary"):
+        onnx_lrsd.save(onnx_lrsd.load(folder / "model.onnx"), folder / "pipe")
+    assert (folder / "pipe").is_fifo()
 
 
 @pytest.mark.skipif(

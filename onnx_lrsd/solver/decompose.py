@@ -46,6 +46,15 @@ def decompose(
     ``effort``, ``seed`` and ``resolvent`` (that of ``problem.metric``, to be shared between calls) concern
     forms whose S has free entries. Raises ValueError for a dense form, a form the kernel does not allow,
     and a rank or a count of entries out of range.
+
+    >>> import numpy as np, onnx_lrsd
+    >>> from onnx_lrsd.types import Form, Layer
+    >>> layer = Layer("y", "dense", "Gemm", "x", "w", (8, 6), "float32", n=8, m=6)
+    >>> weight = np.outer(np.arange(8.0), np.ones(6))
+    >>> factors = onnx_lrsd.decompose(onnx_lrsd.pose(layer, weight, np.zeros(8), None), Form("channel", 1))
+    >>> v, u = factors.kernels
+    >>> v.shape, u.shape, bool(np.allclose(u @ v, weight)), factors.error < 1e-9
+    ((1, 6), (8, 1), True, True)
     """
     layer, weight = problem.layer, problem.weight
     check_form(layer, form)
