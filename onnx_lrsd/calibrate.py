@@ -32,7 +32,7 @@ ROWS_PER_INPUT = 8
 FEWEST_ROWS, MOST_ROWS = 4096, 20_000
 """Rows of a layer that factors are fitted to: eight for each input, between these bounds."""
 SURVEY = 4
-"""Every fourth row is enough for the error curves that the plan is made from."""
+"""Every fourth row is enough for the error curves that the plan is made from, where there are many."""
 MOST_INPUTS = 6
 """Inputs are kept instead of outputs where there are at most so many for each output."""
 FETCHED_BYTES = 96 << 20
@@ -103,7 +103,7 @@ def calibrate(
     accumulators, kept, weights = {}, {}, {}
     for layer in watched:
         wanted = _wanted(layer, samples.count)
-        accumulators[layer.name] = MomentAccumulator(layer, wanted // SURVEY)
+        accumulators[layer.name] = MomentAccumulator(layer, wanted // _stride(wanted))
         kept[layer.name] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
         if not _keeps_inputs(layer):
             weights[layer.name] = _single(weight_of(layer))
@@ -114,8 +114,8 @@ def calibrate(
             _outputs(rows, weights[layer.name], kept[layer.name][start:stop])
         else:
             kept[layer.name][start:stop] = rows
-        # Every fourth row of all, wherever the batches end.
-        accumulators[layer.name].add(np.ascontiguousarray(rows[-start % SURVEY :: SURVEY]))
+        stride = _stride(len(kept[layer.name]))  # over all rows, wherever the batches end
+        accumulators[layer.name].add(np.ascontiguousarray(rows[-start % stride :: stride]))
         done[layer.name] = stop
     kept = {name: values[: done[name]] for name, values in kept.items()}
     moments = _results(accumulators, samples)
@@ -140,6 +140,10 @@ def recalibrate(
         accumulators[layer.name].add(rows, wanted)
         done[layer.name] = stop
     return _results(accumulators, samples)
+
+
+def _stride(rows: int) -> int:
+    return SURVEY if rows > FEWEST_ROWS else 1
 
 
 def _keeps_inputs(layer: Layer) -> bool:
