@@ -26,8 +26,9 @@ from onnx_lrsd.planner import Fit, Forms, Planner
 from onnx_lrsd.plans import forms_of, make_plan
 from onnx_lrsd.reconstruct import reconstruct
 from onnx_lrsd.run import OUT_OF_REACH, Options, Run
+from onnx_lrsd.sensitivity import sensitivities
 from onnx_lrsd.shares import fit_and_check, search_and_confirm
-from onnx_lrsd.types import Declined, ErrorCurve, Factors, Layer, Plan, Progress, Report, Verification
+from onnx_lrsd.types import Declined, Factors, Layer, Plan, Progress, Report, Verification
 from onnx_lrsd.verify import compare, total_price
 
 MUCH = 0.1
@@ -80,6 +81,10 @@ def optimize(
     if plan is None:
         with run.clock("decompose"):
             curves = error_curves(run, known, weight_of)
+        with run.clock("plan"):
+            planner = Planner(run, source, curves, total_price(source, known.samples), known.shapes)
+            if fit_on is not None:
+                planner.weigh(partial(_sensitivities, run, source, known, weight_of))
     known = replace(known, moments={})  # the fit takes moments of its own; these may be large
     fit = partial(
         reconstruct,
@@ -92,7 +97,7 @@ def optimize(
     )
     if plan is None:
         with run.clock("plan"):
-            chosen, check_on = _plan(run, source, curves, known, fit, check_on)
+            chosen, check_on = _choose(run, planner, fit, check_on)
             plan = make_plan(run, curves, chosen)
     rewritten, factors, verification = source, dict[str, Factors](), None
     forms = forms_of(plan, known.layers)
@@ -147,17 +152,24 @@ def _calibrate(
     return calibrate(source, layers, fit_on, weight_of, seed=run.options.seed, progress=run.progress)
 
 
-def _plan(
-    run: Run,
-    source: Model,
-    curves: Sequence[ErrorCurve],
-    known: Calibration,
-    fit: Fit,
-    check_on: Samples,
-) -> tuple[Forms, Samples]:
+def _sensitivities(
+    run: Run, source: Model, known: Calibration, weight_of: WeightOf, forms: Forms
+) -> dict[str, float]:
+    return sensitivities(
+        source,
+        known.layers,
+        forms,
+        weight_of,
+        known.moments,
+        known.samples,
+        device=run.options.device,
+        progress=run.progress,
+    )
+
+
+def _choose(run: Run, planner: Planner, fit: Fit, check_on: Samples) -> tuple[Forms, Samples]:
     """The forms for what was asked, and the samples that are left to check them on."""
     options = run.options
-    planner = Planner(run, source, curves, total_price(source, known.samples), known.shapes)
     if options.ratio is None:
         search_on, check_on = search_and_confirm(check_on)
         return planner.for_error(options.max_error or 0.0, fit, search_on), check_on
@@ -165,8 +177,8 @@ def _plan(
         return planner.for_ratio(options.ratio), check_on
     except BudgetError as error:
         run.warnings.append(f"{error} The original is handed back.")
-        for layer in known.layers:
-            run.reasons.setdefault(layer.name, OUT_OF_REACH)
+        for name in planner.sensitivity:
+            run.reasons.setdefault(name, OUT_OF_REACH)
         return {}, check_on
 
 

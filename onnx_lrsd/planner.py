@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import log
+from statistics import median
 from typing import TypeAlias
 
 from onnx_lrsd.allocate import COSTS, allocate, by_time, spend
@@ -19,6 +21,10 @@ ROUNDS = 4
 """Allocations at most, each without the forms that the one before found to be no faster."""
 MARGIN = 0.9
 """What a search for --max-error aims at, as a share of what was asked: other samples must confirm it."""
+MODERATE = 0.03
+"""Relative error of a layer at which its sensitivity is measured first."""
+FIRST_RATIO = 2.0
+"""Where a search for a budget begins."""
 SEARCHES = 6
 """Fits of the whole model that a search may take."""
 
@@ -48,6 +54,24 @@ class Planner:
         self.whole = self.cost(Point(Form(DENSE), 0.0, total))
         self.rest = max(self.whole - sum(self.cost(curve.points[0]) for curve in curves), 0.0)
         self.times: dict[object, float] = {}
+        self.sensitivity = dict.fromkeys((curve.layer.name for curve in curves), 1.0)
+
+    def weigh(self, measure: Callable[[Forms], dict[str, float]]) -> None:
+        """Sensitivities of the layers: at a moderate error of each, then at the forms that these lead to."""
+        moderate = {}
+        for curve in self.curves:
+            smaller = [point for point in curve.points if point.form.kind != DENSE and point.error > 0]
+            if smaller:
+                moderate[curve.layer.name] = min(smaller, key=lambda p: abs(log(p.error / MODERATE))).form
+        found = measure(moderate)
+        if not found:
+            return
+        self.sensitivity = dict.fromkeys(self.sensitivity, median(found.values())) | found
+        try:
+            points = self._allocate(self.run.options.ratio or FIRST_RATIO)
+        except BudgetError:
+            return
+        self.sensitivity |= measure({n: p.form for n, p in points.items() if p.form.kind != DENSE})
 
     def for_ratio(self, ratio: float) -> Forms:
         """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.
@@ -55,9 +79,7 @@ class Planner:
         Raises BudgetError where the layers do not bear it.
         """
         for _ in range(ROUNDS):
-            points = allocate(self.curves, self.whole / ratio, self.rest, self.cost)
-            if self.run.options.cost == "macs":
-                points = self._by_time(points, self.whole / ratio)
+            points = self._allocate(ratio)
             chosen = {name: point.form for name, point in points.items() if point.form.kind != DENSE}
             slow = self._drop_slow(chosen)
             if not slow:
@@ -70,7 +92,7 @@ class Planner:
         A tenth is left as margin, since other samples confirm. The search brackets the ratio.
         """
         low, high, best = 1.0, 0.0, Forms()
-        ratio = 2.0
+        ratio = FIRST_RATIO
         for _ in range(SEARCHES):
             try:
                 chosen = self.for_ratio(ratio)
@@ -88,6 +110,10 @@ class Planner:
                 break
         return best
 
+    def _allocate(self, ratio: float) -> dict[str, Point]:
+        points = allocate(self.curves, self.whole / ratio, self.rest, self.cost, self.sensitivity)
+        return self._by_time(points, self.whole / ratio) if self.run.options.cost == "macs" else points
+
     def _by_time(self, points: dict[str, Point], most_macs: float) -> dict[str, Point]:
         """Points with the same MACs that are predicted to run faster, if there are any.
 
@@ -99,7 +125,7 @@ class Planner:
         for _ in range(16):
             budget = (low + high) / 2
             try:
-                found = allocate(self.curves, budget, 0.0, by_time)
+                found = allocate(self.curves, budget, 0.0, by_time, self.sensitivity)
             except BudgetError:
                 low = budget
                 continue
@@ -108,7 +134,7 @@ class Planner:
                 best, slack, low = found, left, budget
             else:
                 high = budget
-        return spend(self.curves, best, slack, self.cost)
+        return spend(self.curves, best, slack, self.cost, self.sensitivity)
 
     def _drop_slow(self, chosen: Forms) -> set[str]:
         """Names of the layers whose form is not faster here; only much cheaper ones stay in their curves."""

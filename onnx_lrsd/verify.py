@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_lrsd.dataset import GUESSES, Samples, made_up
-from onnx_lrsd.divergence import Divergence
+from onnx_lrsd.divergence import Divergence, is_scores
 from onnx_lrsd.errors import DataError, LrsdError, VerificationError
 from onnx_lrsd.model import Model, model_bytes
 from onnx_lrsd.passes import compute_tensors, macs, parameters
@@ -80,6 +80,12 @@ def made_up_samples(model: Model) -> Samples:
                 continue
             return samples
     raise DataError(f"The model runs on no data that can be made up: give samples. {problem}") from problem
+
+
+def batch_to_run(samples: Samples) -> int:
+    """Samples to run at once through a whole model."""
+    each = ACTIVATIONS_PER_INPUT * sum(array[:1].nbytes for array in samples.arrays.values())
+    return samples.batch_size(each, BATCH_BYTES)
 
 
 def compare(
@@ -179,8 +185,7 @@ def _differences(
     errors = {name: Divergence() for name in old.outputs}
     top: tuple[list[int], list[int]] = [], []
     done = 0
-    each = ACTIVATIONS_PER_INPUT * sum(array[:1].nbytes for array in samples.arrays.values())
-    for feed in samples.batches(samples.batch_size(each, BATCH_BYTES)):
+    for feed in samples.batches(batch_to_run(samples)):
         one = old.run(feed)
         with _second():
             two = new.run(feed)
@@ -220,15 +225,9 @@ def _labels(samples: Samples, metric: str | None) -> npt.NDArray[Any] | None:
 
 
 def _classes(outputs: Iterable[Any], size: int) -> list[int]:
-    """Top class of each of ``size`` samples, from the first output with scores of two or more classes.
-
-    Such an output is floating and, beside its first axis, has one axis with more than one entry. Empty
-    where there is none.
-    """
+    """Top class of each of ``size`` samples, from the first output with scores of classes; empty without."""
     for output in outputs:
-        if not isinstance(output, np.ndarray) or output.dtype.kind != "f" or output.shape[:1] != (size,):
-            continue
-        if output.size and sum(extent > 1 for extent in output.shape[1:]) == 1:
+        if isinstance(output, np.ndarray) and is_scores(output, size):
             return list(output.reshape(size, -1).argmax(axis=1))
     return []
 
