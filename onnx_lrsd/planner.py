@@ -89,9 +89,42 @@ class Planner:
     def for_error(self, most: float, fit: Fit, samples: Samples) -> Forms:
         """The cheapest forms found whose outputs stay within ``most`` on ``samples``.
 
-        A tenth is left as margin, since other samples confirm. The search brackets the ratio.
+        A tenth is left as margin, since other samples confirm.
         """
-        low, high, best = 1.0, 0.0, Forms()
+
+        def keeps(rewritten: Model) -> bool:
+            outputs = compare(self.source, rewritten, samples, latency=False).outputs
+            return max(output.relative_error for output in outputs) <= MARGIN * most
+
+        return self._search(keeps, fit)[0]
+
+    def for_drop(self, most: float, fit: Fit, samples: Samples) -> list[Forms]:
+        """Forms whose score, with one standard error to spare, falls by at most ``most`` on ``samples``.
+
+        The cheapest ones first, for other samples to confirm; the last are none at all.
+        """
+        tried = []
+
+        def keeps(rewritten: Model) -> bool:
+            metric = self.run.options.metric
+            found = compare(self.source, rewritten, samples, latency=False, metric=metric).metric
+            assert found is not None
+            tried.append(found.before - found.after)
+            deviation = (found.interval[1] - found.interval[0]) / (2 * 1.96)
+            return tried[-1] + deviation <= most
+
+        candidates = self._search(keeps, fit)
+        if len(candidates) == 1 and tried:
+            self.run.warnings.append(
+                "No smaller model was sure to keep the score: the best one lost "
+                f"{100 * min(tried):.2f} points on {samples.count} samples; "
+                "allow more with --max-drop, or give more samples."
+            )
+        return candidates
+
+    def _search(self, keeps: Callable[[Model], bool], fit: Fit) -> list[Forms]:
+        """All forms found that keep a promise, the cheapest first; the last are none. Brackets the ratio."""
+        low, high, found = 1.0, 0.0, [Forms()]
         ratio = FIRST_RATIO
         for _ in range(SEARCHES):
             try:
@@ -100,15 +133,15 @@ class Planner:
                 high = ratio
             else:
                 rewritten, _ = fit(forms=chosen, progress=None)
-                outputs = compare(self.source, rewritten, samples, latency=False).outputs
-                if max(output.relative_error for output in outputs) <= MARGIN * most:
-                    low, best = ratio, chosen
+                if keeps(rewritten):
+                    low = ratio
+                    found.insert(0, chosen)
                 else:
                     high = ratio
             ratio = ratio * 1.5 if not high else low + (high - low) / 2
             if high and high / low < 1.05:
                 break
-        return best
+        return found
 
     def _allocate(self, ratio: float) -> dict[str, Point]:
         points = allocate(self.curves, self.whole / ratio, self.rest, self.cost, self.sensitivity)
