@@ -56,7 +56,7 @@ def make_report(
         0 if fit_on is None else fit_on.count,
         "" if fit_on is None else fit_on.source,
         verification,
-        None if verification is None else _promise(run, plan, verification),
+        None if verification is None else _promise(run, plan, verification, bool(factors)),
         tuple(rows),
         tuple(run.warnings),
         dict(run.seconds),
@@ -64,7 +64,8 @@ def make_report(
     )
 
 
-def _promise(run: Run, plan: Plan, found: Verification) -> Promise | None:
+def _promise(run: Run, plan: Plan, found: Verification, smaller: bool) -> Promise | None:
+    """A drop that only the original itself keeps is a promise that could not be kept."""
     options = run.options
     if options.ratio is not None:
         before, after = (
@@ -73,6 +74,9 @@ def _promise(run: Run, plan: Plan, found: Verification) -> Promise | None:
         )
         got = before / max(after, 1)
         return Promise("ratio", options.ratio, got, got >= options.ratio * 0.995)
+    if options.max_drop is not None and found.metric is not None:
+        got = 100 * (found.metric.before - found.metric.after)
+        return Promise("max_drop", options.max_drop, got, smaller and got <= options.max_drop)
     if options.max_error is not None:
         got = max((output.relative_error for output in found.outputs), default=0.0)
         return Promise("max_error", options.max_error, got, got <= options.max_error)

@@ -38,8 +38,9 @@ from onnx_lrsd.report import (
     report_to_json,
 )
 from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.sources import script_function
 from onnx_lrsd.targets import TARGETS
-from onnx_lrsd.types import KINDS, Plan, Progress
+from onnx_lrsd.types import KINDS, Plan, Progress, Score
 from onnx_lrsd.verify import compare, made_up_samples
 
 BROKEN_PROMISE, INTERRUPTED = 3, 130
@@ -113,6 +114,15 @@ def _pattern(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     return value
 
 
+def _metric(ctx: click.Context, parameter: click.Parameter, value: str) -> str | Score:
+    script, _, function = value.rpartition(":")
+    if value == "top1":
+        return value
+    if not script.endswith(".py"):
+        raise click.BadParameter(f"{value!r} is neither top1 nor FILE.py:FUNCTION.")
+    return script_function(Path(script), function)
+
+
 def _forms(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     if value is None:
         return None
@@ -167,6 +177,20 @@ JSON_OPTION = click.option(
     metavar="E",
     help="Let the outputs change by at most this part of their variance.  [default: 0.01]",
 )
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(min=0, max=100),
+    metavar="D",
+    help="Let the score on the labelled samples of --eval fall by at most D points.",
+)
+@click.option(
+    "--metric",
+    callback=_metric,
+    default="top1",
+    show_default=True,
+    metavar="top1|FILE.py:FUNCTION",
+    help="The score of --max-drop; FUNCTION(outputs, labels) gives one number, more is better.",
+)
 @click.option("--forms", callback=_forms, metavar="LIST", help=f"Use only these forms, of {','.join(KINDS)}.")
 @click.option("--include", callback=_pattern, metavar="REGEX", help="Work on the layers so named only.")
 @click.option("--exclude", callback=_pattern, metavar="REGEX", help="Leave the layers so named as they are.")
@@ -209,8 +233,8 @@ def optimize_command(
 ) -> None:
     """Write a smaller, faster model and say what it cost.
 
-    Give --ratio, --max-error or --plan; without any of them the outputs may change by 1 % of their
-    variance. PATH is a .npz with arrays named as the model's inputs, a folder of .npy or .npz files,
+    Give --ratio, --max-error, --max-drop or --plan; without any of them the outputs may change by 1 % of
+    their variance. PATH is a .npz with arrays named as the model's inputs, a folder of .npy or .npz files,
     Polygraphy's JSON inputs, or file.py:function, whose code is run.
     """
     _check_usage(ctx)
@@ -316,9 +340,13 @@ def _check_usage(ctx: click.Context) -> None:
     def flags(names: list[str]) -> str:
         return " and ".join("--" + name.removesuffix("_path").replace("_", "-") for name in names)
 
-    goals = given("ratio", "max_error", "plan_path")
+    goals = given("ratio", "max_error", "max_drop", "plan_path")
     if len(goals) > 1:
         raise click.UsageError(f"{flags(goals)} exclude each other: give one.")
+    if "max_drop" in goals and not given("evaluation"):
+        raise click.UsageError("--max-drop needs labelled samples: give them with --eval.")
+    if given("metric") and "max_drop" not in goals:
+        raise click.UsageError("--metric goes with --max-drop, which it measures: give both.")
     settled = given("target", "cost", "forms", "include", "exclude")
     if "plan_path" in goals and settled:
         raise click.UsageError(f"{flags(settled)} cannot go with --plan, which settles it: edit the plan.")

@@ -91,5 +91,15 @@ def as_array(value: Any) -> Values:
     return np.array([repr(item) for item in value])
 
 
+def is_scores(output: Values, size: int) -> bool:
+    """Whether an output for ``size`` samples holds scores of two or more classes.
+
+    It is floating and, beside its first axis, has one axis with more than one entry.
+    """
+    if output.dtype.kind != "f" or output.shape[:1] != (size,) or not output.size:
+        return False
+    return [extent > 1 for extent in output.shape[1:]].count(True) == 1
+
+
 def _finite(values: Values) -> Values:
     return np.where(np.isfinite(values), values, 0.0)

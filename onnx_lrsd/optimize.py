@@ -19,19 +19,19 @@ from onnx_lrsd.account import make_report
 from onnx_lrsd.calibrate import Calibration, WeightOf, calibrate, input_shapes, locate
 from onnx_lrsd.curves import error_curves
 from onnx_lrsd.dataset import Samples
-from onnx_lrsd.errors import BudgetError, UnsupportedModelError
+from onnx_lrsd.errors import BudgetError, DataError, UnsupportedModelError
 from onnx_lrsd.model import Model, check, load, save
 from onnx_lrsd.passes import find_layers, read_weight
 from onnx_lrsd.planner import Fit, Forms, Planner
 from onnx_lrsd.plans import forms_of, make_plan
 from onnx_lrsd.reconstruct import reconstruct
 from onnx_lrsd.run import OUT_OF_REACH, Options, Run
+from onnx_lrsd.sensitivity import sensitivities
 from onnx_lrsd.shares import fit_and_check, search_and_confirm
 from onnx_lrsd.types import (
     DENSE,
     KINDS,
     Declined,
-    ErrorCurve,
     Factors,
     Layer,
     Plan,
@@ -83,8 +83,10 @@ def optimize(
     (32, ['y'])
     """
     settings = Options(**options)
-    if settings.ratio is None and settings.max_error is None and plan is None:
+    if plan is None and settings.ratio is settings.max_error is settings.max_drop is None:
         settings = replace(settings, max_error=0.01)
+    if settings.max_drop is not None and evaluation is None:
+        raise DataError("A drop of the score is measured on labelled samples: give them with --eval.")
     run = Run(settings, progress)
     with run.clock("load"):
         source = load(model)
@@ -97,6 +99,10 @@ def optimize(
     if plan is None:
         with run.clock("decompose"):
             curves = error_curves(run, known, weight_of)
+        with run.clock("plan"):
+            planner = Planner(run, source, curves, total_price(source, known.samples), known.shapes)
+            if fit_on is not None:
+                planner.weigh(partial(_sensitivities, run, source, known, weight_of))
     known = replace(known, moments={})  # the fit takes moments of its own; these may be large
     fit = partial(
         reconstruct,
@@ -109,17 +115,22 @@ def optimize(
     )
     if plan is None:
         with run.clock("plan"):
-            chosen, check_on = _plan(run, source, curves, known, fit, check_on)
-            plan = make_plan(run, curves, chosen)
+            candidates, check_on = _choose(run, planner, fit, check_on)
+    else:
+        candidates = [forms_of(plan, known.layers)]
     rewritten, factors, verification = source, dict[str, Factors](), None
-    forms = forms_of(plan, known.layers)
-    if not dry_run:
+    forms = candidates[0]
+    for forms in candidates if not dry_run else ():
         with run.clock("decompose"):
             rewritten, factors = fit(forms=forms)
         with run.clock("verify"):
             rewritten, factors, verification = _verify(run, source, rewritten, factors, check_on)
-        if output is not None:
-            save(rewritten, output)
+        if _confirmed(run, verification):
+            break
+    if plan is None:
+        plan = make_plan(run, curves, forms)
+    if output is not None and not dry_run:
+        save(rewritten, output)
     report = make_report(run, source, output, known.layers, declined, plan, factors, fit_on, verification)
     return Result(rewritten, report, plan)
 
@@ -176,27 +187,48 @@ def _calibrate(
     )
 
 
-def _plan(
-    run: Run,
-    source: Model,
-    curves: Sequence[ErrorCurve],
-    known: Calibration,
-    fit: Fit,
-    check_on: Samples,
-) -> tuple[Forms, Samples]:
-    """The forms for what was asked, and the samples that are left to check them on."""
+def _sensitivities(
+    run: Run, source: Model, known: Calibration, weight_of: WeightOf, forms: Forms
+) -> dict[str, float]:
+    return sensitivities(
+        source,
+        known.layers,
+        forms,
+        weight_of,
+        known.moments,
+        known.samples,
+        device=run.options.device,
+        progress=run.progress,
+    )
+
+
+def _choose(run: Run, planner: Planner, fit: Fit, check_on: Samples) -> tuple[list[Forms], Samples]:
+    """Forms for what was asked, best first, and the samples that are left to check them on."""
     options = run.options
-    planner = Planner(run, source, curves, total_price(source, known.samples), known.shapes)
     if options.ratio is None:
         search_on, check_on = search_and_confirm(check_on)
-        return planner.for_error(options.max_error or 0.0, fit, search_on), check_on
+        if options.max_drop is not None:
+            return planner.for_drop(options.max_drop / 100, fit, search_on), check_on
+        return [planner.for_error(options.max_error or 0.0, fit, search_on)], check_on
     try:
-        return planner.for_ratio(options.ratio), check_on
+        return [planner.for_ratio(options.ratio)], check_on
     except BudgetError as error:
         run.warnings.append(f"{error} The original is handed back.")
-        for layer in known.layers:
-            run.reasons.setdefault(layer.name, OUT_OF_REACH)
-        return {}, check_on
+        for name in planner.sensitivity:
+            run.reasons.setdefault(name, OUT_OF_REACH)
+        return [{}], check_on
+
+
+def _confirmed(run: Run, found: Verification) -> bool:
+    """Whether the drop that was allowed holds on samples that the search has not seen."""
+    most, metric = run.options.max_drop, found.metric
+    if most is None or metric is None or metric.before - metric.after <= most / 100:
+        return True
+    run.warnings.append(
+        f"A model that kept the score where it was searched lost {100 * (metric.before - metric.after):.2f} "
+        "points on the samples that confirm: a larger one was taken."
+    )
+    return False
 
 
 def _verify(
@@ -204,12 +236,13 @@ def _verify(
 ) -> tuple[Model, dict[str, Factors], Verification]:
     """The result, its factors and what was measured; the original where the result is not better."""
     check(rewritten, source)
-    found = compare(source, rewritten, check_on, progress=run.progress)
+    metric = None if run.options.max_drop is None else run.options.metric
+    found = compare(source, rewritten, check_on, metric=metric, progress=run.progress)
     if _worse(found):
         run.warnings.append("The rewritten model was not better as a whole: the original is handed back.")
         run.reasons.update(dict.fromkeys(factors, "the whole model was not better for it"))
         rewritten, factors = source, {}
-        found = compare(source, source, check_on)
+        found = compare(source, source, check_on, metric=metric)
     worst = max((output.relative_error for output in found.outputs), default=0.0)
     ratio = run.options.ratio
     if ratio is not None and worst > MUCH:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import log
+from statistics import median
 from typing import TypeAlias
 
 from onnx_lrsd.allocate import COSTS, allocate, by_time, spend
@@ -19,6 +21,10 @@ ROUNDS = 4
 """Allocations at most, each without the forms that the one before found to be no faster."""
 MARGIN = 0.9
 """What a search for --max-error aims at, as a share of what was asked: other samples must confirm it."""
+MODERATE = 0.03
+"""Relative error of a layer at which its sensitivity is measured first."""
+FIRST_RATIO = 2.0
+"""Where a search for a budget begins."""
 SEARCHES = 6
 """Fits of the whole model that a search may take."""
 
@@ -48,6 +54,24 @@ class Planner:
         self.whole = self.cost(Point(Form(DENSE), 0.0, total))
         self.rest = max(self.whole - sum(self.cost(curve.points[0]) for curve in curves), 0.0)
         self.times: dict[object, float] = {}
+        self.sensitivity = dict.fromkeys((curve.layer.name for curve in curves), 1.0)
+
+    def weigh(self, measure: Callable[[Forms], dict[str, float]]) -> None:
+        """Sensitivities of the layers: at a moderate error of each, then at the forms that these lead to."""
+        moderate = {}
+        for curve in self.curves:
+            smaller = [point for point in curve.points if point.form.kind != DENSE and point.error > 0]
+            if smaller:
+                moderate[curve.layer.name] = min(smaller, key=lambda p: abs(log(p.error / MODERATE))).form
+        found = measure(moderate)
+        if not found:
+            return
+        self.sensitivity = dict.fromkeys(self.sensitivity, median(found.values())) | found
+        try:
+            points = self._allocate(self.run.options.ratio or FIRST_RATIO)
+        except BudgetError:
+            return
+        self.sensitivity |= measure({n: p.form for n, p in points.items() if p.form.kind != DENSE})
 
     def for_ratio(self, ratio: float) -> Forms:
         """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.
@@ -55,9 +79,7 @@ class Planner:
         Raises BudgetError where the layers do not bear it.
         """
         for _ in range(ROUNDS):
-            points = allocate(self.curves, self.whole / ratio, self.rest, self.cost)
-            if self.run.options.cost == "macs":
-                points = self._by_time(points, self.whole / ratio)
+            points = self._allocate(ratio)
             chosen = {name: point.form for name, point in points.items() if point.form.kind != DENSE}
             slow = self._drop_slow(chosen)
             if not slow:
@@ -67,10 +89,43 @@ class Planner:
     def for_error(self, most: float, fit: Fit, samples: Samples) -> Forms:
         """The cheapest forms found whose outputs stay within ``most`` on ``samples``.
 
-        A tenth is left as margin, since other samples confirm. The search brackets the ratio.
+        A tenth is left as margin, since other samples confirm.
         """
-        low, high, best = 1.0, 0.0, Forms()
-        ratio = 2.0
+
+        def keeps(rewritten: Model) -> bool:
+            outputs = compare(self.source, rewritten, samples, latency=False).outputs
+            return max(output.relative_error for output in outputs) <= MARGIN * most
+
+        return self._search(keeps, fit)[0]
+
+    def for_drop(self, most: float, fit: Fit, samples: Samples) -> list[Forms]:
+        """Forms whose score, with one standard error to spare, falls by at most ``most`` on ``samples``.
+
+        The cheapest ones first, for other samples to confirm; the last are none at all.
+        """
+        tried = []
+
+        def keeps(rewritten: Model) -> bool:
+            metric = self.run.options.metric
+            found = compare(self.source, rewritten, samples, latency=False, metric=metric).metric
+            assert found is not None
+            tried.append(found.before - found.after)
+            deviation = (found.interval[1] - found.interval[0]) / (2 * 1.96)
+            return tried[-1] + deviation <= most
+
+        candidates = self._search(keeps, fit)
+        if len(candidates) == 1 and tried:
+            self.run.warnings.append(
+                "No smaller model was sure to keep the score: the best one lost "
+                f"{100 * min(tried):.2f} points on {samples.count} samples; "
+                "allow more with --max-drop, or give more samples."
+            )
+        return candidates
+
+    def _search(self, keeps: Callable[[Model], bool], fit: Fit) -> list[Forms]:
+        """All forms found that keep a promise, the cheapest first; the last are none. Brackets the ratio."""
+        low, high, found = 1.0, 0.0, [Forms()]
+        ratio = FIRST_RATIO
         for _ in range(SEARCHES):
             try:
                 chosen = self.for_ratio(ratio)
@@ -78,15 +133,19 @@ class Planner:
                 high = ratio
             else:
                 rewritten, _ = fit(forms=chosen, progress=None)
-                outputs = compare(self.source, rewritten, samples, latency=False).outputs
-                if max(output.relative_error for output in outputs) <= MARGIN * most:
-                    low, best = ratio, chosen
+                if keeps(rewritten):
+                    low = ratio
+                    found.insert(0, chosen)
                 else:
                     high = ratio
             ratio = ratio * 1.5 if not high else low + (high - low) / 2
             if high and high / low < 1.05:
                 break
-        return best
+        return found
+
+    def _allocate(self, ratio: float) -> dict[str, Point]:
+        points = allocate(self.curves, self.whole / ratio, self.rest, self.cost, self.sensitivity)
+        return self._by_time(points, self.whole / ratio) if self.run.options.cost == "macs" else points
 
     def _by_time(self, points: dict[str, Point], most_macs: float) -> dict[str, Point]:
         """Points with the same MACs that are predicted to run faster, if there are any.
@@ -99,7 +158,7 @@ class Planner:
         for _ in range(16):
             budget = (low + high) / 2
             try:
-                found = allocate(self.curves, budget, 0.0, by_time)
+                found = allocate(self.curves, budget, 0.0, by_time, self.sensitivity)
             except BudgetError:
                 low = budget
                 continue
@@ -108,7 +167,7 @@ class Planner:
                 best, slack, low = found, left, budget
             else:
                 high = budget
-        return spend(self.curves, best, slack, self.cost)
+        return spend(self.curves, best, slack, self.cost, self.sensitivity)
 
     def _drop_slow(self, chosen: Forms) -> set[str]:
         """Names of the layers whose form is not faster here; only much cheaper ones stay in their curves."""

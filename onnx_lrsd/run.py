@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from onnx_lrsd.allocate import COSTS
 from onnx_lrsd.targets import TARGETS, Target
-from onnx_lrsd.types import Progress
+from onnx_lrsd.types import Progress, Score
 
 NO_FORM = "no smaller form is predicted to be faster"
 OUT_OF_REACH = "the budget is out of reach"
@@ -18,17 +18,21 @@ NOT_NEEDED = "the budget is met at less error without it"
 
 @dataclass(frozen=True)
 class Options:
-    """What to aim at and what to work on. At most one of ``ratio`` and ``max_error`` is given.
+    """What to aim at and what to work on. At most one of ``ratio``, ``max_error`` and ``max_drop``.
 
     ``ratio``: how many times cheaper the whole model gets, in the unit of ``cost``. ``max_error``:
-    the relative squared error of the model's outputs that may be reached; .01 where neither is
-    given. ``include`` and ``exclude`` are regular expressions over the names of nodes.
+    the relative squared error of the model's outputs that may be reached; .01 where none is given.
+    ``max_drop``: by how many points (hundredths) the score of ``metric`` on labelled evaluation samples
+    may fall: 'top1', or a function of the outputs by name and the labels. ``include`` and ``exclude``
+    are regular expressions over the names of nodes.
     """
 
     target: str = "onnxruntime"
     cost: str = "macs"
     ratio: float | None = None
     max_error: float | None = None
+    max_drop: float | None = None
+    metric: str | Score = "top1"
     forms: tuple[str, ...] | None = None
     include: str | None = None
     exclude: str | None = None
@@ -40,8 +44,8 @@ class Options:
         """Raise ValueError for an option that cannot be; the command line has refused it before."""
         if self.target not in TARGETS or self.cost not in COSTS:
             raise ValueError(f"target is one of {', '.join(TARGETS)}, cost one of {', '.join(COSTS)}")
-        if self.ratio is not None and self.max_error is not None:
-            raise ValueError("give ratio or max_error, not both")
+        if [self.ratio, self.max_error, self.max_drop].count(None) < 2:
+            raise ValueError("give one of ratio, max_error and max_drop")
 
 
 @dataclass

@@ -10,7 +10,7 @@ import math
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeAlias
@@ -170,6 +170,15 @@ def _read_polygraphy(path: Path) -> list[RawFeed]:
 
 def _run(path: Path, function: str) -> Iterator[RawFeed]:
     """Feeds that ``function`` of a Python file yields. This runs the file's code."""
+    called = script_function(path, function)
+    with _mishaps(f"{path}:{function}"):
+        found = called()
+        found = iter([found] if isinstance(found, Mapping) else found)
+    return _guarded(found, f"{path}:{function}")
+
+
+def script_function(path: Path, function: str) -> Callable[..., Any]:
+    """``function`` of a Python file, whose code is run. Raises DataError where there is none."""
     if not path.is_file():
         raise DataError(f"There is no file {path}: check the path of the script.")
     name = f"_onnx_lrsd_{path.stem}"
@@ -184,9 +193,8 @@ def _run(path: Path, function: str) -> Iterator[RawFeed]:
         spec.loader.exec_module(module)
         if not callable(getattr(module, function, None)):
             raise DataError(f"{path} has no function {function!r}: check the name behind the colon.")
-        found = getattr(module, function)()
-        found = iter([found] if isinstance(found, Mapping) else found)
-    return _guarded(found, f"{path}:{function}")
+    found: Callable[..., Any] = getattr(module, function)
+    return found
 
 
 def _guarded(found: Iterator[RawFeed], name: str) -> Iterator[RawFeed]:

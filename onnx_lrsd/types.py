@@ -18,6 +18,9 @@ Array: TypeAlias = Any
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``."""
 
+Score: TypeAlias = Callable[[Mapping[str, Any], Any], float]
+"""Called as ``score(outputs by name, labels)`` on all samples at once; more is better."""
+
 DENSE = "dense"
 CHANNEL = "channel"
 CHANNEL_IN = "channel-in"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,13 +15,13 @@ import numpy.typing as npt
 import onnx
 
 from onnx_lrsd.dataset import GUESSES, Samples, as_fed, made_up
-from onnx_lrsd.divergence import Divergence
+from onnx_lrsd.divergence import Divergence, is_scores
 from onnx_lrsd.errors import DataError, LrsdError, VerificationError
 from onnx_lrsd.model import Model, model_bytes
 from onnx_lrsd.passes import compute_tensors, macs, parameters
 from onnx_lrsd.runtime import open_session, shapes
 from onnx_lrsd.timing import FEWEST_ROUNDS, busy_clock, pair_latency
-from onnx_lrsd.types import Cost, Metric, OutputError, Price, Progress, Verification
+from onnx_lrsd.types import Cost, Metric, OutputError, Price, Progress, Score, Verification
 
 BATCH_BYTES = 64 << 20
 ACTIVATIONS_PER_INPUT = 16
@@ -35,6 +35,10 @@ THREADS = 1
 
 Feed = Mapping[str, npt.NDArray[Any]]
 Classes = npt.NDArray[np.int64]
+Collect = Callable[[Mapping[str, Any], int], list[Any]]
+
+GROUPS = 20
+"""Parts of the samples that are left out in turn to learn how sure a user's score is."""
 
 
 class Pace(NamedTuple):
@@ -82,6 +86,12 @@ def made_up_samples(model: Model) -> Samples:
     raise DataError(f"The model runs on no data that can be made up: give samples. {problem}") from problem
 
 
+def batch_to_run(samples: Samples) -> int:
+    """Samples to run at once through a whole model."""
+    each = ACTIVATIONS_PER_INPUT * sum(array[:1].nbytes for array in samples.arrays.values())
+    return samples.batch_size(each, BATCH_BYTES)
+
+
 def compare(
     before: Model,
     after: Model,
@@ -89,7 +99,7 @@ def compare(
     *,
     bytes_before: int | None = None,
     bytes_after: int | None = None,
-    metric: str | None = None,
+    metric: str | Score | None = None,
     latency: bool = True,
     threads: int | None = THREADS,
     seconds: float = COMPARE_SECONDS,
@@ -98,9 +108,10 @@ def compare(
     """Run both models over ``samples``: errors of every output, costs, latency of one smallest batch.
 
     Bytes are those given, or what the models take when they are written. ``metric`` 'top1' asks for the
-    score of both on ``samples.labels``; None gives it where there are labels of classes and an output with
-    scores. ``latency`` takes ``seconds`` on ``threads``. Raises VerificationError when the models differ
-    in their inputs or outputs or only the first one runs, DataError when the metric cannot be had.
+    score of both on ``samples.labels``, a function is such a score itself; None gives top1 where there are
+    labels of classes and an output with scores. ``latency`` takes ``seconds`` on ``threads``. Raises
+    VerificationError when the models differ in their inputs or outputs or only the first one runs,
+    DataError when the metric cannot be had.
 
     >>> import numpy as np, onnx, onnx_lrsd
     >>> graph = onnx.parser.parse_graph("g (float[n, 8] x) => (float[n, 8] y) { y = Relu (x) }")
@@ -112,8 +123,11 @@ def compare(
     """
     _same_interface(before.proto, after.proto)
     labels = _labels(samples, metric)
-    outputs, predicted = _differences(before, after, samples, labels is not None, progress)
-    score = None if labels is None else _score(*predicted, labels, metric)
+    collect = None if labels is None else _classes if not callable(metric) else _whole
+    outputs, kept = _differences(before, after, samples, collect, progress)
+    score = None
+    if labels is not None:
+        score = _scored(metric, *kept, labels) if callable(metric) else _score(*kept, labels, metric)
     feed = next(iter(samples.batches(1)))
     pace = None
     if latency:
@@ -178,30 +192,30 @@ def _pace(
 
 
 def _differences(
-    before: Model, after: Model, samples: Samples, scored: bool, progress: Progress | None
-) -> tuple[tuple[OutputError, ...], tuple[list[int], list[int]]]:
-    """Errors of all outputs over all samples, and the top classes of both models if they are ``scored``."""
+    before: Model, after: Model, samples: Samples, collect: Collect | None, progress: Progress | None
+) -> tuple[tuple[OutputError, ...], tuple[list[Any], list[Any]]]:
+    """Errors of all outputs over all samples, and what ``collect`` keeps of both models' outputs."""
     old = open_session(before.proto, folder=before.folder)
     with _second():
         new = open_session(after.proto, folder=after.folder)
     samples = as_fed(samples, old.run)
     errors = {name: Divergence() for name in old.outputs}
-    top: tuple[list[int], list[int]] = [], []
+    kept: tuple[list[Any], list[Any]] = [], []
     done = 0
-    each = ACTIVATIONS_PER_INPUT * sum(array[:1].nbytes for array in samples.arrays.values())
-    for feed in samples.batches(samples.batch_size(each, BATCH_BYTES)):
+    for feed in samples.batches(batch_to_run(samples)):
         one = old.run(feed)
         with _second():
             two = new.run(feed)
         for name, error in errors.items():
             error.add(one[name], two[name])
         size = samples.size_of(feed)
-        for outputs, classes in zip((one, two) if scored else (), top, strict=scored):
-            classes.extend(_classes(outputs.values(), size))
+        if collect is not None:
+            for outputs, part in zip((one, two), kept, strict=True):
+                part.extend(collect(outputs, size))
         done += size
         if progress is not None:
             progress("verify", done, samples.count)
-    return tuple(OutputError(name, error.relative()) for name, error in errors.items()), top
+    return tuple(OutputError(name, error.relative()) for name, error in errors.items()), kept
 
 
 @contextmanager
@@ -216,8 +230,12 @@ def _second() -> Iterator[None]:
         ) from error
 
 
-def _labels(samples: Samples, metric: str | None) -> npt.NDArray[Any] | None:
-    """The class of every sample, where there are such labels. Raises DataError if ``metric`` needs them."""
+def _labels(samples: Samples, metric: str | Score | None) -> npt.NDArray[Any] | None:
+    """The label of every sample, where ``metric`` can use it. Raises DataError if ``metric`` needs them."""
+    if callable(metric):
+        if samples.labels is None:
+            raise DataError(f"{samples.source} has no labels to score by: add an array named labels.")
+        return samples.labels
     if metric not in (None, "top1"):
         raise DataError(f"There is no metric {metric!r}: choose top1.")
     labels = samples.labels
@@ -228,16 +246,14 @@ def _labels(samples: Samples, metric: str | None) -> npt.NDArray[Any] | None:
     return None
 
 
-def _classes(outputs: Iterable[Any], size: int) -> list[int]:
-    """Top class of each of ``size`` samples, from the first output with scores of two or more classes.
+def _whole(outputs: Mapping[str, Any], size: int) -> list[Mapping[str, Any]]:
+    return [outputs]
 
-    Such an output is floating and, beside its first axis, has one axis with more than one entry. Empty
-    where there is none.
-    """
-    for output in outputs:
-        if not isinstance(output, np.ndarray) or output.dtype.kind != "f" or output.shape[:1] != (size,):
-            continue
-        if output.size and sum(extent > 1 for extent in output.shape[1:]) == 1:
+
+def _classes(outputs: Mapping[str, Any], size: int) -> list[int]:
+    """Top class of each of ``size`` samples, from the first output with scores of classes; empty without."""
+    for output in outputs.values():
+        if isinstance(output, np.ndarray) and is_scores(output, size):
             return list(output.reshape(size, -1).argmax(axis=1))
     return []
 
@@ -248,6 +264,32 @@ def _score(old: list[int], new: list[int], labels: npt.NDArray[Any], metric: str
             return None
         raise DataError("No output of the model holds the scores of classes: leave out the metric top1.")
     return _top1(np.array(old), np.array(new), labels)
+
+
+def _scored(score: Score, old: list[Feed], new: list[Feed], labels: npt.NDArray[Any]) -> Metric:
+    """The user's own score of both, and the 95 % interval of the difference.
+
+    Source: delete-a-group jackknife; Shao and Tu, The Jackknife and Bootstrap (1995), section 2.2.
+    """
+    one, two = ({name: np.concatenate([f[name] for f in feeds]) for name in feeds[0]} for feeds in (old, new))
+    count = len(labels)
+
+    def difference(which: npt.NDArray[np.int64]) -> float:
+        picked = ({name: values[which] for name, values in all_.items()} for all_ in (two, one))
+        after, before = (float(score(outputs, labels[which])) for outputs in picked)
+        return after - before
+
+    try:
+        whole = float(score(one, labels)), float(score(two, labels))
+        order, groups = np.random.default_rng(0).permutation(count), min(GROUPS, count)
+        left_out = [difference(np.sort(np.delete(order, slice(g, None, groups)))) for g in range(groups)]
+    except Exception as error:  # the user's code may raise anything
+        said = " ".join(str(error).split())[:200]
+        raise DataError(f"The metric failed ({type(error).__name__}: {said}): mend its function.") from error
+    spread = 1.96 * float(np.sqrt((groups - 1) * np.var(left_out)))
+    middle = whole[1] - whole[0]
+    name = getattr(score, "__name__", "metric")
+    return Metric(name, *whole, count, (middle - spread, middle + spread))
 
 
 def _top1(old: Classes, new: Classes, labels: npt.NDArray[Any]) -> Metric:

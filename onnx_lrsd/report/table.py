@@ -165,6 +165,8 @@ def _promise(promise: Promise, cost: str) -> str:
         said = f"{promise.asked:g} x fewer {unit} asked, {_down(promise.got):.2f} x got"
     elif promise.kind == "max_error":
         said = f"output error of at most {100 * promise.asked:g} % asked, {_percent(promise.got)} got"
+    elif promise.kind == "max_drop":
+        said = f"drop of at most {promise.asked:g} points asked, {promise.got:.2f} got"
     else:
         said = f"{promise.kind} {promise.asked:g} asked, {promise.got:g} got"
     return f"promise       {said}: {verdict}"

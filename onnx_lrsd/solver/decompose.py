@@ -20,8 +20,8 @@ from onnx_lrsd.solver.sparse import Elimination, best_channels, channel_gains, e
 from onnx_lrsd.solver.whiten import Metric, Problem
 from onnx_lrsd.types import CHANNEL, CHANNELS, DENSE, NONE, TUCKER, Array, Factors, Form, Layer
 
-SWEEPS = 4
-"""Alternating sweeps of a final fit: the first gives most of the gain, the fourth half a percent."""
+SWEEPS = {"brief": 0, "fast": 1, "standard": 4, "thorough": 8}
+"""Alternating sweeps of a fit: the first gives most of the gain, the fourth half a percent."""
 
 
 class _Parts(NamedTuple):
@@ -43,9 +43,10 @@ def decompose(
 ) -> Factors:
     """Fit ``form`` to one layer; the error is recomputed in float64 from the factors themselves.
 
-    ``effort``, ``seed`` and ``resolvent`` (that of ``problem.metric``, to be shared between calls) concern
-    forms whose S has free entries. Raises ValueError for a dense form, a form the kernel does not allow,
-    and a rank or a count of entries out of range.
+    ``effort`` is 'brief', 'fast', 'standard' or 'thorough'; ``seed`` and ``resolvent`` (that of
+    ``problem.metric``, to be shared between calls) concern forms whose S has free entries. Raises
+    ValueError for a dense form, a form the kernel does not allow, and a rank or a count of entries out of
+    range.
 
     >>> import numpy as np, onnx_lrsd
     >>> from onnx_lrsd.types import Form, Layer
@@ -62,9 +63,9 @@ def decompose(
     channels: tuple[int, ...] = ()
     if form.pattern.kind == CHANNELS:
         chosen = choose_channels(problem, form)
-        parts, channels = _beside_channels(problem, form, chosen), chosen.channels
+        parts, channels = _beside_channels(problem, form, chosen, SWEEPS[effort]), chosen.channels
     elif form.pattern == NONE:
-        parts = _Parts(*factors(layer, weight, problem.metric, form, SWEEPS), None)
+        parts = _Parts(*factors(layer, weight, problem.metric, form, SWEEPS[effort]), None)
     else:
         h = resolvent or Resolvent(_formed(problem, form), weight, prod(layer.kernel))
         parts, channels = _beside_entries(problem, form, effort, seed, h), tuple(range(layer.channels))
@@ -125,14 +126,14 @@ def choose_channels(problem: Problem, form: Form) -> Elimination:
     return eliminate(metric, channels, taps)
 
 
-def _beside_channels(problem: Problem, form: Form, chosen: Elimination) -> _Parts:
+def _beside_channels(problem: Problem, form: Form, chosen: Elimination, sweeps: int) -> _Parts:
     """Factors of the channels that S does not keep, in the conditional metric, and S in closed form."""
     layer, weight = problem.layer, problem.weight
     xp = namespace(weight)
     part = xp.take(weight, chosen.rest, axis=1)
     v, h, low = None, None, xp.zeros_like(part)
     if form.rank:
-        v, h = factors(layer, part, Metric(chosen.metric, None, 0.0), form, SWEEPS)
+        v, h = factors(layer, part, Metric(chosen.metric, None, 0.0), form, sweeps)
         low = ungroup_weight(xp.matmul(h, v))
         v = _scatter_channels(v, chosen.channels, layer.channels)
     columns = chosen.sparse(weight, low)

@@ -1,0 +1,67 @@
+"""A drop of the score is searched on some samples, confirmed on others, and never passed off as kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import onnx_lrsd
+from onnx_lrsd.cli import main
+from onnx_lrsd.errors import DataError
+
+MODELS = Path(__file__).parents[1] / "models"
+MODEL, CALIB, EVAL = (MODELS / name for name in ("digits.onnx", "digits_calib.npz", "digits_eval.npz"))
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnx_lrsd.timing import pair_latency
+
+    def for_a_moment(*runs: Any, **options: Any) -> Any:
+        return pair_latency(*runs, **{**options, "seconds": 0.0})
+
+    monkeypatch.setattr("onnx_lrsd.verify.pair_latency", for_a_moment)
+
+
+def right(outputs: Mapping[str, Any], labels: Any) -> float:
+    return float(np.mean(outputs["scores"].argmax(axis=1) == labels))
+
+
+@pytest.mark.parametrize("metric", ["top1", right])
+def test_the_drop_is_confirmed_on_samples_that_the_search_has_not_seen(metric: Any) -> None:
+    found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, max_drop=2, metric=metric, samples=100)
+    promise, verification = found.report.promise, found.report.verification
+    assert promise is not None and verification is not None and verification.metric is not None
+    score = verification.metric
+    assert score.samples == 200  # half of the evaluation samples
+    assert promise.got == pytest.approx(100 * (score.before - score.after))
+    assert promise.kept and promise.got <= 2
+    assert score.interval[0] <= score.after - score.before <= score.interval[1]
+    assert verification.after.macs < verification.before.macs
+
+
+def test_a_drop_that_nothing_is_sure_to_keep_hands_back_the_original() -> None:
+    found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, max_drop=0, samples=60)
+    assert found.report.promise is not None and not found.report.promise.kept
+    assert found.model.proto == onnx_lrsd.load(MODEL).proto
+    assert "the best one lost" in found.report.warnings[-1]
+
+
+def test_a_drop_without_labels_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="give them with --eval"):
+        onnx_lrsd.optimize(MODEL, CALIB, max_drop=1)
+    with pytest.raises(DataError, match="add an integer array named labels"):
+        onnx_lrsd.optimize(MODEL, CALIB, evaluation=CALIB, max_drop=1, samples=60)
+    for options, says in (
+        (["--max-drop", "1"], "give them with --eval"),
+        (["--max-drop", "1", "--ratio", "2"], "exclude each other"),
+        (["--metric", "top1"], "goes with --max-drop"),
+        (["--max-drop", "1", "--eval", "e.npz", "--metric", "top5"], "neither top1 nor FILE.py:FUNCTION"),
+    ):
+        done = CliRunner().invoke(main, ["optimize", str(MODEL), *options])
+        assert done.exit_code == 2 and says in " ".join(done.output.split()), done.output

@@ -1,0 +1,68 @@
+"""A layer counts by what its error does to the outputs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_lrsd.calibrate import calibrate
+from onnx_lrsd.dataset import read_samples
+from onnx_lrsd.model import Model, load
+from onnx_lrsd.passes import find_layers, read_weight
+from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.sensitivity import logits, sensitivities
+from onnx_lrsd.types import CHANNEL, Form
+
+RNG = np.random.default_rng(3)
+
+
+def two_branches(shares: tuple[float, float], dtype: int = TensorProto.FLOAT) -> Model:
+    """y = shares[0] x A + shares[1] x B, with A and B of the same spectrum."""
+    weights = {n: RNG.standard_normal((12, 12)).astype(np.float32) for n in "AB"}
+    weights |= {f"s{n}": np.array(v, np.float32) for n, v in zip("AB", shares, strict=True)}
+    nodes = [helper.make_node("MatMul", ["x", n], [f"m{n}"]) for n in "AB"]
+    nodes += [helper.make_node("Mul", [f"m{n}", f"s{n}"], [f"b{n}"]) for n in "AB"]
+    nodes += [helper.make_node("Add", ["bA", "bB"], ["sum"])]
+    nodes += [helper.make_node("Cast", ["sum"], ["y"], to=dtype)]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 12])],
+        [helper.make_tensor_value_info("y", dtype, ["N", 3, 12])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def measured(model: Model) -> dict[str, float]:
+    graph = model.graph()
+    layers, _ = find_layers(graph)
+    weight_of = partial(read_weight, graph)
+    data = np.random.default_rng(1).standard_normal((400, 3, 12)).astype(np.float32)
+    samples = read_samples({"x": data}, inputs_of(model.proto))
+    known = calibrate(model, layers, samples, weight_of)
+    forms = {layer.name: Form(CHANNEL, 6) for layer in layers}
+    return sensitivities(model, known.layers, forms, weight_of, known.moments, samples)
+
+
+def test_a_sensitivity_is_the_share_of_the_output_that_a_layer_makes() -> None:
+    found = measured(two_branches((2.0, 1.0)))
+    assert sum(found.values()) == pytest.approx(1.0, rel=0.25)
+    assert found["mA"] / found["mB"] == pytest.approx(4.0, rel=0.5)
+
+
+def test_a_layer_without_effect_weighs_least_and_one_without_numbers_nothing() -> None:
+    found = measured(two_branches((1.0, 1e-4)))
+    assert found["mB"] < 0.05 * found["mA"]
+    assert measured(two_branches((1.0, 1.0), TensorProto.INT64)) == {}
+
+
+def test_probabilities_and_logits_say_the_same() -> None:
+    scores = RNG.standard_normal((5, 4))
+    powers = np.exp(scores)
+    expected = scores - scores.mean(axis=1, keepdims=True)
+    assert np.allclose(logits(powers / powers.sum(axis=1, keepdims=True)), expected)
+    assert np.allclose(logits(scores + 3), expected)
