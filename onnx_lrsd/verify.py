@@ -271,7 +271,6 @@ def _scored(score: Score, old: list[Feed], new: list[Feed], labels: npt.NDArray[
 
     Source: delete-a-group jackknife; Shao and Tu, The Jackknife and Bootstrap (1995), section 2.2.
     """
-    one, two = ({name: np.concatenate([f[name] for f in feeds]) for name in feeds[0]} for feeds in (old, new))
     count = len(labels)
 
     def difference(which: npt.NDArray[np.int64]) -> float:
@@ -280,6 +279,7 @@ def _scored(score: Score, old: list[Feed], new: list[Feed], labels: npt.NDArray[
         return after - before
 
     try:
+        one, two = ({name: np.concatenate([f[name] for f in fs]) for name in fs[0]} for fs in (old, new))
         whole = float(score(one, labels)), float(score(two, labels))
         order, groups = np.random.default_rng(0).permutation(count), min(GROUPS, count)
         left_out = [difference(np.sort(np.delete(order, slice(g, None, groups)))) for g in range(groups)]

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import onnx_lrsd
 from onnx_lrsd.cli import main
 from onnx_lrsd.errors import DataError
+from onnx_lrsd.runtime import inputs_of
 
 MODELS = Path(__file__).parents[1] / "models"
 MODEL, CALIB, EVAL = (MODELS / name for name in ("digits.onnx", "digits_calib.npz", "digits_eval.npz"))
@@ -65,3 +66,10 @@ def test_a_drop_without_labels_is_refused_with_the_remedy(tmp_path: Path) -> Non
     ):
         done = CliRunner().invoke(main, ["optimize", str(MODEL), *options])
         assert done.exit_code == 2 and says in " ".join(done.output.split()), done.output
+
+
+def test_a_metric_that_fails_is_named_in_one_sentence() -> None:
+    model = onnx_lrsd.load(MODEL)
+    samples = onnx_lrsd.read_samples(EVAL, inputs_of(model.proto))
+    with pytest.raises(DataError, match=r"The metric failed \(KeyError: .*mend its function"):
+        onnx_lrsd.compare(model, model, samples, metric=lambda outputs, _: outputs["none"], latency=False)
