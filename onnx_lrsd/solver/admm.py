@@ -132,12 +132,14 @@ def _search(
             a = w - s + dual
             # Z + dual = S + (A - L)(I - rho (H + rho I)^-1): what is to be projected.
             moving = s + part.follow(a, a - rho * inverse(a))
-            before, mask = mask, support(moving, grown(pattern, 0.5 + step / (stages * iterations)), taps)
+            present = grown(pattern, 0.5 + step / (stages * iterations))
+            before, mask = mask, support(moving, present, taps, exact=False)
             s = xp.where(mask, moving, zero)
             dual = moving - s
             step += 1
     moved = float(xp.count_nonzero(mask != before)) / (2 * kept)
-    return s, mask, moved <= RESTED
+    mask = support(s, pattern, taps)
+    return xp.where(mask, s, zero), mask, moved <= RESTED
 
 
 def _gradients(w: Array, h: Resolvent, part: Part, s: Array, mask: Array) -> Array:

@@ -13,23 +13,24 @@ from onnx_lrsd.arrays import cast, from_numpy, kth_largest, namespace
 from onnx_lrsd.types import CHANNELS, N_OF_M, UNSTRUCTURED, Array, Pattern
 
 
-def support(values: Array, pattern: Pattern, taps: int = 1) -> Array:
+def support(values: Array, pattern: Pattern, taps: int = 1, *, exact: bool = True) -> Array:
     """The boolean mask (n, m) of the entries of ``values`` that their projection onto ``pattern`` keeps.
 
     Columns are (input channel, kernel position), ``taps`` positions to a channel. The cardinality is
-    exact: ties go to the lower index.
+    exact, ties go to the lower index; without ``exact``, which saves time, all tied entries are kept.
     """
     xp = namespace(values)
     n, m = values.shape
     if pattern.kind == UNSTRUCTURED:
-        return xp.reshape(_largest(xp.reshape(xp.abs(values), (1, -1)), pattern.count), (n, m))
+        magnitudes = xp.reshape(xp.abs(values), (1, -1))
+        return xp.reshape(_largest(magnitudes, pattern.count, exact), (n, m))
     if pattern.kind == N_OF_M:
         blocks = xp.reshape(xp.abs(values), (n, m // (taps * pattern.block), pattern.block, taps))
         kept = _largest_of_few(xp.permute_dims(blocks, (0, 1, 3, 2)), pattern.count)
         return xp.reshape(xp.permute_dims(kept, (0, 1, 3, 2)), (n, m))
     if pattern.kind == CHANNELS:
         energy = xp.sum(xp.reshape(values**2, (n, m // taps, taps)), axis=(0, 2))
-        kept = _largest(energy[None, :], pattern.count)
+        kept = _largest(energy[None, :], pattern.count, exact)
         every = xp.zeros_like(xp.reshape(values, (n, m // taps, taps)), dtype=kept.dtype)
         return xp.reshape(every | kept[0, :, None], (n, m))
     return xp.zeros_like(values, dtype=xp.bool)
@@ -61,13 +62,15 @@ def grown(pattern: Pattern, share: float) -> Pattern:
     return Pattern(UNSTRUCTURED, max(1, round(min(share, 1.0) * pattern.count)))
 
 
-def _largest(values: Array, count: int) -> Array:
-    """Mask of the ``count`` largest of a (1, k) array, ties to the lower index."""
+def _largest(values: Array, count: int, exact: bool) -> Array:
+    """Mask of the ``count`` largest of a (1, k) array, ties to the lower index or, if not ``exact``, kept."""
     xp = namespace(values)
     size = values.shape[1]
     if count <= 0 or count >= size:
         return xp.full_like(values, count > 0, dtype=xp.bool)
     least = kth_largest(values[0, :], count)
+    if not exact:
+        return values >= least
     above, level = values > least, values == least
     ranks = xp.cumulative_sum(cast(level[0, :], xp.int32))[None, :]
     return above | (level & (ranks <= count - xp.count_nonzero(above)))
