@@ -355,7 +355,7 @@ def check(model: Model, like: Model) -> None:
     Raises VerificationError when the model fails where the original did not.
     """
     for full in (True, False):
-        if _complaint(like, full) is not None:
+        if _complaint(like, full, like.path) is not None:
             continue
         complaint = _complaint(model, full)
         if complaint is not None:
@@ -365,11 +365,14 @@ def check(model: Model, like: Model) -> None:
         return
 
 
-def _complaint(model: Model, full: bool) -> str | None:
-    """What onnx.checker says against the model, or None. Large and external models are checked by path."""
+def _complaint(model: Model, full: bool, written: Path | None = None) -> str | None:
+    """What onnx.checker says against the model, or None, of the file that holds it if it is ``written``.
+
+    Large and external models are checked by path.
+    """
     with contextlib.ExitStack() as stack:
-        target: onnx.ModelProto | str = model.proto
-        if model.external or model.proto.ByteSize() > PROTOBUF_LIMIT:
+        target: onnx.ModelProto | str = model.proto if written is None else str(written)
+        if written is None and (model.external or model.proto.ByteSize() > PROTOBUF_LIMIT):
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             target = str(Path(folder) / "model.onnx")
             save(model, target)
