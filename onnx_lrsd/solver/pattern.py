@@ -7,9 +7,7 @@ channels of largest norm, all kernel positions together (channels).
 
 from __future__ import annotations
 
-import numpy as np
-
-from onnx_lrsd.arrays import cast, from_numpy, kth_largest, namespace
+from onnx_lrsd.arrays import cast, kth_largest, namespace
 from onnx_lrsd.types import CHANNELS, N_OF_M, UNSTRUCTURED, Array, Pattern
 
 
@@ -26,8 +24,7 @@ def support(values: Array, pattern: Pattern, taps: int = 1, *, exact: bool = Tru
         return xp.reshape(_largest(magnitudes, pattern.count, exact), (n, m))
     if pattern.kind == N_OF_M:
         blocks = xp.reshape(xp.abs(values), (n, m // (taps * pattern.block), pattern.block, taps))
-        kept = _largest_of_few(xp.permute_dims(blocks, (0, 1, 3, 2)), pattern.count)
-        return xp.reshape(xp.permute_dims(kept, (0, 1, 3, 2)), (n, m))
+        return xp.reshape(_largest_of_few(blocks, pattern.count), (n, m))
     if pattern.kind == CHANNELS:
         energy = xp.sum(xp.reshape(values**2, (n, m // taps, taps)), axis=(0, 2))
         kept = _largest(energy[None, :], pattern.count, exact)
@@ -77,10 +74,13 @@ def _largest(values: Array, count: int, exact: bool) -> Array:
 
 
 def _largest_of_few(values: Array, count: int) -> Array:
-    """Mask of the ``count`` largest along the last, short axis, ties to the lower index."""
+    """Mask of the ``count`` largest along the third, short axis of four, ties to the lower index."""
     xp = namespace(values)
-    own, rival = values[..., :, None], values[..., None, :]
-    width = values.shape[-1]
-    earlier = from_numpy(np.tril(np.ones((width, width)), -1), values) > 0
-    beaten_by = (rival > own) | ((rival == own) & earlier)
-    return xp.count_nonzero(beaten_by, axis=-1) < count
+    parts = [values[:, :, place, :] for place in range(values.shape[2])]
+    beaten_by = [xp.zeros_like(part, dtype=xp.int8) for part in parts]
+    for second in range(len(parts)):
+        for first in range(second):
+            won = cast(parts[first] >= parts[second], xp.int8)
+            beaten_by[second] = beaten_by[second] + won
+            beaten_by[first] = beaten_by[first] + (1 - won)
+    return xp.stack([times < count for times in beaten_by], axis=2)
