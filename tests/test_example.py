@@ -3,6 +3,8 @@
 import re
 from math import prod
 from pathlib import Path
+from types import CodeType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -51,17 +53,32 @@ def test_calibration_and_evaluation_samples_are_apart() -> None:
     assert not {image.tobytes() for image in calibration} & {image.tobytes() for image in evaluation}
 
 
+def _python_of_the_readme() -> list[CodeType]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [compile(code, "README.md", "exec") for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+
+
 def test_the_python_of_the_readme_halves_the_macs_and_keeps_the_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    main_job, _ = _python_of_the_readme()
     (tmp_path / "models").symlink_to(MODELS)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(main_job, {})
     written = tmp_path / "digits.lrsd.onnx"
     assert _macs(MODELS / "digits.onnx") >= 2 * _macs(written)
     assert _accuracy(written) >= _accuracy(MODELS / "digits.onnx") - 0.01
     assert "2 x fewer MACs asked" in capsys.readouterr().out
+
+
+def test_the_python_of_the_readme_decomposes_one_layer() -> None:
+    _, one_layer = _python_of_the_readme()
+    rng = np.random.default_rng(0)
+    weight, inputs = rng.standard_normal((100, 300)), rng.standard_normal((1000, 300))
+    names: dict[str, Any] = {"weight": weight, "second": inputs.T @ inputs / 1000, "damping": 1e-3}
+    exec(one_layer, names)
+    assert np.count_nonzero(names["found"].sparse) == 10_000
+    assert np.linalg.norm(names["approximation"] - weight) < 0.7 * np.linalg.norm(weight)
 
 
 def test_a_ratio_out_of_reach_hands_back_the_original_and_says_so() -> None:
