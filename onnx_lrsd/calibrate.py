@@ -35,6 +35,8 @@ SURVEY = 4
 """Every fourth row is enough for the error curves that the plan is made from, where there are many."""
 MOST_INPUTS = 6
 """Inputs are kept instead of outputs where there are at most so many for each output."""
+CHUNK = 2048
+"""Rows worked on at once, at least: threads of NumPy that wait for those of ONNX Runtime wait less often."""
 FETCHED_BYTES = 96 << 20
 """Activations fetched in one batch, at most; two batches are held at a time."""
 
@@ -94,8 +96,9 @@ def calibrate(
     >>> known.kept["y"].shape, known.moments["y"].mean.shape
     ((200, 64), (64,))
     """
-    samples = as_fed(samples, _watcher(model, layers, samples))
-    shapes = input_shapes(model, layers, samples)
+    watch = _watcher(model, layers, samples)
+    samples = as_fed(samples, watch)
+    shapes = _shapes(watch(next(iter(samples.batches(1)))))
     bytes_each = sum(4 * int(np.prod(shape)) for shape in shapes.values()) // samples.smallest_batch
     batch = samples.batch_size(bytes_each, FETCHED_BYTES)
     located = locate(layers, shapes, samples)
@@ -103,19 +106,18 @@ def calibrate(
     accumulators, kept, weights = {}, {}, {}
     for layer in watched:
         wanted = _wanted(layer, samples.count)
-        accumulators[layer.name] = MomentAccumulator(layer, wanted // _stride(wanted))
+        accumulators[layer.name] = MomentAccumulator(layer, -(-wanted // _stride(wanted)))
         kept[layer.name] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
         if not _keeps_inputs(layer):
             weights[layer.name] = _single(weight_of(layer))
     done = dict.fromkeys(accumulators, 0)
-    for layer, rows in _observe(model, watched, samples, batch, seed, progress):
+    into = {name: rows for name, rows in kept.items() if name not in weights}
+    for layer, rows in _observe(model, watched, samples, batch, seed, into, progress):
         start, stop = done[layer.name], done[layer.name] + len(rows)
         if layer.name in weights:
             _outputs(rows, weights[layer.name], kept[layer.name][start:stop])
-        else:
-            kept[layer.name][start:stop] = rows
         stride = _stride(len(kept[layer.name]))  # over all rows, wherever the batches end
-        accumulators[layer.name].add(np.ascontiguousarray(rows[-start % stride :: stride]))
+        accumulators[layer.name].add(rows[-start % stride :: stride])
         done[layer.name] = stop
     kept = {name: values[: done[name]] for name, values in kept.items()}
     moments = _results(accumulators, samples)
@@ -132,7 +134,7 @@ def recalibrate(
     weights = {layer.name: _single(weight_of(layer)) for layer in layers if _keeps_inputs(layer)}
     samples, done = reference.samples, dict.fromkeys((layer.name for layer in layers), 0)
     accumulators = {layer.name: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in layers}
-    for layer, rows in _observe(model, layers, samples, reference.batch, reference.seed):
+    for layer, rows in _observe(model, layers, samples, reference.batch, reference.seed, {}):
         start, stop = done[layer.name], done[layer.name] + len(rows)
         wanted = reference.kept[layer.name][start:stop]
         if layer.name in weights:
@@ -174,17 +176,34 @@ def _observe(
     samples: Samples,
     batch: int,
     seed: int,
+    into: Mapping[str, Rows],
     progress: Progress | None = None,
 ) -> Iterator[tuple[Layer, Rows]]:
-    """Each layer with its sampled rows, batch by batch; the same ones for the same seed and batch."""
+    """Each layer with its sampled rows, some thousand at a time; the same for the same seed and batch.
+
+    Rows of the layers in ``into`` are gathered there, one after the other; those of others are
+    overwritten by the next ones.
+    """
     watch = _watcher(model, layers, samples)
+    buffers = {layer.name: into.get(layer.name, np.empty((0, layer.m), np.float32)) for layer in layers}
+    given = dict.fromkeys(buffers, 0)
+    filled = dict.fromkeys(buffers, 0)
     first = 0
     for count, activations in _ahead((samples.size_of(feed), watch(feed)) for feed in samples.batches(batch)):
+        last = first + count == samples.count
         for layer in layers:
-            values = activations[layer.input]
+            name, values = layer.name, activations[layer.input]
             positions = _positions(layer, values.shape, first, count, samples.count, seed)
-            if len(positions):
-                yield layer, input_rows(layer, values, positions)
+            start, stop = filled[name], filled[name] + len(positions)
+            if stop > len(buffers[name]):  # batches but the last are alike: once, as a rule
+                room = np.empty((CHUNK + 2 * len(positions), layer.m), np.float32)
+                room[:start] = buffers[name][:start]
+                buffers[name] = room
+            input_rows(layer, values, positions, buffers[name][start:stop])
+            filled[name] = stop
+            if last or stop - given[name] >= CHUNK:
+                yield layer, buffers[name][given[name] : stop]
+                given[name] = filled[name] = stop if name in into else 0
         first += count
         if progress is not None:
             progress("calibrate", first, samples.count)
@@ -231,8 +250,11 @@ def locate(
 
 def input_shapes(model: Model, layers: Sequence[Layer], samples: Samples) -> dict[str, tuple[int, ...]]:
     """Shapes of the inputs of ``layers``, by tensor, in the smallest batch the model takes."""
-    feed = next(iter(samples.batches(1)))
-    return {name: value.shape for name, value in _watcher(model, layers, samples)(feed).items()}
+    return _shapes(_watcher(model, layers, samples)(next(iter(samples.batches(1)))))
+
+
+def _shapes(activations: Feed) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in activations.items()}
 
 
 def _watcher(model: Model, layers: Sequence[Layer], samples: Samples) -> Callable[[Feed], Feed]:

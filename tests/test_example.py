@@ -55,7 +55,8 @@ def test_calibration_and_evaluation_samples_are_apart() -> None:
 
 def _python_of_the_readme() -> list[CodeType]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return [compile(code, "README.md", "exec") for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return [compile(code, "README.md", "exec") for code in blocks]
 
 
 def test_the_python_of_the_readme_halves_the_macs_and_keeps_the_accuracy(

@@ -61,20 +61,28 @@ def sample_positions(total: int, wanted: int, rng: np.random.Generator) -> npt.N
     return np.asarray(edges + (rng.random(wanted) * widths).astype(np.int64))
 
 
-def input_rows(layer: Layer, x: npt.NDArray[np.floating], positions: npt.NDArray[np.int64]) -> Rows:
+def input_rows(
+    layer: Layer,
+    x: npt.NDArray[np.floating],
+    positions: npt.NDArray[np.int64],
+    out: Rows | None = None,
+) -> Rows:
     """The rows (len(positions), m) that the layer's output positions read from its input ``x``.
 
     Positions count the layer's outputs in C order, batch first: (batch, *output size) for Conv, all
     axes but the feature axis otherwise. Padding reads as zero.
     """
+    rows = np.empty((len(positions), layer.m), np.float32) if out is None else out
     if layer.op != "Conv":
         features = np.moveaxis(x, layer.axis, -1).reshape(-1, layer.m)
-        return np.ascontiguousarray(features[positions], dtype=np.float32)
+        rows[:] = features[positions]
+        return rows
     size, kernel = x.shape[2:], layer.kernel
     if output_size(layer, size) == size and prod(kernel) == 1:
         pixels = x.reshape(len(x), layer.channels, -1).transpose(0, 2, 1)
         here = np.divmod(positions, pixels.shape[1])
-        return np.ascontiguousarray(pixels[here], dtype=np.float32)
+        rows[:] = pixels[here]
+        return rows
     where = np.unravel_index(positions, (x.shape[0], *output_size(layer, size)))
     flat = np.zeros((len(positions),) + (1,) * len(kernel), dtype=np.int64)
     inside = np.ones((len(positions), *kernel), dtype=bool)
@@ -88,13 +96,14 @@ def input_rows(layer: Layer, x: npt.NDArray[np.floating], positions: npt.NDArray
         flat = flat * size[axis] + np.where(ok, at, 0).reshape(shape)
     taps = prod(kernel)
     flat, inside = flat.reshape(-1, taps), inside.reshape(-1, 1, taps)
-    rows = np.empty((len(positions), layer.channels, taps), np.float32)
+    patches = rows.reshape(len(positions), layer.channels, taps)
     # Image by image and channel by channel: each channel's map is read while it is in the cache.
     for image, start, stop in _runs(where[0]):
         picked = x[image].reshape(layer.channels, -1).take(flat[start:stop].ravel(), axis=1)
-        rows[start:stop] = picked.reshape(layer.channels, -1, taps).transpose(1, 0, 2)
-    rows *= inside
-    return rows.reshape(len(positions), -1)
+        patches[start:stop] = picked.reshape(layer.channels, -1, taps).transpose(1, 0, 2)
+    border = np.flatnonzero(~inside.all(axis=(1, 2)))
+    patches[border] *= inside[border]
+    return rows
 
 
 def _runs(batch: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
@@ -105,50 +114,58 @@ def _runs(batch: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
 
 
 class MomentAccumulator:
-    """Streams rows into the moments of one layer.
+    """Streams rows into the moments of one layer; of ``expected`` rows, more may come only if not ``thin``.
 
-    Rows are gathered into chunks of at least ``CHUNK``. All are centred on the mean of the first
-    chunk, so that the moment never is a difference of two large numbers and float32 products are
-    exact enough. With ``expected`` rows fewer than half the inputs the
-    rows themselves are kept and no (m, m) matrix is formed.
+    All are centred on the mean of the first chunk, so that the moment never is a difference of two large
+    numbers and float32 products are exact enough. Where there are fewer rows than half the inputs
+    (``thin``) the rows themselves are kept and no (m, m) matrix is formed.
 
     With ``targets`` (rows of the original outputs) the cross moment is streamed as well.
     Source: shifted data algorithm; Chan, Golub, LeVeque, The American Statistician 37 (1983).
     """
 
-    CHUNK = 2048
+    CHUNK = 6144
+    """Rows of one product: each costs a pass over the (m, m) sum, too."""
 
     def __init__(self, layer: Layer, expected: int) -> None:
         self.layer = layer
         self.thin = 2 * expected < layer.m
         self._count = 0
         self._sums: _Sums | None = None
-        self._rows: list[Rows] = []
-        self._targets: list[Rows] = []
-        self._waiting = 0
+        self._rows = np.empty((max(1, min(expected, self.CHUNK)), layer.m), np.float32)
+        self._targets: Rows | None = None
 
     def add(self, rows: Rows, targets: Rows | None = None) -> None:
         """Take rows (k, m) and, for asymmetric reconstruction, the outputs (k, n) they should give."""
-        self._rows.append(rows)
-        if targets is not None:
-            self._targets.append(targets)
-        self._waiting += len(rows)
-        if self._waiting >= self.CHUNK and not self.thin:
-            self._merge()
+        if targets is not None and self._targets is None:
+            self._targets = np.empty((len(self._rows), targets.shape[1]), np.float32)
+        taken = 0
+        while taken < len(rows):
+            if self._count == len(self._rows):
+                self._merge()
+            here = slice(taken, taken + len(self._rows) - self._count)
+            there = slice(self._count, self._count + len(rows[here]))
+            self._rows[there] = rows[here]
+            if targets is not None and self._targets is not None:
+                self._targets[there] = targets[here]
+            taken, self._count = taken + len(rows[here]), there.stop
+
+    def _waiting(self) -> tuple[Rows, Rows]:
+        rows = self._rows[: self._count]
+        return rows, self._targets[: self._count] if self._targets is not None else rows[:, :0]
 
     def _merge(self) -> None:
-        rows = np.concatenate(self._rows)
-        targets = np.concatenate(self._targets) if self._targets else np.zeros((len(rows), 0), np.float32)
+        rows, targets = self._waiting()
         if self._sums is None:
             self._sums = _Sums(rows, targets)
         self._sums.add(rows, targets)
-        self._rows, self._targets, self._waiting = [], [], 0
+        self._count = 0
 
     def result(self) -> Moments:
         """The moments of everything added; nothing may be added after."""
         if self.thin:
             return self._thin_result()
-        if self._rows:
+        if self._count:
             self._merge()
         if self._sums is None:
             m = self.layer.m
@@ -156,13 +173,12 @@ class MomentAccumulator:
         return self._sums.moments(self.layer.name)
 
     def _thin_result(self) -> Moments:
-        rows = np.concatenate(self._rows) if self._rows else np.zeros((0, self.layer.m), np.float32)
+        rows, targets = self._waiting()
         count = len(rows)
         mean = rows.mean(axis=0, dtype=np.float64) if count else np.zeros(self.layer.m)
         centred = rows - mean.astype(np.float32)
-        if not self._targets:
+        if self._targets is None:
             return Moments(self.layer.name, count, mean, rows=centred)
-        targets = np.concatenate(self._targets)
         output_mean = targets.mean(axis=0, dtype=np.float64)
         difference = targets - output_mean.astype(np.float32)
         return Moments(
@@ -180,26 +196,32 @@ class _Sums:
     """Sums of inputs and targets, and of their products, about fixed origins."""
 
     def __init__(self, rows: Rows, targets: Rows) -> None:
-        m, n = rows.shape[1], targets.shape[1]
         self.count = 0
         self.origin, self.target_origin = rows.mean(axis=0), targets.mean(axis=0)
-        self.sum, self.target_sum = np.zeros(m), np.zeros(n)
+        self.sum, self.target_sum = np.zeros(rows.shape[1]), np.zeros(targets.shape[1])
         # A few chunks in all: their float32 sum is as exact as the float32 products themselves.
-        self.second = np.zeros((m, m), np.float32)
-        self.cross, self.energy = np.zeros((n, m), np.float32), 0.0
+        self.second: Rows | None = None
+        self.cross, self.energy = np.zeros((targets.shape[1], rows.shape[1]), np.float32), 0.0
 
     def add(self, rows: Rows, targets: Rows) -> None:
-        shifted, target = rows - self.origin, targets - self.target_origin
+        """Add what ``rows`` and ``targets`` hold; both are overwritten."""
+        rows -= self.origin
+        targets -= self.target_origin
         self.count += len(rows)
-        self.sum += shifted.sum(axis=0, dtype=np.float64)
-        self.second += shifted.T @ shifted
-        self.target_sum += target.sum(axis=0, dtype=np.float64)
-        self.cross += target.T @ shifted
-        self.energy += float(np.sum(target.astype(np.float64) ** 2))
+        self.sum += rows.sum(axis=0, dtype=np.float64)
+        product = rows.T @ rows
+        if self.second is None:
+            self.second = product
+        else:
+            self.second += product
+        self.target_sum += targets.sum(axis=0, dtype=np.float64)
+        self.cross += targets.T @ rows
+        self.energy += float(np.sum(targets.astype(np.float64) ** 2))
 
     def moments(self, name: str) -> Moments:
         shift, target_shift = self.sum / self.count, self.target_sum / self.count
         second = self.second  # in place: these are the largest arrays there are
+        assert second is not None
         second /= np.float32(self.count)
         second -= np.outer(shift.astype(np.float32), shift.astype(np.float32))
         mean = self.origin + shift
