@@ -56,8 +56,11 @@ def make_report(
         0 if fit_on is None else fit_on.count,
         "" if fit_on is None else fit_on.source,
         verification,
-        None if verification is None else _promise(run, plan, verification, bool(factors)),
+        None
+        if verification is None
+        else _promise(run, plan, verification, bool(factors) or run.int8 is not None),
         tuple(rows),
+        run.int8,
         tuple(run.warnings),
         dict(run.seconds),
         versions,

@@ -191,6 +191,7 @@ JSON_OPTION = click.option(
     metavar="top1|FILE.py:FUNCTION",
     help="The score of --max-drop; FUNCTION(outputs, labels) gives one number, more is better.",
 )
+@click.option("--int8", is_flag=True, help="Then have ONNX Runtime quantise the layers that bear it.")
 @click.option("--forms", callback=_forms, metavar="LIST", help=f"Use only these forms, of {','.join(KINDS)}.")
 @click.option("--include", callback=_pattern, metavar="REGEX", help="Work on the layers so named only.")
 @click.option("--exclude", callback=_pattern, metavar="REGEX", help="Leave the layers so named as they are.")

@@ -20,6 +20,7 @@ from onnx_lrsd.calibrate import Calibration, WeightOf, calibrate, input_shapes, 
 from onnx_lrsd.curves import error_curves
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.errors import BudgetError, DataError, UnsupportedModelError
+from onnx_lrsd.int8 import INT8, LOW_RANK, Int8Fit
 from onnx_lrsd.model import Model, check, load, save
 from onnx_lrsd.passes import find_layers, read_weight
 from onnx_lrsd.planner import Fit, Forms, Planner
@@ -87,6 +88,8 @@ def optimize(
         settings = replace(settings, max_error=0.01)
     if settings.max_drop is not None and evaluation is None:
         raise DataError("A drop of the score is measured on labelled samples: give them with --eval.")
+    if settings.int8 and calibration is None:
+        raise DataError("Int8 takes the ranges of activations from samples: give them with --calib.")
     run = Run(settings, progress)
     with run.clock("load"):
         source = load(model)
@@ -104,7 +107,7 @@ def optimize(
             if fit_on is not None:
                 planner.weigh(partial(_sensitivities, run, source, known, weight_of))
     known = replace(known, moments={})  # the fit takes moments of its own; these may be large
-    fit = partial(
+    fit: Fit = partial(
         reconstruct,
         source,
         known.layers,
@@ -113,6 +116,8 @@ def optimize(
         device=settings.device,
         progress=progress,
     )
+    if settings.int8:
+        fit = Int8Fit(run, source, fit, known.samples)
     if plan is None:
         with run.clock("plan"):
             candidates, check_on = _choose(run, planner, fit, check_on)
@@ -124,7 +129,7 @@ def optimize(
         with run.clock("decompose"):
             rewritten, factors = fit(forms=forms)
         with run.clock("verify"):
-            rewritten, factors, verification = _verify(run, source, rewritten, factors, check_on)
+            rewritten, factors, verification = _verify(run, source, fit, rewritten, factors, check_on)
         if _confirmed(run, verification):
             break
     if plan is None:
@@ -232,16 +237,24 @@ def _confirmed(run: Run, found: Verification) -> bool:
 
 
 def _verify(
-    run: Run, source: Model, rewritten: Model, factors: dict[str, Factors], check_on: Samples
+    run: Run, source: Model, fit: Fit, rewritten: Model, factors: dict[str, Factors], check_on: Samples
 ) -> tuple[Model, dict[str, Factors], Verification]:
     """The result, its factors and what was measured; the original where the result is not better."""
     check(rewritten, source)
     metric = None if run.options.max_drop is None else run.options.metric
     found = compare(source, rewritten, check_on, metric=metric, progress=run.progress)
+    if isinstance(fit, Int8Fit):
+        kept, rewritten, found, run.int8 = fit.fastest(found, check_on)
+        if kept == INT8:
+            run.warnings.append("Int8 alone is faster than with low rank: it is handed back alone.")
+            run.reasons.update(dict.fromkeys(factors, "int8 alone is faster"))
+            factors = {}
+        elif kept == LOW_RANK:
+            run.warnings.append("Int8 is not faster on this machine: it was left out.")
     if _worse(found):
         run.warnings.append("The rewritten model was not better as a whole: the original is handed back.")
         run.reasons.update(dict.fromkeys(factors, "the whole model was not better for it"))
-        rewritten, factors = source, {}
+        rewritten, factors, run.int8 = source, {}, None
         found = compare(source, source, check_on, metric=metric)
     worst = max((output.relative_error for output in found.outputs), default=0.0)
     ratio = run.options.ratio

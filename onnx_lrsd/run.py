@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from onnx_lrsd.allocate import COSTS
 from onnx_lrsd.targets import TARGETS, Target
-from onnx_lrsd.types import Progress, Score
+from onnx_lrsd.types import Int8, Progress, Score
 
 NO_FORM = "no smaller form is predicted to be faster"
 OUT_OF_REACH = "the budget is out of reach"
@@ -23,7 +23,8 @@ class Options:
     ``ratio``: how many times cheaper the whole model gets, in the unit of ``cost``. ``max_error``:
     the relative squared error of the model's outputs that may be reached; .01 where none is given.
     ``max_drop``: by how many points (hundredths) the score of ``metric`` on labelled evaluation samples
-    may fall: 'top1', or a function of the outputs by name and the labels. ``include`` and ``exclude``
+    may fall: 'top1', or a function of the outputs by name and the labels. ``int8``: have ONNX Runtime
+    quantise the result where its layers bear it. ``include`` and ``exclude``
     are regular expressions over the names of nodes.
     """
 
@@ -33,6 +34,7 @@ class Options:
     max_error: float | None = None
     max_drop: float | None = None
     metric: str | Score = "top1"
+    int8: bool = False
     forms: tuple[str, ...] | None = None
     include: str | None = None
     exclude: str | None = None
@@ -57,6 +59,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    int8: Int8 | None = None
 
     @property
     def target(self) -> Target:
@@ -65,7 +68,8 @@ class Run:
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
-        """Add the seconds that the block takes to those of ``stage``."""
-        start = time.perf_counter()
+        """Add the seconds that the block takes to those of ``stage``, less those of stages inside it."""
+        start, before = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        inside = sum(self.seconds.values()) - before
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - inside

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +24,8 @@ from onnx_lrsd.types import InputSpec
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
+WARNINGS, ERRORS_ONLY, FATAL_ONLY = 2, 3, 4
+"""ONNX Runtime's levels of logging; the first is its own default."""
 SHARED_BYTES = 1 << 20
 """Weights from this size on are handed over in memory: protobuf ends at 2 GB, and copies cost."""
 SHARED_TYPES = frozenset(
@@ -35,6 +40,33 @@ def onnxruntime() -> ModuleType:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise DeviceError("ONNX Runtime is not installed: pip install onnx-lrsd[cpu] (or [gpu]).") from error
+
+
+@contextmanager
+def quantization() -> Iterator[ModuleType]:
+    """ONNX Runtime's quantiser, its warnings to developers kept from the user while it works."""
+    ort, level = onnxruntime(), logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    ort.set_default_logger_severity(ERRORS_ONLY)
+    try:
+        yield importlib.import_module("onnxruntime.quantization")
+    finally:
+        ort.set_default_logger_severity(WARNINGS)
+        logging.disable(level)
+
+
+def simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """``proto``, all of it in memory, after ONNX Runtime's basic optimisations.
+
+    Constants are folded, BatchNormalization goes into its Conv, Identity is gone; all operators are ONNX's.
+    """
+    ort = onnxruntime()
+    options = _options(ort)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "model.onnx")
+        _start(ort, proto, {}, options, _providers(ort, "cpu"))
+        return onnx.load(options.optimized_model_filepath)
 
 
 class Session:
@@ -105,7 +137,7 @@ def _options(
     optimise: bool = True,
 ) -> Any:
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # its errors reach the user as one sentence, not as log lines
+    options.log_severity_level = FATAL_ONLY  # its errors reach the user as one sentence, not as log lines
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads is not None:

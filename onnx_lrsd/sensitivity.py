@@ -53,14 +53,14 @@ def sensitivities(
     wanted = max(FEWEST, min(MOST_SAMPLES, RUNS * samples.count // max(len(chosen), 1)))
     if samples.count >= wanted + 2 * samples.smallest_batch:
         samples = samples.split(wanted, 0)[1]
-    before = _outputs(model, samples)
+    before = final_outputs(model, samples)
     found = {}
     for done, layer in enumerate(chosen):
         problem = pose(layer, *weight_of(layer), moments.get(layer.name), device)
         factors = decompose(problem, forms[layer.name], effort="brief")
         graph = model.graph()
         split(graph, layer, factors)
-        moved = _moved(before, _outputs(model.splice(graph), samples))
+        moved = movement(before, final_outputs(model.splice(graph), samples))
         if factors.error > 0 and moved > 0:
             found[layer.name] = moved / factors.error
         if progress is not None:
@@ -69,7 +69,8 @@ def sensitivities(
     return {name: min(max(value, LEAST * middle), MOST * middle) for name, value in found.items()}
 
 
-def _moved(before: Sequence[Sequence[Values]], after: Sequence[Sequence[Values]]) -> float:
+def movement(before: Sequence[Sequence[Values]], after: Sequence[Sequence[Values]]) -> float:
+    """Squared change of what ``final_outputs`` gives, relative to its variance; outputs add up."""
     total = 0.0
     for old_batches, new_batches in zip(before, after, strict=True):
         error = Divergence()
@@ -79,8 +80,8 @@ def _moved(before: Sequence[Sequence[Values]], after: Sequence[Sequence[Values]]
     return total
 
 
-def _outputs(model: Model, samples: Samples) -> list[list[Values]]:
-    """Floating outputs of the model, each a list of batches."""
+def final_outputs(model: Model, samples: Samples) -> list[list[Values]]:
+    """Floating outputs of the model, each a list of batches; scores of classes as centred logits."""
     session = open_session(model.proto, folder=model.folder)
     found: list[list[Values]] = [[] for _ in session.outputs]
     for feed in samples.batches(batch_to_run(samples)):

@@ -307,6 +307,20 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class Int8:
+    """What quantisation did: ``kept`` names the one of ``steps`` that is the result.
+
+    ``nodes`` are int8 in it; ``left`` are Conv, Gemm and MatMul that stay in float, by name, with the
+    relative error of the outputs were that one int8. ``steps``: low rank alone, int8 alone, both.
+    """
+
+    kept: str
+    nodes: int
+    left: Mapping[str, float]
+    steps: Mapping[str, Verification]
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything the tool says about one run: schema 1 of the JSON, the table, nothing else."""
 
@@ -319,6 +333,7 @@ class Report:
     verification: Verification | None
     promise: Promise | None
     layers: tuple[LayerReport, ...]
+    int8: Int8 | None = None
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -67,6 +67,7 @@ REPORT = Report(
     VERIFIED,
     Promise("ratio", 2.0, 1.9999995, False),
     (SPLIT, LEFT),
+    None,
     ("Careful.",),
     {"load": 0.5, "verify": 1.0},
     {"onnx-lrsd": "0.1.0"},
@@ -94,7 +95,7 @@ plans = st.builds(
 
 KEYS = (
     *("schema", "tool", "model", "target", "cost", "calibration", "before", "after", "ratio", "outputs"),
-    *("metric", "promise", "layers", "warnings", "seconds"),
+    *("metric", "promise", "int8", "layers", "warnings", "seconds"),
 )
 LAYER_KEYS = (
     *(

@@ -24,6 +24,7 @@ from onnx_lrsd.types import (
     Cost,
     Form,
     Inspection,
+    Int8,
     Layer,
     LayerReport,
     Pattern,
@@ -54,6 +55,7 @@ def report_to_json(report: Report) -> str:
         **(_sides(found) if found else {"before": None, "after": None, "ratio": None, "outputs": []}),
         "metric": _metric(found),
         "promise": None if report.promise is None else asdict(report.promise),
+        "int8": None if report.int8 is None else _int8(report.int8),
         "layers": [_layer(layer) for layer in report.layers],
         "warnings": list(report.warnings),
         "seconds": {stage: report.seconds.get(stage, 0.0) for stage in STAGES} | dict(report.seconds),
@@ -201,6 +203,15 @@ def _sides(found: Verification) -> Json:
     ratio["latency"] = {"median": found.latency_ratio, "interval": interval}
     outputs = [asdict(output) for output in found.outputs]
     return {"before": _cost(before), "after": _cost(after), "ratio": ratio, "outputs": outputs}
+
+
+def _int8(int8: Int8) -> Json:
+    return {
+        "kept": int8.kept,
+        "nodes": int8.nodes,
+        "left": [{"name": name, "error": error} for name, error in int8.left.items()],
+        "steps": {name: _sides(step) | {"metric": _metric(step)} for name, step in int8.steps.items()},
+    }
 
 
 def _metric(found: Verification | None) -> Json | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from onnx_lrsd.types import DENSE, Inspection, LayerReport, Metric, Promise, Report, Verification
+from onnx_lrsd.types import DENSE, Inspection, Int8, LayerReport, Metric, Promise, Report, Verification
 
 WIDTH = 100
 NAMES = 3
@@ -39,6 +39,8 @@ def report_table(report: Report, *, colour: bool = False, every: bool = False) -
         parts.append(_facts(report.verification, ink, report.promise, report.cost))
     else:
         parts.append("A plan only: nothing was rewritten or measured.")
+    if report.int8 is not None:
+        parts.append(_int8(report.int8, ink))
     split = [layer for layer in report.layers if layer.form != DENSE]
     left = [layer for layer in report.layers if layer.form == DENSE]
     if split:
@@ -148,6 +150,25 @@ def _facts(found: Verification, ink: _Ink, promise: Promise | None, cost: str) -
     if promise is not None:
         parts.append(ink.verdict(_promise(promise, cost), promise.kept))
     return "\n".join(parts)
+
+
+def _int8(int8: Int8, ink: _Ink) -> str:
+    """What either step does alone, and which layers stay in float."""
+    rows: list[Row] = []
+    for name, step in int8.steps.items():
+        worst = max((output.relative_error for output in step.outputs), default=0.0)
+        latency = "" if step.latency_ratio is None else f"{_down(step.latency_ratio):.2f} x"
+        score = "" if step.metric is None else f"{100 * step.metric.after:.2f} %"
+        rows.append((name, latency, _times(step.before.bytes, step.after.bytes), _percent(worst), score))
+    metric = next((step.metric.name for step in int8.steps.values() if step.metric is not None), "")
+    lines = [_grid(("step", "latency", "size", "output error", metric), rows, "lrrrr", ink)]
+    said = f"{_plural(int8.nodes, 'node')} in int8"
+    if int8.left:
+        worst_first = sorted(int8.left, key=lambda name: -int8.left[name])
+        listed = ", ".join(f"{_shorten(n, 40)} ({_percent(int8.left[n])})" for n in worst_first[:NAMES])
+        more = f" and {len(int8.left) - NAMES} more" if len(int8.left) > NAMES else ""
+        said += f", {len(int8.left)} in float for the output error of each in int8: {listed}{more}"
+    return "\n".join([*lines, _paragraph(said)])
 
 
 def _metric(metric: Metric) -> Row:

@@ -1,0 +1,212 @@
+"""Int8 after the rewrite: ONNX Runtime's own static quantiser, kept off the layers that it would spoil.
+
+Weights become int8 per channel and activations uint8 per tensor, by QuantizeLinear and DequantizeLinear
+around the nodes (QDQ). Which layers bear it is measured as sensitivities are: each is quantised alone, and
+the final outputs are compared; those that lose most for the work they save stay in float.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+from onnx.external_data_helper import load_external_data_for_model
+
+from onnx_lrsd.dataset import Samples
+from onnx_lrsd.errors import LrsdError, ModelError
+from onnx_lrsd.model import PROTOBUF_LIMIT, Model, model_bytes
+from onnx_lrsd.passes import compute_tensors, macs
+from onnx_lrsd.runtime import Feed, quantization, shapes, simplified
+from onnx_lrsd.sensitivity import final_outputs, movement
+from onnx_lrsd.types import Progress
+from onnx_lrsd.verify import batch_to_run
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+QUANTISED = (*WEIGHTED, "Relu", "Clip", "MaxPool")
+"""What stands between convolutions and takes int8 as it is goes with them."""
+OPSET = 13
+"""The first with scales per channel."""
+RANGE_SAMPLES, ERROR_SAMPLES = 128, 16
+"""Samples, at most, that ranges are taken from, and others that errors are measured on."""
+
+
+class Quantised(NamedTuple):
+    """A quantised model: how many Conv, Gemm and MatMul are int8 in it, and the ones that stay in float.
+
+    ``left`` is by node name: the relative error of the outputs with that node alone in int8. ``error`` is
+    that of the whole, measured on calibration samples that gave no ranges.
+    """
+
+    model: Model
+    nodes: int
+    left: dict[str, float]
+    error: float
+
+
+def quantise(
+    model: Model, samples: Samples, tolerance: float, *, progress: Progress | None = None
+) -> Quantised:
+    """Make ``model`` int8 where its outputs move by at most ``tolerance``, relative to their variance.
+
+    ``tolerance`` is what int8 may add, whatever the model lost before. With no layer that bears it the
+    model comes back as it is. Raises ModelError where ONNX Runtime's quantiser does not take the model.
+    """
+    ready = _ready(model)
+    measured_on = min(ERROR_SAMPLES, samples.count // 4)
+    ranged, measured = samples, samples
+    if measured_on >= samples.smallest_batch:
+        ranged, measured = samples.split(measured_on, 0)
+    ranges = _ranges(ready, ranged.take(range(min(ranged.count, RANGE_SAMPLES))))
+    layers = _weighted(ready)
+    before = final_outputs(Model(ready), measured)
+
+    def error(proto: onnx.ModelProto) -> float:
+        return movement(before, final_outputs(Model(proto), measured))
+
+    whole = _quantised(ready, ranges, layers)
+    lost = error(whole)
+    if lost <= tolerance:
+        return Quantised(_finished(whole, model), len(layers), {}, lost)
+    alone = {}
+    for done, name in enumerate(layers):
+        alone[name] = error(_quantised(ready, ranges, [name]))
+        if progress is not None:
+            progress("int8", done + 1, len(layers))
+    work = _work(ready, next(iter(samples.batches(1))))
+    worst_first = sorted(layers, key=lambda name: -alone[name] / max(work[name], 1))
+    fewest, most = 1, len(layers)  # left in float
+    best, best_lost = None, 0.0
+    while fewest < most:
+        middle = (fewest + most) // 2
+        proto = _quantised(ready, ranges, worst_first[middle:])
+        lost = error(proto)
+        if lost <= tolerance:
+            most, best, best_lost = middle, proto, lost
+        else:
+            fewest = middle + 1
+    left = {name: alone[name] for name in worst_first[:most]}
+    if best is None:
+        return Quantised(model, 0, left, 0.0)
+    return Quantised(_finished(best, model), len(layers) - len(left), left, best_lost)
+
+
+def _ready(model: Model) -> onnx.ModelProto:
+    """A copy that the quantiser takes: simplified, every node named, the opset new enough."""
+    if model_bytes(model) > PROTOBUF_LIMIT:
+        raise ModelError("ONNX Runtime quantises models below 2 GB: leave out --int8 for this one.")
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.proto.graph.node):
+        raise ModelError("The model is quantised already: leave out --int8.")
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    if model.folder is not None:
+        load_external_data_for_model(proto, str(model.folder))
+    opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=0)
+    if opset < OPSET:
+        try:
+            proto = onnx.version_converter.convert_version(proto, OPSET)
+        except Exception as error:  # the converter raises RuntimeError and more for what it does not know
+            raise ModelError(
+                f"Int8 needs opset {OPSET} and the model, of opset {opset}, cannot be converted: "
+                "export it anew, or leave out --int8."
+            ) from error
+    proto = simplified(proto)
+    taken = {node.name for node in proto.graph.node}
+    for index, node in enumerate(proto.graph.node):
+        if not node.name:
+            node.name = next(
+                name for name in (node.output[0], f"{node.output[0]}_{index}") if name not in taken
+            )
+            taken.add(node.name)
+    return onnx.shape_inference.infer_shapes(proto)
+
+
+def _weighted(proto: onnx.ModelProto) -> list[str]:
+    """Names of the nodes with a constant weight."""
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    return [n.name for n in proto.graph.node if n.op_type in WEIGHTED and n.input[1] in constants]
+
+
+def _work(proto: onnx.ModelProto, feed: Feed) -> dict[str, int]:
+    """MACs by node name."""
+    counted = macs(proto, shapes(proto, feed, compute_tensors(proto)))
+    return {node.name: counted.get(node.output[0], 0) for node in proto.graph.node if node.output}
+
+
+class _Reader:
+    """Feeds, one after the other, as ONNX Runtime's calibrators ask for them."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._feeds = samples.batches(batch_to_run(samples))
+
+    def get_next(self) -> Feed | None:
+        return next(self._feeds, None)
+
+
+def _ranges(proto: onnx.ModelProto, samples: Samples) -> Any:
+    """Least and greatest value of every tensor over the samples, as the quantiser wants them."""
+    with quantization() as ort, tempfile.TemporaryDirectory() as folder:
+        source, augmented = (str(Path(folder) / name) for name in ("model.onnx", "augmented.onnx"))
+        onnx.save(proto, source)
+        try:
+            calibrator = ort.create_calibrator(
+                source,
+                list(QUANTISED),
+                augmented_model_path=augmented,
+                calibrate_method=ort.CalibrationMethod.MinMax,
+            )
+            calibrator.collect_data(_Reader(samples))
+            return calibrator.compute_data()
+        except Exception as error:  # it raises what its parts raise
+            raise _refusal(error) from error
+
+
+def _quantised(proto: onnx.ModelProto, ranges: Any, layers: Collection[str]) -> onnx.ModelProto:
+    """``proto`` with these of its weighted nodes in int8, and what lies between them."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    products = [n.name for n in proto.graph.node if n.op_type in WEIGHTED and n.name not in set(layers)]
+    with quantization() as ort:
+        try:
+            quantiser = ort.QDQQuantizer(
+                copy,
+                True,  # per channel
+                False,  # the whole range of int8
+                ort.QuantType.QInt8,
+                ort.QuantType.QUInt8,
+                ranges,
+                [],
+                products,
+                list(QUANTISED),
+                {},
+            )
+            quantiser.quantize_model()
+            quantiser.model.clean_initializers()
+            quantiser.model.topological_sort()
+        except Exception as error:  # it raises what its parts raise
+            raise _refusal(error) from error
+        found: onnx.ModelProto = quantiser.model.model
+        return found
+
+
+def _refusal(error: Exception) -> LrsdError:
+    said = " ".join(str(error).split())[:200]
+    return ModelError(f"ONNX Runtime cannot quantise the model ({said}): leave out --int8.")
+
+
+def _finished(proto: onnx.ModelProto, model: Model) -> Model:
+    """The quantised model with everything the original says about itself."""
+    for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        setattr(proto, field, getattr(model.proto, field))
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(model.proto.metadata_props)
+    proto.graph.doc_string = model.proto.graph.doc_string
+    for ends, originals in (
+        (proto.graph.input, model.proto.graph.input),
+        (proto.graph.output, model.proto.graph.output),
+    ):
+        del ends[:]
+        ends.extend(originals)
+    return Model(proto, model.path, model.external)

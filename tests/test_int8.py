@@ -1,0 +1,138 @@
+"""Int8 goes where the layers bear it, behind a rewrite, and only where it is faster."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+import onnx_lrsd
+from onnx_lrsd.cli import main
+from onnx_lrsd.dataset import Samples
+from onnx_lrsd.errors import DataError, ModelError
+from onnx_lrsd.model import Model, check, load
+from onnx_lrsd.quantise import quantise
+from onnx_lrsd.report import report_table, report_to_json
+from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.types import Verification
+from onnx_lrsd.verify import compare
+
+MODELS = Path(__file__).parents[1] / "models"
+MODEL, CALIB, EVAL = (MODELS / name for name in ("digits.onnx", "digits_calib.npz", "digits_eval.npz"))
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+
+
+def samples_of(model: Model, path: Path) -> Samples:
+    return onnx_lrsd.read_samples(path, inputs_of(model.proto))
+
+
+def quantised_nodes(model: Model) -> int:
+    """Counted apart from the tool: weighted nodes whose weight comes out of a DequantizeLinear."""
+    made = {output: node.op_type for node in model.proto.graph.node for output in node.output}
+    return sum(
+        node.op_type in WEIGHTED and made.get(node.input[1]) == "DequantizeLinear"
+        for node in model.proto.graph.node
+    )
+
+
+def test_within_a_wide_tolerance_every_layer_is_int8_and_the_file_a_quarter() -> None:
+    model = load(MODEL)
+    found = quantise(model, samples_of(model, CALIB), tolerance=0.5)
+    weighted = sum(node.op_type in WEIGHTED for node in model.proto.graph.node)
+    assert not found.left and found.nodes == weighted == quantised_nodes(found.model)
+    check(found.model, model)
+    measured = compare(model, found.model, samples_of(model, EVAL), latency=False)
+    assert measured.before.bytes > 3.5 * measured.after.bytes
+    assert measured.after.macs == measured.before.macs
+    assert measured.outputs[0].relative_error < 0.01
+    for field in ("producer_name", "doc_string", "metadata_props"):
+        assert getattr(found.model.proto, field) == getattr(model.proto, field)
+    assert found.model.proto.graph.input == model.proto.graph.input
+
+
+def test_a_narrow_tolerance_keeps_in_float_what_would_break_it() -> None:
+    model = load(MODEL)
+    samples = samples_of(model, CALIB)
+    whole = quantise(model, samples, tolerance=1.0)
+    some = quantise(model, samples, tolerance=whole.error / 4)
+    assert some.left and 0 < some.nodes < whole.nodes
+    assert some.error <= whole.error / 4
+    assert quantised_nodes(some.model) == some.nodes == whole.nodes - len(some.left)
+    assert some.left.keys() <= {node.name or node.output[0] for node in model.proto.graph.node}
+    none = quantise(model, samples, tolerance=0.0)
+    assert none.nodes == 0 and none.model is model
+
+
+def test_an_old_opset_is_raised_and_batch_normalisation_folded() -> None:
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.standard_normal((8, 4, 3, 3)),
+        **{name: rng.random(8) + 0.5 for name in ("scale", "shift", "mean", "var")},
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+            helper.make_node("BatchNormalization", ["c", "scale", "shift", "mean", "var"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 8, 8, 8])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
+    )
+    opset = [helper.make_opsetid("", 10)]
+    model = load(helper.make_model(graph, opset_imports=opset, ir_version=5))
+    x = {"x": rng.standard_normal((40, 4, 8, 8)).astype(np.float32)}
+    found = quantise(model, onnx_lrsd.read_samples(x, inputs_of(model.proto)), tolerance=0.1)
+    assert found.nodes == 1 and found.error < 0.01
+    assert not any(node.op_type == "BatchNormalization" for node in found.model.proto.graph.node)
+    with pytest.raises(ModelError, match="quantised already"):
+        quantise(found.model, onnx_lrsd.read_samples(x, inputs_of(model.proto)), tolerance=0.1)
+
+
+def test_the_report_names_the_share_of_each_step_and_the_fastest_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    speeds = iter((2.0, 3.0, 1.5))  # of both, int8 alone, low rank alone
+
+    def timed(before: Model, after: Model, samples: Samples, **options: object) -> Verification:
+        speed = next(speeds)
+        found = compare(before, after, samples, latency=False)
+        return replace(found, latency_ratio=speed, latency_interval=(speed, speed))
+
+    for module in ("onnx_lrsd.optimize", "onnx_lrsd.int8"):
+        monkeypatch.setattr(sys.modules[module], "compare", timed)
+    result = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, ratio=1.5, int8=True, samples=80)
+    int8 = result.report.int8
+    assert int8 is not None and set(int8.steps) == {"both", "int8", "low rank"}
+    assert int8.kept == "int8" and "handed back alone" in result.report.warnings[-1]
+    assert result.report.promise is not None and not result.report.promise.kept
+    assert all(layer.form == "dense" for layer in result.report.layers)
+    assert quantised_nodes(result.model) == int8.nodes
+    assert (
+        json.loads(report_to_json(result.report))["int8"]["steps"]["int8"]["ratio"]["latency"]["median"] == 3
+    )
+    assert "low rank" in report_table(result.report)
+
+
+def test_low_rank_and_int8_multiply_on_the_command_line(tmp_path: Path) -> None:
+    written = tmp_path / "out.onnx"
+    options = ["--calib", str(CALIB), "--eval", str(EVAL), "--ratio", "2", "--int8", "-o", str(written)]
+    done = CliRunner().invoke(main, ["optimize", str(MODEL), *options, "--json", str(tmp_path / "r.json")])
+    assert done.exit_code in (0, 3), done.output
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["int8"]["kept"] in ("both", "int8") and report["seconds"]["int8"] > 0
+    assert report["ratio"]["bytes"] > 3.5
+    assert report["metric"]["after"] > report["metric"]["before"] - 0.02
+    onnx.checker.check_model(str(written), full_check=True)
+
+
+def test_int8_without_samples_is_refused_with_the_remedy() -> None:
+    with pytest.raises(DataError, match="give them with --calib"):
+        onnx_lrsd.optimize(MODEL, int8=True)
