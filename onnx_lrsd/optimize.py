@@ -251,7 +251,7 @@ def _verify(
             factors = {}
         elif kept == LOW_RANK:
             run.warnings.append("Int8 is not faster on this machine: it was left out.")
-    if _worse(found):
+    if rewritten is not source and _worse(found):
         run.warnings.append("The rewritten model was not better as a whole: the original is handed back.")
         run.reasons.update(dict.fromkeys(factors, "the whole model was not better for it"))
         rewritten, factors, run.int8 = source, {}, None
