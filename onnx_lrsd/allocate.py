@@ -86,7 +86,7 @@ def allocate(
         whole = rest + sum(cost(hull[0]) for hull in hulls.values())
         raise BudgetError(
             f"The model can be made at most {_floor(whole / max(total, 1e-12))} times cheaper within what "
-            "its layers bear; ask for that or less, or widen --include or --forms."
+            "its layers bear: ask for that or less (--include, --exclude and --forms narrow what may change)."
         )
     return spend(curves, chosen, budget - total, cost, weights)
 

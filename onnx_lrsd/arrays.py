@@ -81,7 +81,7 @@ def kth_largest(values: Array, k: int) -> Array:
 def from_numpy(values: np.ndarray, like: Array) -> Array:
     """``values`` in the namespace, precision and device of ``like``."""
     xp = namespace(like)
-    return xp.asarray(values.astype(str(like.dtype).rpartition(".")[2]), **_where(like))
+    return xp.asarray(values.astype(str(like.dtype).rpartition(".")[2], copy=False), **_where(like))
 
 
 def indices(values: np.ndarray, like: Array) -> Array:

@@ -8,7 +8,7 @@ NumPy needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -125,23 +125,31 @@ def calibrate(
 
 
 def recalibrate(
-    model: Model, layers: Sequence[Layer], reference: Calibration, weight_of: WeightOf
-) -> dict[str, Moments]:
+    model: Model,
+    layers: Sequence[Layer],
+    reference: Calibration,
+    weight_of: WeightOf,
+    paired: Collection[str] = (),
+) -> tuple[dict[str, Moments], dict[str, tuple[Rows, Rows]]]:
     """Moments of the inputs that the rewritten ``model`` feeds to ``layers``, with the cross moment.
 
-    ``layers`` are as ``reference`` has them; what they should give are the original outputs.
+    ``layers`` are as ``reference`` has them; what they should give are the original outputs. For the
+    layers named in ``paired`` the rows of both come as well, (count, m) and (count, n).
     """
-    weights = {layer.name: _single(weight_of(layer)) for layer in layers if _keeps_inputs(layer)}
-    samples, done = reference.samples, dict.fromkeys((layer.name for layer in layers), 0)
+    samples, kept = reference.samples, dict(reference.kept)
+    done = dict.fromkeys((layer.name for layer in layers), 0)
+    for layer in layers:
+        if _keeps_inputs(layer):
+            rows = kept[layer.name]
+            outputs = np.empty((len(rows), layer.n), np.float32)
+            kept[layer.name] = _outputs(rows, _single(weight_of(layer)), outputs)
     accumulators = {layer.name: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in layers}
-    for layer, rows in _observe(model, layers, samples, reference.batch, reference.seed, {}):
+    into = {la.name: np.empty((len(kept[la.name]), la.m), np.float32) for la in layers if la.name in paired}
+    for layer, rows in _observe(model, layers, samples, reference.batch, reference.seed, into):
         start, stop = done[layer.name], done[layer.name] + len(rows)
-        wanted = reference.kept[layer.name][start:stop]
-        if layer.name in weights:
-            wanted = _outputs(wanted, weights[layer.name], np.empty((len(wanted), layer.n), np.float32))
-        accumulators[layer.name].add(rows, wanted)
+        accumulators[layer.name].add(rows, kept[layer.name][start:stop])
         done[layer.name] = stop
-    return _results(accumulators, samples)
+    return _results(accumulators, samples), {name: (rows, kept[name]) for name, rows in into.items()}
 
 
 def _stride(rows: int) -> int:

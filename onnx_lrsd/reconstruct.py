@@ -2,8 +2,8 @@
 
 A layer behind rewritten layers gets other inputs than in the original network. It is fitted to give
 the *original* outputs on those inputs (asymmetric reconstruction; Zhang, Zou, He, Sun, TPAMI 2016),
-so that errors do not pile up. Layers are taken in a bounded number of stages, with one run of the
-rewritten network before each.
+so that errors do not pile up; where a rectifier follows, what it cuts off need not be right. Layers
+are taken in a bounded number of stages, with one run of the rewritten network before each.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 
 from onnx_lrsd.calibrate import Calibration, WeightOf, recalibrate
 from onnx_lrsd.model import Model
-from onnx_lrsd.passes import split
+from onnx_lrsd.passes import rectifiers, split
 from onnx_lrsd.solver.decompose import decompose
+from onnx_lrsd.solver.moments import Rows
+from onnx_lrsd.solver.rectified import Rectified
 from onnx_lrsd.solver.whiten import pose
 from onnx_lrsd.types import Factors, Form, Layer, Moments, Progress
 
@@ -37,16 +39,19 @@ def reconstruct(
     """
     graph = model.graph()
     chosen = [layer for layer in layers if layer.name in forms]
+    limits = rectifiers(graph, [layer.name for layer in chosen])
     fitted: dict[str, Factors] = {}
     rewritten = model
     for stage in _stages(chosen):
-        moments: Mapping[str, Moments] = {}
+        moments, pairs = dict[str, Moments](), dict[str, tuple[Rows, Rows]]()
         if calibration is not None:
-            moments = recalibrate(rewritten, stage, calibration, weight_of)
+            behind = [layer.name for layer in stage if layer.name in limits]
+            moments, pairs = recalibrate(rewritten, stage, calibration, weight_of, behind)
         for layer in stage:
             weight, bias = weight_of(layer)
             problem = pose(layer, weight, bias, moments.get(layer.name), device)
-            fitted[layer.name] = decompose(problem, forms[layer.name])
+            seen = Rectified(*pairs[layer.name], *limits[layer.name]) if layer.name in pairs else None
+            fitted[layer.name] = decompose(problem, forms[layer.name], rectified=seen)
             split(graph, layer, fitted[layer.name])
             if progress is not None:
                 progress("decompose", len(fitted), len(chosen))

@@ -3,6 +3,16 @@
 from onnx_lrsd.passes.count import compute_tensors, macs, parameters
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.isolate import isolate
+from onnx_lrsd.passes.rectifiers import rectifiers
 from onnx_lrsd.passes.split import split
 
-__all__ = ["compute_tensors", "find_layers", "isolate", "macs", "parameters", "read_weight", "split"]
+__all__ = [
+    "compute_tensors",
+    "find_layers",
+    "isolate",
+    "macs",
+    "parameters",
+    "read_weight",
+    "rectifiers",
+    "split",
+]

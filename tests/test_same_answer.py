@@ -301,9 +301,12 @@ def test_calibration_repeats_to_the_bit_and_passes_over_what_nobody_asked_for() 
         assert np.array_equal(once.kept[layer.name], again.kept[layer.name])
         one, two = once.moments[layer.name].second, again.moments[layer.name].second
         assert one is not None and two is not None and np.array_equal(one, two)
-    second = recalibrate(model, once.layers, once, partial(read_weight, graph))
+    names = [layer.name for layer in layers]
+    second, pairs = recalibrate(model, once.layers, once, partial(read_weight, graph), names)
     for layer in once.layers:  # an unchanged network: cross moment = W times the second moment
-        found, (weight, _) = second[layer.name], read_weight(graph, layer)
+        found, (weight, bias) = second[layer.name], read_weight(graph, layer)
+        rows, outputs = pairs[layer.name]
+        np.testing.assert_allclose(outputs, rows @ weight.T + bias, atol=1e-3)
         assert found.count == len(once.kept[layer.name])
         assert found.second is not None and found.cross is not None
         np.testing.assert_allclose(found.cross, weight @ found.second, atol=1e-3)

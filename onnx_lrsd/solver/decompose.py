@@ -15,6 +15,7 @@ from onnx_lrsd.solver.layout import factor_kernels, group_metric, group_weight, 
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.parts import SharedFactors
 from onnx_lrsd.solver.pattern import check_pattern
+from onnx_lrsd.solver.rectified import Rectified, refine
 from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.solver.sparse import Elimination, best_channels, channel_gains, eliminate
 from onnx_lrsd.solver.whiten import Metric, Problem
@@ -22,15 +23,21 @@ from onnx_lrsd.types import CHANNEL, CHANNELS, DENSE, NONE, TUCKER, Array, Facto
 
 SWEEPS = {"brief": 0, "fast": 1, "standard": 4, "thorough": 8}
 """Alternating sweeps of a fit: the first gives most of the gain, the fourth half a percent."""
+RECTIFIED_FROM = 0.002
+"""Relative error from which a rectifier behind the layer is worth its time."""
 
 
 class _Parts(NamedTuple):
-    """V (r, A) and H (B, n, r) of the factors, S (n, m), each or None; ``converged``: the search rested."""
+    """V (r, A) and H (B, n, r) of the factors, S (n, m), each or None; ``converged``: the search rested.
+
+    ``shift`` (n,) is what the bias gains over the best one for the moments, if V and H do not aim at them.
+    """
 
     v: Array | None
     h: Array | None
     sparse: Array | None
     converged: bool = True
+    shift: Array | None = None
 
 
 def decompose(
@@ -40,8 +47,12 @@ def decompose(
     effort: str = "standard",
     seed: int = 0,
     resolvent: Resolvent | None = None,
+    rectified: Rectified | None = None,
 ) -> Factors:
     """Fit ``form`` to one layer; the error is recomputed in float64 from the factors themselves.
+
+    With ``rectified``, factors that stand alone and lose more than RECTIFIED_FROM are refined for what
+    the rectifier behind the layer lets pass; their error, that before it, is then above the least one.
 
     ``effort`` is 'brief', 'fast', 'standard' or 'thorough'; ``seed`` and ``resolvent`` (that of
     ``problem.metric``, to be shared between calls) concern forms whose S has free entries. Raises
@@ -65,7 +76,7 @@ def decompose(
         chosen = choose_channels(problem, form)
         parts, channels = _beside_channels(problem, form, chosen, SWEEPS[effort]), chosen.channels
     elif form.pattern == NONE:
-        parts = _Parts(*factors(layer, weight, problem.metric, form, SWEEPS[effort]), None)
+        parts = _alone(problem, form, SWEEPS[effort], rectified)
     else:
         h = resolvent or Resolvent(_formed(problem, form), weight, prod(layer.kernel))
         parts, channels = _beside_entries(problem, form, effort, seed, h), tuple(range(layer.channels))
@@ -79,27 +90,51 @@ def decompose(
         approximation = approximation + parts.sparse
         wide = np.reshape(to_numpy(parts.sparse), (layer.n, layer.channels, *layer.kernel))
         sparse = wide[:, list(channels)]
+    bias, error = problem.bias(approximation), problem.error(approximation)
+    if parts.shift is not None:
+        bias = bias + parts.shift
+        error += float(xp.sum(xp.square(parts.shift))) / problem.energy
     return Factors(
         form,
         tuple(to_numpy(kernel) for kernel in kernels),
-        to_numpy(problem.bias(approximation)),
+        to_numpy(bias),
         sparse,
         channels,
-        problem.error(approximation),
+        error,
         parts.converged and bool(xp.all(xp.isfinite(approximation))),
     )
 
 
-def factors(layer: Layer, weight: Array, metric: Metric, form: Form, sweeps: int) -> tuple[Array, Array]:
+def _alone(problem: Problem, form: Form, sweeps: int, rectified: Rectified | None) -> _Parts:
+    """Factors without S; refined for the rectifier behind the layer where they lose enough."""
+    layer, weight, metric = problem.layer, problem.weight, problem.metric
+    shared = None if form.kind == CHANNEL else prepare(layer, weight, metric, form.kind)
+    v, h = factors(layer, weight, metric, form, sweeps, shared)
+    error = problem.error(ungroup_weight(namespace(v).matmul(h, v)))
+    if rectified is None or error < RECTIFIED_FROM:
+        return _Parts(v, h, None)
+    shared = shared or prepare(layer, weight, metric, form.kind)
+    found = refine(problem, shared, v, h, rectified, form.outer)
+    return _Parts(found.v, found.h, None, shift=found.shift)
+
+
+def factors(
+    layer: Layer,
+    weight: Array,
+    metric: Metric,
+    form: Form,
+    sweeps: int,
+    shared: separable.Separable | None = None,
+) -> tuple[Array, Array]:
     """V (rank, A) and H (B, n, rank), float64, for ``weight`` (n, columns) in ``metric``.
 
-    The columns may be those of all channels or of some.
+    The columns may be those of all channels or of some. ``shared`` is what ``prepare`` gives for them.
     """
     if form.kind == CHANNEL:
         found = low_rank(weight, metric)
         return found.right[: form.rank], found.left[:, : form.rank][None]
     xp = namespace(weight)
-    shared = prepare(layer, weight, metric, form.kind)
+    shared = shared or prepare(layer, weight, metric, form.kind)
     v, h, _ = separable.fit(shared, form.rank, sweeps, outer=form.outer)
     return cast(v, xp.float64), cast(h, xp.float64)
 

@@ -1,0 +1,43 @@
+"""The rectifier behind a layer: Relu, or Clip with constant limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import inf
+
+import onnx_graphsurgeon as gs
+
+from onnx_lrsd.passes.lift_weights import constant_value
+
+
+def rectifiers(graph: gs.Graph, names: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """Limits of the rectifier that alone reads a tensor, for those of ``names`` that have one.
+
+    (0, inf) for Relu; what lies outside of the limits reaches no other node.
+    """
+    tensors, outputs = graph.tensors(), {id(output) for output in graph.outputs}
+    found = {}
+    for name in names:
+        tensor = tensors[name]
+        if len(tensor.outputs) == 1 and id(tensor) not in outputs:
+            limits = _limits(tensor.outputs[0])
+            if limits is not None:
+                found[name] = limits
+    return found
+
+
+def _limits(node: gs.Node) -> tuple[float, float] | None:
+    if node.op == "Relu":
+        return 0.0, inf
+    if node.op != "Clip":
+        return None
+    given = [node.attrs.get("min"), node.attrs.get("max")]  # before opset 11
+    for index, tensor in enumerate(node.inputs[1:3]):
+        if isinstance(tensor, gs.Variable) and not tensor.name:
+            continue
+        value = constant_value(tensor)
+        if value is None:
+            return None
+        given[index] = float(value)
+    low, high = given
+    return -inf if low is None else low, inf if high is None else high
