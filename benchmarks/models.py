@@ -1,11 +1,11 @@
 """Real models through the whole tool: MACs, latency and score before and after, beside simple baselines.
 
-    python benchmarks/models.py FOLDER... [--ratio R] [--samples N] [--baselines] [--json FILE]
+    python benchmarks/models.py FOLDER... [--ratio R] [--samples N] [--int8] [--baselines] [--json FILE]
 
 A FOLDER holds model.onnx, calib.npz, and eval.npz with the model's inputs and ``labels``; an about.json
 with {"score": "spearman"} marks sentence embeddings (rows 2i and 2i+1 are a pair). With --baselines,
 truncated SVD of the plain weights and of the whitened weights, each at one keep rate for all layers and
-the same MACs, are fitted and scored on the same samples.
+the same MACs, are fitted and scored on the same samples. With --int8, low rank and int8 alone have rows.
 """
 
 from __future__ import annotations
@@ -97,8 +97,10 @@ def baseline(source: Model, known: Calibration, samples: Samples, most_macs: flo
     return source.splice(graph)
 
 
-def run(folder: Path, ratio: float | None, count: int | None, with_baselines: bool) -> list[dict[str, Any]]:
-    """One row for the tool, and one for each baseline."""
+def run(
+    folder: Path, ratio: float | None, count: int | None, int8: bool, with_baselines: bool
+) -> list[dict[str, Any]]:
+    """One row for the tool, one for each step of int8, and one for each baseline."""
     about = folder / "about.json"
     kind = json.loads(about.read_text()).get("score", "top1") if about.exists() else "top1"
     source = load(folder / "model.onnx")
@@ -115,6 +117,7 @@ def run(folder: Path, ratio: float | None, count: int | None, with_baselines: bo
             output=folder / "out.onnx",
             ratio=ratio,
             samples=count,
+            int8=int8,
         )
     except LrsdError as error:
         return [{"model": folder.name, "method": "onnx-lrsd", "ratio": ratio, "says": str(error)}]
@@ -146,6 +149,23 @@ def run(folder: Path, ratio: float | None, count: int | None, with_baselines: bo
             "left": sum(layer.form == "dense" for layer in result.report.layers),
         }
     ]
+    if result.report.int8 is not None:
+        rows[0]["method"] += f" --int8: {result.report.int8.kept}"
+        for name, step in result.report.int8.steps.items():
+            rows.append(
+                {
+                    "model": folder.name,
+                    "method": f"{name} alone" if name != "both" else name,
+                    "ratio": ratio,
+                    "macs": step.before.macs / step.after.macs,
+                    "bytes": step.before.bytes / step.after.bytes,
+                    "latency": step.latency_ratio,
+                    "interval": step.latency_interval,
+                    "before": before,
+                    "after": step.metric.after if step.metric is not None else float("nan"),
+                    "output_error": max(o.relative_error for o in step.outputs),
+                }
+            )
     if with_baselines:
         calibration = read_samples(folder / "calib.npz", inputs_of(source.proto), limit=count)
         graph = source.graph()
@@ -179,6 +199,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--ratio", type=float)
     parser.add_argument("--samples", type=int)
+    parser.add_argument("--int8", action="store_true")
     parser.add_argument("--baselines", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -189,7 +210,7 @@ def main() -> None:
     print("| model | method | asked | MACs | latency (95 %) | score before | after | points | s | peak MB |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for folder in given.folders:
-        for row in run(folder, given.ratio, given.samples, given.baselines):
+        for row in run(folder, given.ratio, given.samples, given.int8, given.baselines):
             rows.append(row)
             print(line(row), flush=True)
     if given.json is not None:
