@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from onnx_lrsd.dataset import Samples
+from onnx_lrsd.errors import ModelError
 from onnx_lrsd.model import Model, check
 from onnx_lrsd.planner import Fit, Forms
 from onnx_lrsd.quantise import Quantised, quantise
@@ -33,7 +34,12 @@ class Int8Fit:
         return self.made.model, factors
 
     def _quantised(self, model: Model, progress: Progress | None) -> Quantised:
-        return quantise(model, self._samples, self._tolerance, progress=progress)
+        try:
+            return quantise(model, self._samples, self._tolerance, progress=progress)
+        except ModelError as error:  # the low rank is worth having all the same
+            if str(error) not in self._run.warnings:
+                self._run.warnings.append(str(error))
+            return Quantised(model, 0, {}, 0.0)
 
     def fastest(self, both: Verification, samples: Samples) -> tuple[str, Model, Verification, Int8]:
         """The fastest of the last fit, of its low rank alone and of int8 alone, and what was measured of it.
@@ -42,7 +48,7 @@ class Int8Fit:
         """
         run, made = self._run, {BOTH: self.made}
         models, found = {BOTH: self.made.model}, {BOTH: both}
-        if self.low_rank is not self._source:
+        if self.made.nodes and self.low_rank is not self._source:
             with run.clock("int8"):
                 made[INT8] = self._quantised(self._source, run.progress)
             check(made[INT8].model, self._source)

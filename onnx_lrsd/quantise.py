@@ -59,8 +59,10 @@ def quantise(
     ranged, measured = samples, samples
     if measured_on >= samples.smallest_batch:
         ranged, measured = samples.split(measured_on, 0)
-    ranges = _ranges(ready, ranged.take(range(min(ranged.count, RANGE_SAMPLES))))
     layers = _weighted(ready)
+    if not layers:
+        return Quantised(model, 0, {}, 0.0)
+    ranges = _ranges(ready, ranged.take(range(min(ranged.count, RANGE_SAMPLES))))
     before = final_outputs(Model(ready), measured)
 
     def error(proto: onnx.ModelProto) -> float:
@@ -124,8 +126,8 @@ def _ready(model: Model) -> onnx.ModelProto:
 
 
 def _weighted(proto: onnx.ModelProto) -> list[str]:
-    """Names of the nodes with a constant weight."""
-    constants = {tensor.name for tensor in proto.graph.initializer}
+    """Names of the nodes with a constant weight in float32."""
+    constants = {t.name for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
     return [n.name for n in proto.graph.node if n.op_type in WEIGHTED and n.input[1] in constants]
 
 

@@ -133,6 +133,19 @@ def test_low_rank_and_int8_multiply_on_the_command_line(tmp_path: Path) -> None:
     onnx.checker.check_model(str(written), full_check=True)
 
 
+def test_a_model_that_the_quantiser_refuses_keeps_its_low_rank_and_the_report_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*given: object, **options: object) -> None:
+        raise ModelError("ONNX Runtime cannot quantise the model (no): leave out --int8.")
+
+    monkeypatch.setattr(sys.modules["onnx_lrsd.int8"], "quantise", refuse)
+    result = onnx_lrsd.optimize(MODEL, CALIB, ratio=1.5, int8=True, samples=80)
+    assert "cannot quantise" in result.report.warnings[0] and quantised_nodes(result.model) == 0
+    assert result.report.int8 is not None and result.report.int8.nodes == 0
+    assert result.report.promise is not None and result.report.promise.got > 1.5
+
+
 def test_int8_without_samples_is_refused_with_the_remedy() -> None:
     with pytest.raises(DataError, match="give them with --calib"):
         onnx_lrsd.optimize(MODEL, int8=True)
