@@ -31,6 +31,10 @@ OPSET = 13
 """The first with scales per channel."""
 RANGE_SAMPLES, ERROR_SAMPLES = 128, 16
 """Samples, at most, that ranges are taken from, and others that errors are measured on."""
+GROUPS = 8
+"""Groups of samples, at least, that ranges are averaged over."""
+CLEARLY = 0.5
+"""Averaged ranges cut off what is rare: they must be so much better on the samples at hand."""
 
 
 class Quantised(NamedTuple):
@@ -62,14 +66,19 @@ def quantise(
     layers = _weighted(ready)
     if not layers:
         return Quantised(model, 0, {}, 0.0)
-    ranges = _ranges(ready, ranged.take(range(min(ranged.count, RANGE_SAMPLES))))
     before = final_outputs(Model(ready), measured)
 
     def error(proto: onnx.ModelProto) -> float:
         return movement(before, final_outputs(Model(proto), measured))
 
+    ranged = ranged.take(range(min(ranged.count, RANGE_SAMPLES)))
+    ranges = _ranges(ready, ranged, averaged=False)
     whole = _quantised(ready, ranges, layers)
     lost = error(whole)
+    robust = _ranges(ready, ranged, averaged=True)
+    other = _quantised(ready, robust, layers)
+    if (less := error(other)) < CLEARLY * lost:
+        ranges, whole, lost = robust, other, less
     if lost <= tolerance:
         return Quantised(_finished(whole, model), len(layers), {}, lost)
     alone = {}
@@ -140,15 +149,22 @@ def _work(proto: onnx.ModelProto, feed: Feed) -> dict[str, int]:
 class _Reader:
     """Feeds, one after the other, as ONNX Runtime's calibrators ask for them."""
 
-    def __init__(self, samples: Samples) -> None:
-        self._feeds = samples.batches(batch_to_run(samples))
+    def __init__(self, samples: Samples, size: int) -> None:
+        self._feeds = samples.batches(size)
 
     def get_next(self) -> Feed | None:
         return next(self._feeds, None)
 
 
-def _ranges(proto: onnx.ModelProto, samples: Samples) -> Any:
-    """Least and greatest value of every tensor over the samples, as the quantiser wants them."""
+def _ranges(proto: onnx.ModelProto, samples: Samples, averaged: bool) -> Any:
+    """Least and greatest value of every tensor, as the quantiser wants them.
+
+    Those of all samples, or ``averaged`` over groups of them, so that one odd sample does not set the scale
+    for all others.
+    """
+    size = batch_to_run(samples)
+    if averaged:
+        size = min(size, max(samples.count // GROUPS, 1))
     with quantization() as ort, tempfile.TemporaryDirectory() as folder:
         source, augmented = (str(Path(folder) / name) for name in ("model.onnx", "augmented.onnx"))
         onnx.save(proto, source)
@@ -158,8 +174,9 @@ def _ranges(proto: onnx.ModelProto, samples: Samples) -> Any:
                 list(QUANTISED),
                 augmented_model_path=augmented,
                 calibrate_method=ort.CalibrationMethod.MinMax,
+                extra_options={"moving_average": averaged},
             )
-            calibrator.collect_data(_Reader(samples))
+            calibrator.collect_data(_Reader(samples, size))
             return calibrator.compute_data()
         except Exception as error:  # it raises what its parts raise
             raise _refusal(error) from error

@@ -70,6 +70,18 @@ def test_a_narrow_tolerance_keeps_in_float_what_would_break_it() -> None:
     assert none.nodes == 0 and none.model is model
 
 
+def test_one_odd_sample_does_not_set_the_scale_for_all_others() -> None:
+    model = load(MODEL)
+    with np.load(CALIB) as stored:
+        images = stored["image"][:160].copy()
+    images[5] *= 30
+    samples = onnx_lrsd.read_samples({"image": images}, inputs_of(model.proto))
+    found = quantise(model, samples, tolerance=0.02)
+    assert not found.left
+    measured = compare(model, found.model, samples_of(model, EVAL), latency=False)
+    assert measured.outputs[0].relative_error < 0.02
+
+
 def test_an_old_opset_is_raised_and_batch_normalisation_folded() -> None:
     rng = np.random.default_rng(0)
     weights = {

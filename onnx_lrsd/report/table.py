@@ -46,7 +46,7 @@ def report_table(report: Report, *, colour: bool = False, every: bool = False) -
     if split:
         parts.append(_split_layers(split, ink, every))
     if left:
-        parts.append(_left_alone(left, sum(layer.macs_before for layer in report.layers), ink, every))
+        parts.append(_left_alone(left, _share_left(report, split), ink, every))
     parts += [_paragraph(f"Warning: {warning}") for warning in report.warnings]
     if report.seconds:
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
@@ -217,12 +217,19 @@ def _form(layer: LayerReport) -> str:
     return f"{layer.form}{rank}" + (f" + S {layer.nonzeros:,}" if layer.nonzeros else "")
 
 
-def _left_alone(layers: Sequence[LayerReport], whole: int, ink: _Ink, every: bool) -> str:
+def _share_left(report: Report, split: Sequence[LayerReport]) -> str:
+    """Of the model's MACs, those of its rewritten layers taken away; unknown before a run has counted."""
+    if report.verification is None:
+        return ""
+    whole = report.verification.before.macs
+    return f" ({_share(whole - sum(layer.macs_before for layer in split), whole)} of the MACs)"
+
+
+def _left_alone(layers: Sequence[LayerReport], share: str, ink: _Ink, every: bool) -> str:
     groups = defaultdict(list)
     for layer in layers:
         groups[layer.reason or "no reason given"].append(layer.name)
-    share = _share(sum(layer.macs_before for layer in layers), whole)
-    title = f"{_plural(len(layers), 'layer')} left as they are ({share} of the MACs of all layers):"
+    title = f"{_plural(len(layers), 'layer')} left as they are{share}:"
     return "\n".join([title, *_grouped(groups, every)])
 
 
