@@ -88,20 +88,18 @@ def quantise(
             progress("int8", done + 1, len(layers))
     work = _work(ready, next(iter(samples.batches(1))))
     worst_first = sorted(layers, key=lambda name: -alone[name] / max(work[name], 1))
-    fewest, most = 1, len(layers)  # left in float
-    best, best_lost = None, 0.0
-    while fewest < most:
-        middle = (fewest + most) // 2
+    best, lost, count = model, 0.0, len(layers)  # what stays in float so far: all of them
+    fewest = 1
+    while fewest < count:
+        middle = (fewest + count) // 2
         proto = _quantised(ready, ranges, worst_first[middle:])
-        lost = error(proto)
-        if lost <= tolerance:
-            most, best, best_lost = middle, proto, lost
+        found = error(proto)
+        if found <= tolerance:
+            best, lost, count = _finished(proto, model), found, middle
         else:
             fewest = middle + 1
-    left = {name: alone[name] for name in worst_first[:most]}
-    if best is None:
-        return Quantised(model, 0, left, 0.0)
-    return Quantised(_finished(best, model), len(layers) - len(left), left, best_lost)
+    left = {name: alone[name] for name in worst_first[:count]}
+    return Quantised(best, len(layers) - count, left, lost)
 
 
 def _ready(model: Model) -> onnx.ModelProto:
