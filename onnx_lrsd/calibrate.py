@@ -37,8 +37,8 @@ MOST_INPUTS = 6
 """Inputs are kept instead of outputs where there are at most so many for each output."""
 CHUNK = 2048
 """Rows worked on at once, at least: threads of NumPy that wait for those of ONNX Runtime wait less often."""
-FETCHED_BYTES = 96 << 20
-"""Activations fetched in one batch, at most; two batches are held at a time."""
+FETCHED_BYTES = 64 << 20
+"""Inputs of layers fetched in one batch, at most, outputs not counted; two batches are held at a time."""
 
 Item = TypeVar("Item")
 WeightOf = Callable[[Layer], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
@@ -76,8 +76,9 @@ def calibrate(
 ) -> Calibration:
     """Moments of the inputs of ``layers`` over ``samples``, and what tells the outputs they give.
 
-    ``weight_of`` gives W (n, m) and b (n,) of a layer: outputs are computed from the sampled rows,
-    since fetching them would undo the fusions of ONNX Runtime. ``asked`` says for which layers
+    ``weight_of`` gives W (n, m) and b (n,) of a layer. Outputs of a Conv are fetched, which undoes a
+    fusion but costs less than computing them; those of Gemm and MatMul, whose bias another node may
+    add, are computed from the sampled rows. ``asked`` says for which layers
     (located) there shall be moments; the inputs of the others are not even fetched. Memory
     is bounded by the layers: rows, not samples, are kept.
 
@@ -108,11 +109,12 @@ def calibrate(
         wanted = _wanted(layer, samples.count)
         accumulators[layer.name] = MomentAccumulator(layer, -(-wanted // _stride(wanted)))
         kept[layer.name] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
-        if not _keeps_inputs(layer):
+        if not _keeps_inputs(layer) and layer.op != "Conv":
             weights[layer.name] = _single(weight_of(layer))
     done = dict.fromkeys(accumulators, 0)
-    into = {name: rows for name, rows in kept.items() if name not in weights}
-    for layer, rows in _observe(model, watched, samples, batch, seed, into, progress):
+    into = {layer.name: kept[layer.name] for layer in watched if _keeps_inputs(layer)}
+    outputs = {name: rows for name, rows in kept.items() if name not in into and name not in weights}
+    for layer, rows in _observe(model, watched, samples, batch, seed, into, outputs, progress):
         start, stop = done[layer.name], done[layer.name] + len(rows)
         if layer.name in weights:
             _outputs(rows, weights[layer.name], kept[layer.name][start:stop])
@@ -145,7 +147,7 @@ def recalibrate(
             kept[layer.name] = _outputs(rows, _single(weight_of(layer)), outputs)
     accumulators = {layer.name: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in layers}
     into = {la.name: np.empty((len(kept[la.name]), la.m), np.float32) for la in layers if la.name in paired}
-    for layer, rows in _observe(model, layers, samples, reference.batch, reference.seed, into):
+    for layer, rows in _observe(model, layers, samples, reference.batch, reference.seed, into, {}):
         start, stop = done[layer.name], done[layer.name] + len(rows)
         accumulators[layer.name].add(rows, kept[layer.name][start:stop])
         done[layer.name] = stop
@@ -185,14 +187,16 @@ def _observe(
     batch: int,
     seed: int,
     into: Mapping[str, Rows],
+    outputs: Mapping[str, Rows],
     progress: Progress | None = None,
 ) -> Iterator[tuple[Layer, Rows]]:
     """Each layer with its sampled rows, some thousand at a time; the same for the same seed and batch.
 
     Rows of the layers in ``into`` are gathered there, one after the other; those of others are
-    overwritten by the next ones.
+    overwritten by the next ones. Outputs of the convolutions in ``outputs`` are gathered there.
     """
-    watch = _watcher(model, layers, samples)
+    watch = _watcher(model, layers, samples, outputs)
+    seen = dict.fromkeys(outputs, 0)
     buffers = {layer.name: into.get(layer.name, np.empty((0, layer.m), np.float32)) for layer in layers}
     given = dict.fromkeys(buffers, 0)
     filled = dict.fromkeys(buffers, 0)
@@ -208,6 +212,11 @@ def _observe(
                 room[:start] = buffers[name][:start]
                 buffers[name] = room
             input_rows(layer, values, positions, buffers[name][start:stop])
+            if name in outputs:
+                pixels = activations[name].reshape(len(values), layer.n, -1).transpose(0, 2, 1)
+                here = np.divmod(positions, pixels.shape[1])
+                outputs[name][seen[name] : seen[name] + len(positions)] = pixels[here]
+                seen[name] += len(positions)
             filled[name] = stop
             if last or stop - given[name] >= CHUNK:
                 yield layer, buffers[name][given[name] : stop]
@@ -265,9 +274,11 @@ def _shapes(activations: Feed) -> dict[str, tuple[int, ...]]:
     return {name: value.shape for name, value in activations.items()}
 
 
-def _watcher(model: Model, layers: Sequence[Layer], samples: Samples) -> Callable[[Feed], Feed]:
+def _watcher(
+    model: Model, layers: Sequence[Layer], samples: Samples, also: Collection[str] = ()
+) -> Callable[[Feed], Feed]:
     """A function from a feed to the inputs of ``layers``; what is fed needs no run."""
-    names = {layer.input for layer in layers}
+    names = {layer.input for layer in layers} | {*also}
     fed = names & {*samples.arrays, *samples.constants}
     computed = sorted(names - fed)
     session = open_session(model.proto, folder=model.folder, outputs=computed) if computed else None

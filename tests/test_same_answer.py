@@ -315,3 +315,23 @@ def test_calibration_repeats_to_the_bit_and_passes_over_what_nobody_asked_for() 
         model, layers, samples, partial(read_weight, graph), asked=lambda layer: layer.name == last
     )
     assert {*some.moments} == {*some.kept} == {last} and len(some.layers) == 2
+
+
+def test_the_outputs_that_calibration_keeps_of_a_convolution_are_its_own() -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        "w": rng.standard_normal((8, 16, 3, 3)).astype(np.float32),
+        "b": rng.standard_normal(8).astype(np.float32),
+    }
+    nodes = [helper.make_node("Conv", ["x", "w", "b"], ["c"]), helper.make_node("Relu", ["c"], ["y"])]
+    model = make(nodes, [2, 16, 7, 7], tensors)
+    graph = model.graph()
+    layers, _ = find_layers(graph)
+    data = {"x": rng.standard_normal((10, 16, 7, 7)).astype(np.float32)}
+    samples = read_samples(data, inputs_of(model.proto))
+    known = calibrate(model, layers, samples, partial(read_weight, graph))
+    _, pairs = recalibrate(model, known.layers, known, partial(read_weight, graph), [layers[0].name])
+    rows, outputs = pairs[layers[0].name]
+    weight, bias = read_weight(graph, layers[0])
+    assert outputs.shape == (250, 8) and rows.shape == (250, 144)  # every position of so few samples
+    np.testing.assert_allclose(outputs, rows @ weight.T + bias, atol=1e-4)
