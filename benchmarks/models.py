@@ -32,7 +32,7 @@ from onnx_lrsd.passes import find_layers, read_weight, split
 from onnx_lrsd.runtime import inputs_of, open_session
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.whiten import pose
-from onnx_lrsd.types import CHANNEL, Form, Layer
+from onnx_lrsd.types import CHANNEL, Form, Layer, Verification
 from onnx_lrsd.verify import compare, total_price
 
 Values = npt.NDArray[Any]
@@ -97,6 +97,18 @@ def baseline(source: Model, known: Calibration, samples: Samples, most_macs: flo
     return source.splice(graph)
 
 
+def facts(folder: Path, method: str, ratio: float | None, found: Verification) -> dict[str, Any]:
+    """What every row says, before the score."""
+    return {
+        "model": folder.name,
+        "method": method,
+        "ratio": ratio,
+        "macs": found.before.macs / found.after.macs,
+        "latency": found.latency_ratio,
+        "interval": found.latency_interval,
+    }
+
+
 def run(
     folder: Path, ratio: float | None, count: int | None, int8: bool, with_baselines: bool
 ) -> list[dict[str, Any]]:
@@ -130,13 +142,8 @@ def run(
         before, after = (score(kind, outputs(model, evaluation), labels) for model in (source, result.model))
     rows = [
         {
-            "model": folder.name,
-            "method": "onnx-lrsd",
-            "ratio": ratio,
-            "macs": found.before.macs / found.after.macs,
+            **facts(folder, "onnx-lrsd", ratio, found),
             "bytes": found.before.bytes / found.after.bytes,
-            "latency": found.latency_ratio,
-            "interval": found.latency_interval,
             "score": kind,
             "before": before,
             "after": after,
@@ -154,13 +161,8 @@ def run(
         for name, step in result.report.int8.steps.items():
             rows.append(
                 {
-                    "model": folder.name,
-                    "method": f"{name} alone" if name != "both" else name,
-                    "ratio": ratio,
-                    "macs": step.before.macs / step.after.macs,
+                    **facts(folder, f"{name} alone" if name != "both" else name, ratio, step),
                     "bytes": step.before.bytes / step.after.bytes,
-                    "latency": step.latency_ratio,
-                    "interval": step.latency_interval,
                     "before": before,
                     "after": step.metric.after if step.metric is not None else float("nan"),
                     "output_error": max(o.relative_error for o in step.outputs),
@@ -176,12 +178,7 @@ def run(
             measured = compare(source, other, evaluation.take(np.arange(8)))
             rows.append(
                 {
-                    "model": folder.name,
-                    "method": f"{method}, one keep rate",
-                    "ratio": ratio,
-                    "macs": measured.before.macs / measured.after.macs,
-                    "latency": measured.latency_ratio,
-                    "interval": measured.latency_interval,
+                    **facts(folder, f"{method}, one keep rate", ratio, measured),
                     "score": kind,
                     "before": before,
                     "after": score(kind, outputs(other, evaluation), labels),

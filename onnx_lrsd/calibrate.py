@@ -23,6 +23,7 @@ from onnx_lrsd.solver.moments import (
     MomentAccumulator,
     Rows,
     input_rows,
+    pixel_rows,
     positions_of,
     sample_positions,
 )
@@ -213,9 +214,8 @@ def _observe(
                 buffers[name] = room
             input_rows(layer, values, positions, buffers[name][start:stop])
             if name in outputs:
-                pixels = activations[name].reshape(len(values), layer.n, -1).transpose(0, 2, 1)
-                here = np.divmod(positions, pixels.shape[1])
-                outputs[name][seen[name] : seen[name] + len(positions)] = pixels[here]
+                there = slice(seen[name], seen[name] + len(positions))
+                outputs[name][there] = pixel_rows(activations[name], positions)
                 seen[name] += len(positions)
             filled[name] = stop
             if last or stop - given[name] >= CHUNK:

@@ -79,9 +79,7 @@ def input_rows(
         return rows
     size, kernel = x.shape[2:], layer.kernel
     if output_size(layer, size) == size and prod(kernel) == 1:
-        pixels = x.reshape(len(x), layer.channels, -1).transpose(0, 2, 1)
-        here = np.divmod(positions, pixels.shape[1])
-        rows[:] = pixels[here]
+        rows[:] = pixel_rows(x, positions)
         return rows
     where = np.unravel_index(positions, (x.shape[0], *output_size(layer, size)))
     flat = np.zeros((len(positions),) + (1,) * len(kernel), dtype=np.int64)
@@ -104,6 +102,12 @@ def input_rows(
     border = np.flatnonzero(~inside.all(axis=(1, 2)))
     patches[border] *= inside[border]
     return rows
+
+
+def pixel_rows(x: npt.NDArray[np.floating], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+    """All channels of ``x`` (batch, channels, *size) at ``positions``, counted batch first: (k, channels)."""
+    pixels = x.reshape(*x.shape[:2], -1).transpose(0, 2, 1)
+    return pixels[np.divmod(positions, pixels.shape[1])]
 
 
 def _runs(batch: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
