@@ -95,7 +95,7 @@ def _layer_report(
     error, reason = 0.0, reasons.get(layer.name) or (choice.reason if choice else "") or NOT_NEEDED
     if factors is not None:
         form, error, reason = factors.form, factors.error, ""
-    elif choice is not None and choice.form.kind != DENSE and layer.name not in reasons:
+    elif choice is not None and not choice.form.dense and layer.name not in reasons:
         form, error, reason = choice.form, choice.error, "planned"
     after = price(layer, form)
     taps = layer.m // layer.channels

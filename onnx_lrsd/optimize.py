@@ -180,7 +180,7 @@ def _calibrate(
         shapes = input_shapes(source, layers, check_on)
         return Calibration(locate(layers, shapes, check_on), {}, {}, shapes, check_on, 1, run.options.seed)
     kinds = run.options.forms or KINDS
-    planned = {name for name, choice in plan.choices.items() if choice.form.kind != DENSE} if plan else set()
+    planned = {name for name, choice in plan.choices.items() if not choice.form.dense} if plan else set()
     return calibrate(
         source,
         layers,

@@ -60,7 +60,7 @@ class Planner:
         """Sensitivities of the layers: at a moderate error of each, then at the forms that these lead to."""
         moderate = {}
         for curve in self.curves:
-            smaller = [point for point in curve.points if point.form.kind != DENSE and point.error > 0]
+            smaller = [point for point in curve.points if not point.form.dense and point.error > 0]
             if smaller:
                 moderate[curve.layer.name] = min(smaller, key=lambda p: abs(log(p.error / MODERATE))).form
         found = measure(moderate)
@@ -71,7 +71,7 @@ class Planner:
             points = self._allocate(self.run.options.ratio or FIRST_RATIO)
         except BudgetError:
             return
-        self.sensitivity |= measure({n: p.form for n, p in points.items() if p.form.kind != DENSE})
+        self.sensitivity |= measure({n: p.form for n, p in points.items() if not p.form.dense})
 
     def for_ratio(self, ratio: float) -> Forms:
         """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.
@@ -80,7 +80,7 @@ class Planner:
         """
         for _ in range(ROUNDS):
             points = self._allocate(ratio)
-            chosen = {name: point.form for name, point in points.items() if point.form.kind != DENSE}
+            chosen = {name: point.form for name, point in points.items() if not point.form.dense}
             slow = self._drop_slow(chosen)
             if not slow:
                 break
@@ -180,7 +180,7 @@ class Planner:
                 form = chosen[name]
                 self.run.reasons[name] = f"as {form} it ran {slow[name]:.2f} times as fast as before"
                 faster = tuple(
-                    p for p in curve.points if p.form.kind == DENSE or p.price.macs < _macs(curve, form)
+                    p for p in curve.points if p.form.dense or p.price.macs < _macs(curve, form)
                 )
                 self.curves[index] = ErrorCurve(curve.layer, faster)
         return set(slow)

@@ -18,7 +18,7 @@ def make_plan(run: Run, curves: Sequence[ErrorCurve], chosen: Mapping[str, Form]
     for curve in curves:
         form = chosen.get(curve.layer.name, Form(DENSE))
         point = next(p for p in curve.points if p.form == form)
-        reason = "" if form.kind != DENSE else run.reasons.get(curve.layer.name, NOT_NEEDED)
+        reason = "" if not form.dense else run.reasons.get(curve.layer.name, NOT_NEEDED)
         choices[curve.layer.name] = Choice(form, point.error, curve.points[0].price, point.price, reason)
     return Plan(run.options.target, run.options.cost, choices)
 
@@ -31,7 +31,7 @@ def forms_of(plan: Plan, layers: Sequence[Layer]) -> dict[str, Form]:
                 f"The plan asks for {asked}, which is none of {', '.join(offered)}: change it there."
             )
     known = {layer.name: layer for layer in layers}
-    forms = {name: choice.form for name, choice in plan.choices.items() if choice.form.kind != DENSE}
+    forms = {name: choice.form for name, choice in plan.choices.items() if not choice.form.dense}
     for name, form in forms.items():
         if name not in known:
             raise DataError(

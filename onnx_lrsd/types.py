@@ -136,12 +136,28 @@ class Form:
 
     ``outer`` is the second rank of Tucker-2, outputs of its core; 0 for every other kind. Dense, low
     rank, sparse and both are points of one space.
+
+    A form with ``weights`` is stored in codes that the runtime decodes to one dense weight: how many
+    outputs (dense) or ranks (factors, the largest first) are kept in which storage. ``entries`` is the
+    storage of S there.
     """
 
     kind: str = DENSE
     rank: int = 0
     pattern: Pattern = NONE
     outer: int = 0
+    weights: tuple[tuple[str, int], ...] = ()
+    entries: str = ""
+
+    @property
+    def coded(self) -> bool:
+        """Whether it is stored in codes."""
+        return bool(self.weights or self.entries)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the layer stays as it is."""
+        return self.kind == DENSE and not self.coded
 
     @property
     def channels(self) -> int:
@@ -151,7 +167,51 @@ class Form:
     def __str__(self) -> str:
         rank = f" {self.rank}" if self.rank else ""
         outer = f", {self.outer}" if self.outer else ""
-        return f"{self.kind}{rank}{outer}" + (f" + S {self.pattern}" if self.pattern != NONE else "")
+        kept = ", ".join(f"{count} {name}" for name, count in self.weights)
+        if self.kind == DENSE and len(self.weights) == 1:
+            kept = self.weights[0][0]
+        low = f"{self.kind}{rank}{outer}" + (f" ({kept})" if kept else "")
+        return low + (f" + S {self.pattern}" + (f" ({self.entries})" if self.entries else "")) * (
+            self.pattern != NONE
+        )
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Rows of numbers in codes: ``blocks`` are consecutive rows of one storage, (storage, codes (rows, width)).
+
+    A row's value is (code - (levels - 1) / 2) times its step in ``steps`` (rows,); fp16 rows hold values.
+    """
+
+    blocks: tuple[tuple[str, Array], ...]
+    steps: Array
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries of a sparse (n, m) matrix: ``positions`` (count,), ascending, row by row, and their values.
+
+    Values are codes (count,) in ``storage``, to be centred and multiplied with the row's step in ``steps``
+    (n,). No two neighbours are further apart than ``reach``.
+    """
+
+    positions: Array
+    storage: str
+    codes: Array
+    steps: Array
+    reach: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight in codes, that of a layer in a form with ``weights``.
+
+    ``rows`` (n, m) of a dense weight; of factors one row a rank, (r, A + B n): V's row, then H's columns
+    (see solver/separable.py), to which alone the step belongs. ``sparse`` is added.
+    """
+
+    rows: Codes | None
+    sparse: Entries | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +221,8 @@ class Factors:
     ``kernels`` are applied first to last. Gemm and MatMul: matrices (out, in). Conv: kernels
     (out, in, *spatial) whose spatial extents multiply up to the layer's own. ``sparse`` is
     (n, j, *kernel) and reads the input channels ``channels`` (ascending). ``bias`` (n,) goes with
-    the sum. ``error`` is tr(D C D^T) / tr(W C W^T) on the calibration moments.
+    the sum. ``error`` is tr(D C D^T) / tr(W C W^T) on the calibration moments. A form in codes has
+    ``packed`` in place of ``kernels`` and ``sparse``.
     """
 
     form: Form
@@ -171,6 +232,7 @@ class Factors:
     channels: tuple[int, ...] = ()
     error: float = 0.0
     converged: bool = True
+    packed: Packed | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.passes.find_layers import producer
+from onnx_lrsd.passes.pack import pack
 from onnx_lrsd.passes.split_conv import split_conv
 from onnx_lrsd.passes.split_linear import split_gemm, split_matmul
 from onnx_lrsd.passes.tidy import remove_node, remove_orphans
@@ -39,7 +40,8 @@ def split(graph: gs.Graph, layer: Layer, factors: Factors) -> None:
     last = target.inputs[0]
     source = graph.tensors()[layer.input]
     write = Writer(graph, layer, graph.opset)
-    result = SPLITTERS[layer.op](write, layer, source, factors)
+    splitter = SPLITTERS[layer.op] if factors.packed is None else pack
+    result = splitter(write, layer, source, factors)
     place = next(i for i, other in enumerate(graph.nodes) if other is last)
     old_inputs = [given for gone in (node, last) for given in gone.inputs if given is not source]
     for gone in dict.fromkeys((id(node), id(last))):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.passes.writer import Writer
@@ -25,14 +25,14 @@ def split_conv(write: Writer, layer: Layer, source: gs.Tensor, factors: Factors)
         last = index == len(factors.kernels) - 1
         mine = _axes_of(kernel.shape[2:], taken, index == 0, layer)
         inputs = [source if tensor is None else tensor, write.constant(name, kernel)]
-        tensor = write.node("Conv", name, inputs + ([bias] if last else []), _attributes(layer, kernel, mine))
+        tensor = write.node("Conv", name, inputs + ([bias] if last else []), conv_attributes(layer, kernel.shape[2:], mine))
     if factors.sparse is None:
         assert tensor is not None
         return tensor
     picked = write.gather(source, factors.channels, axis=1, total=layer.channels)
     everything = [True] * len(layer.kernel)
     inputs = [picked, write.constant("S", factors.sparse)] + ([bias] if tensor is None else [])
-    branch = write.node("Conv", "S", inputs, _attributes(layer, factors.sparse, everything))
+    branch = write.node("Conv", "S", inputs, conv_attributes(layer, factors.sparse.shape[2:], everything))
     return branch if tensor is None else write.node("Add", "sum", [tensor, branch], {})
 
 
@@ -49,10 +49,11 @@ def _axes_of(extent: tuple[int, ...], taken: list[bool], first: bool, layer: Lay
     return mine
 
 
-def _attributes(layer: Layer, kernel: np.ndarray[Any, Any], mine: list[bool]) -> dict[str, Any]:
+def conv_attributes(layer: Layer, extent: Sequence[int], mine: list[bool]) -> dict[str, Any]:
+    """Attributes of a Conv of kernel ``extent`` that takes over the layer's on the axes marked ``mine``."""
     axes = len(layer.kernel)
     attributes: dict[str, Any] = {
-        "kernel_shape": list(kernel.shape[2:]),
+        "kernel_shape": list(extent),
         "strides": [layer.strides[i] if mine[i] else 1 for i in range(axes)],
         "dilations": [layer.dilations[i] if mine[i] else 1 for i in range(axes)],
     }

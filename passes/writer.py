@@ -18,7 +18,8 @@ class Writer:
 
     def __init__(self, graph: gs.Graph, layer: Layer, opset: int) -> None:
         self.nodes: list[gs.Node] = []
-        self._layer, self._opset = layer, opset
+        self.opset = opset
+        self._graph, self._layer = graph, layer
         self._taken = set(graph.tensors()) | {node.name for node in graph.nodes}
         self._dtype = onnx.helper.tensor_dtype_to_np_dtype(ELEMENTS[layer.dtype])
 
@@ -36,13 +37,22 @@ class Writer:
     ) -> gs.Tensor:
         """A new node and its one output. Gemm without C gets a zero where the opset demands one."""
         given = list(inputs)
-        if optional_c and self._opset < 11:
+        if optional_c and self.opset < 11:
             given.append(self.constant(f"{part}_zero", np.zeros(1)))
-        if op in ("Gemm", "Add") and self._opset < 7:
+        if op in ("Gemm", "Add") and self.opset < 7:
             attributes = {**attributes, "broadcast": 1}
         output = gs.Variable(self._name(f"{part}_out"))
         self.nodes.append(gs.Node(op, self._name(part), dict(attributes), given, [output]))
         return output
+
+    def add(self, node: gs.Node) -> None:
+        """A node that someone else has made."""
+        self.nodes.append(node)
+
+    def tensors(self) -> dict[str, gs.Tensor]:
+        """Tensors of the graph by name."""
+        found: dict[str, gs.Tensor] = self._graph.tensors()
+        return found
 
     def gather(self, source: gs.Tensor, channels: Sequence[int], axis: int, total: int) -> gs.Tensor:
         """The chosen channels of ``source``; ``source`` itself when all are chosen."""

@@ -240,7 +240,7 @@ def _inspected(layer: Layer, price: Price) -> Json:
 
 def _choice(choice: Choice) -> Json:
     form: Json = {"kind": choice.form.kind}
-    if choice.form.kind != DENSE:
+    if not choice.form.dense:
         pattern = choice.form.pattern
         form |= {"rank": choice.form.rank, "channels": choice.form.channels}
         if choice.form.outer:

@@ -11,6 +11,7 @@ import numpy as np
 from onnx_lrsd.arrays import cast, indices, namespace, to_numpy
 from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.admm import fit_sparse, low_rank_plus_sparse
+from onnx_lrsd.solver.coded import code_dense, code_factors
 from onnx_lrsd.solver.layout import factor_kernels, group_metric, group_weight, shared_groups, ungroup_weight
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.parts import SharedFactors
@@ -19,10 +20,24 @@ from onnx_lrsd.solver.rectified import Rectified, refine
 from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.solver.sparse import Elimination, best_channels, channel_gains, eliminate
 from onnx_lrsd.solver.whiten import Metric, Problem
-from onnx_lrsd.types import CHANNEL, CHANNELS, DENSE, NONE, TUCKER, Array, Factors, Form, Layer
+from onnx_lrsd.storage import FP16, STORAGES
+from onnx_lrsd.types import (
+    CHANNEL,
+    CHANNELS,
+    DENSE,
+    NONE,
+    SPATIAL,
+    TUCKER,
+    UNSTRUCTURED,
+    Array,
+    Factors,
+    Form,
+    Layer,
+)
 
 SWEEPS = {"brief": 0, "fast": 1, "standard": 4, "thorough": 8}
 """Alternating sweeps of a fit: the first gives most of the gain, the fourth half a percent."""
+CODED_KINDS = (DENSE, CHANNEL, SPATIAL)
 RECTIFIED_FROM = 0.002
 """Relative error from which a rectifier behind the layer is worth its time."""
 
@@ -71,6 +86,8 @@ def decompose(
     layer, weight = problem.layer, problem.weight
     check_form(layer, form)
     xp = namespace(weight)
+    if form.coded:
+        return _coded(problem, form, effort, seed, resolvent, rectified)
     channels: tuple[int, ...] = ()
     if form.pattern.kind == CHANNELS:
         chosen = choose_channels(problem, form)
@@ -103,6 +120,35 @@ def decompose(
         error,
         parts.converged and bool(xp.all(xp.isfinite(approximation))),
     )
+
+
+def _coded(
+    problem: Problem,
+    form: Form,
+    effort: str,
+    seed: int,
+    resolvent: Resolvent | None,
+    rectified: Rectified | None,
+) -> Factors:
+    """A fit in floating point, then in codes; they aim at the weight, or at a fit that knew more."""
+    layer, weight, shift = problem.layer, problem.weight, None
+    if form.kind == DENSE:
+        coded = code_dense(problem, form)
+    elif form.pattern == NONE:
+        parts = _alone(problem, form, SWEEPS[effort], rectified)
+        assert parts.v is not None and parts.h is not None
+        shift = parts.shift
+        aim = weight if shift is None else ungroup_weight(namespace(weight).matmul(parts.h, parts.v))
+        coded = code_factors(problem, form, parts.v, parts.h, None, aim)
+    else:
+        h = resolvent or Resolvent(_formed(problem, form), weight, prod(layer.kernel))
+        parts = _beside_entries(problem, form, effort, seed, h)
+        coded = code_factors(problem, form, parts.v, parts.h, parts.sparse, weight)
+    bias, error = problem.bias(coded.weight), problem.error(coded.weight)
+    if shift is not None:
+        bias = bias + shift
+        error += float(namespace(weight).sum(namespace(weight).square(shift))) / problem.energy
+    return Factors(form, (), to_numpy(bias), error=error, packed=coded.packed)
 
 
 def _alone(problem: Problem, form: Form, sweeps: int, rectified: Rectified | None) -> _Parts:
@@ -216,8 +262,11 @@ def _scatter_channels(v: Array, channels: tuple[int, ...], total: int) -> Array:
 
 def check_form(layer: Layer, form: Form) -> None:
     """Raise ValueError, in words, for a form that the layer cannot take."""
-    if form.kind == DENSE:
+    if form.dense:
         raise ValueError("a dense form needs no factors")
+    _check_storages(layer, form)
+    if form.kind == DENSE:
+        return
     groups = shared_groups(layer.kernel, form.kind)
     limit = min(layer.n * groups, layer.m // groups)
     if not 0 <= form.rank <= limit:
@@ -232,3 +281,18 @@ def check_form(layer: Layer, form: Form) -> None:
     check_pattern(form.pattern, layer.n, layer.m, prod(layer.kernel))
     if not form.rank and form.pattern == NONE:
         raise ValueError(f"form {form} of {layer.node} has neither factors nor a sparse part")
+
+
+def _check_storages(layer: Layer, form: Form) -> None:
+    rows = layer.n if form.kind == DENSE else form.rank
+    if form.coded and sum(count for _, count in form.weights) != rows:
+        raise ValueError(f"the storages of {layer.node} do not add up to {rows}")
+    names = [name for name, count in form.weights if count > 0] + ([form.entries] if form.entries else [])
+    if len(names) < len(form.weights) or not set(names) <= set(STORAGES):
+        raise ValueError(f"the storages of {layer.node} are none of {', '.join(STORAGES)}")
+    if FP16.name in [name for name, _ in form.weights] and len(form.weights) > 1:
+        raise ValueError(f"fp16 mixes with no other storage in {layer.node}")
+    if form.coded and (form.pattern.kind not in ("none", UNSTRUCTURED) or form.kind not in CODED_KINDS):
+        raise ValueError(f"form {form} of {layer.node} is none that codes are made for")
+    if form.coded and bool(form.entries) != (form.pattern != NONE):
+        raise ValueError(f"the entries of S of {layer.node} need a storage")

@@ -68,7 +68,7 @@ def factor_kernels(layer: Layer, kind: str, v: Array, h: Array, outer: int = 0) 
 
 
 def expand(layer: Layer, factors: Factors) -> Array:
-    """The weight (n, m) that ``factors`` stand for, U V + S, as NumPy."""
+    """The weight (n, m) that ``factors`` in floating point stand for, U V + S, as NumPy."""
     weight = np.zeros((layer.n, layer.channels, *layer.kernel))
     if factors.kernels:
         product, *others = factors.kernels

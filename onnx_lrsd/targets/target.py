@@ -11,6 +11,7 @@ from math import prod
 
 from onnx_lrsd.solver.moments import output_size
 from onnx_lrsd.solver.pattern import nonzeros
+from onnx_lrsd.storage import FP16, STORAGES, entry_bytes
 from onnx_lrsd.types import (
     CHANNEL,
     CHANNEL_IN,
@@ -25,6 +26,9 @@ from onnx_lrsd.types import (
     Price,
 )
 
+LAYER_BYTES, BLOCK_BYTES, ENTRIES_BYTES = 400, 250, 900
+"""What the nodes take that decode a weight, each block of codes in one storage, and an S."""
+
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -38,11 +42,17 @@ class Target:
 
 
 def price(layer: Layer, form: Form) -> Price:
-    """What ``form`` costs for one sample of a layer whose positions and size are known."""
+    """What ``form`` costs for one sample of a layer whose positions and size are known.
+
+    Codes are decoded once, so that a form in codes has the MACs of the dense layer.
+    """
+    dense = layer.n * layer.m * max(layer.positions, 1)
     nodes = node_shapes(layer, form)
     parameters = sum(out * inner for out, inner, _ in nodes) + layer.n
     if form.pattern.kind in (UNSTRUCTURED, N_OF_M):
         parameters += nonzeros(form.pattern, layer.n, layer.m, prod(layer.kernel)) - layer.n * layer.m
+    if form.coded:
+        return Price(dense, parameters, _coded_bytes(layer, form) + layer.n * BYTES[layer.dtype])
     macs = sum(out * inner * times for out, inner, times in nodes)
     return Price(macs, parameters, parameters * BYTES[layer.dtype])
 
@@ -83,3 +93,15 @@ def _positions_before(layer: Layer, later: list[bool]) -> int:
         return max(layer.positions, 1)
     sizes = zip(layer.size, output_size(layer, layer.size), later, strict=True)
     return prod(before if waits else after for before, after, waits in sizes)
+
+
+def _coded_bytes(layer: Layer, form: Form) -> int:
+    """Bytes of a weight in codes, with the steps of its rows and the nodes that decode it."""
+    groups = layer.kernel[-1] if form.kind == SPATIAL else 1
+    width = layer.m if form.kind == DENSE else layer.m // groups + groups * layer.n
+    total = sum(STORAGES[name].bytes(count * width) + BLOCK_BYTES for name, count in form.weights)
+    total += LAYER_BYTES + 4 * sum(count for name, count in form.weights if name != FP16.name)
+    if form.entries:
+        total += entry_bytes(form.pattern.count, layer.n * layer.m, STORAGES[form.entries])
+        total += ENTRIES_BYTES + 4 * layer.n
+    return total

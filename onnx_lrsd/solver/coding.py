@@ -1,0 +1,128 @@
+"""Weights as whole numbers: rounding that looks at the output, not at the weight.
+
+Codes k of L levels stand for (k - (L - 1) / 2) s. Rounding W to Q costs tr(E H E^T), E = W - Q. With
+H = R R^T and R upper triangular, |E R|^2 is settled column by column: the error of a column is carried
+into what the later ones aim at, as far as the inputs are correlated. This is Babai's nearest-plane
+algorithm, in one pass what optimal brain surgeon does with an inverse (Frantar et al., GPTQ, ICLR 2023;
+equivalence: Chen et al., The Geometry of LLM Quantization, 2025). Columns of large inputs go first,
+while there are others to mend them. ``settle`` is coordinate descent on the codes, a mask allowed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnx_lrsd.arrays import cast, diagonal, namespace
+from onnx_lrsd.types import Array
+
+BLOCK = 64
+CLIPS = np.linspace(0.28, 1.0, 13)
+"""Steps tried, as shares of the one that reaches the largest number."""
+TINY = 1e-30
+
+
+def steps_of(weight: Array, importance: Array, levels: Array) -> Array:
+    """The step of every row (n, 1) that costs least where columns count by ``importance`` (m,).
+
+    ``levels`` is (n, 1); ``importance`` may be (n, m). Rounding is to the nearest, without feedback.
+    """
+    xp = namespace(weight)
+    top = (levels - 1) / 2
+    largest = xp.maximum(xp.max(xp.abs(weight), axis=1, keepdims=True), TINY) / xp.maximum(top, 0.5)
+    least, best = None, largest
+    for clip in CLIPS:
+        steps = largest * float(clip)
+        missed = xp.square(weight - nearest(weight, steps, levels) * steps)
+        error = xp.sum(missed * importance, axis=1, keepdims=True)
+        if least is None:
+            least, best = error, steps
+        else:
+            best = xp.where(error < least, steps, best)
+            least = xp.minimum(error, least)
+    return best
+
+
+def nearest(weight: Array, steps: Array, levels: Array) -> Array:
+    """Centred codes: ``weight`` / ``steps`` rounded to k - (L - 1) / 2, k of 0..L-1; all broadcast."""
+    xp = namespace(weight)
+    top = (levels - 1) / 2
+    return xp.clip(xp.round(weight / steps + top), 0 * top, 2 * top) - top
+
+
+def round_columns(weight: Array, metric: Array, steps: Array, levels: Array) -> Array:
+    """Centred codes (n, m) of ``weight``, the errors of columns fed back into those that follow.
+
+    ``metric`` H (m, m), positive definite. ``steps`` and ``levels`` broadcast against (n, m).
+    """
+    xp = namespace(weight)
+    n, m = weight.shape
+    order = xp.argsort(-diagonal(metric))
+    root = upper_root(xp.take(xp.take(metric, order, axis=0), order, axis=1))
+    root = cast(root / diagonal(root), xp.float32)  # column j in units of what is left of input j
+    w = cast(xp.take(weight, order, axis=1), xp.float32)
+    steps, levels = (
+        cast(xp.take(xp.broadcast_to(x, (x.shape[0], m)), order, axis=1), xp.float32) for x in (steps, levels)
+    )
+    codes, carried = xp.zeros_like(w), xp.zeros_like(w)
+    for start in range(0, m, BLOCK):
+        stop = min(start + BLOCK, m)
+        aim = w[:, start:stop] + carried[:, start:stop]
+        errors = xp.zeros_like(aim)
+        for j in range(start, stop):
+            i = j - start
+            codes[:, j] = nearest(aim[:, i], steps[:, j], levels[:, j])
+            errors[:, i] = w[:, j] - codes[:, j] * steps[:, j]
+            aim[:, i + 1 :] += errors[:, i : i + 1] * root[j : j + 1, j + 1 : stop]
+        carried[:, stop:] += errors @ root[start:stop, stop:]
+    return xp.take(codes, xp.argsort(order), axis=1)
+
+
+def settle(
+    weight: Array, metric: Array, codes: Array, steps: Array, levels: Array, mask: Array | None = None
+) -> Array:
+    """One sweep of coordinate descent: each column's codes set to their best beside all others.
+
+    Shapes as in ``round_columns``; ``mask`` (n, m) says which codes exist, the others count as zero.
+    """
+    xp = namespace(codes)
+    m = codes.shape[1]
+    own = diagonal(metric)
+    h = cast(metric, xp.float32)
+    steps, levels = (cast(xp.broadcast_to(x, (x.shape[0], m)), xp.float32) for x in (steps, levels))
+    present = codes if mask is None else xp.where(mask, codes, xp.zeros_like(codes))
+    gradient = cast(weight, xp.float32) - present * steps
+    gradient = gradient @ h
+    codes = xp.asarray(codes, copy=True)
+    for start in range(0, m, BLOCK):
+        stop = min(start + BLOCK, m)
+        local, moved = xp.asarray(gradient[:, start:stop], copy=True), xp.zeros_like(codes[:, start:stop])
+        for j in range(start, stop):
+            i = j - start
+            step = steps[:, j]
+            better = nearest(codes[:, j] * step + local[:, i] / float(own[j]), step, levels[:, j])
+            change = better - codes[:, j]
+            if mask is not None:
+                change = xp.where(mask[:, j], change, xp.zeros_like(change))
+            codes[:, j] += change
+            moved[:, i] = change * step
+            local -= moved[:, i : i + 1] * h[j : j + 1, start:stop]
+        gradient[:, stop:] -= moved @ h[start:stop, stop:]
+    return codes
+
+
+def best_scale(weight: Array, metric: Array, codes: Array, steps: Array) -> Array:
+    """The step of every row (n, 1) that is best for its centred ``codes`` (n, m); else that of ``steps``."""
+    xp = namespace(weight)
+    codes = cast(codes, xp.float64)
+    image = codes @ metric
+    above = xp.sum(weight * image, axis=1, keepdims=True)
+    below = xp.sum(codes * image, axis=1, keepdims=True)
+    best = above / xp.where(below > 0, below, xp.ones_like(below))
+    return xp.where(best > 0, best, steps)
+
+
+def upper_root(metric: Array) -> Array:
+    """R (m, m), upper triangular, with R R^T = H, float64."""
+    xp = namespace(metric)
+    flipped = xp.flip(cast(metric, xp.float64))
+    return xp.flip(xp.linalg.cholesky(flipped))
