@@ -61,6 +61,7 @@ def make_report(
         else _promise(run, plan, verification, bool(factors) or run.int8 is not None),
         tuple(rows),
         run.int8,
+        run.loading,
         tuple(run.warnings),
         dict(run.seconds),
         versions,
@@ -115,6 +116,8 @@ def _layer_report(
         after.parameters,
         error,
         reason,
+        dict(form.weights),
+        form.entries,
     )
 
 

@@ -39,6 +39,7 @@ from onnx_lrsd.report import (
 )
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.sources import script_function
+from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets import TARGETS
 from onnx_lrsd.types import KINDS, Plan, Progress, Score
 from onnx_lrsd.verify import compare, made_up_samples
@@ -166,7 +167,9 @@ JSON_OPTION = click.option(
     help="What is to run it.",
 )
 @click.option(
-    "--cost", type=click.Choice(list(COSTS)), default="macs", show_default=True, help="What --ratio counts."
+    "--cost",
+    type=click.Choice(list(COSTS)),
+    help="What --ratio counts.  [default: macs; bytes for the target size]",
 )
 @click.option(
     "--ratio", type=click.FloatRange(min=1), metavar="R", help="Make the whole model R times cheaper."
@@ -190,6 +193,11 @@ JSON_OPTION = click.option(
     show_default=True,
     metavar="top1|FILE.py:FUNCTION",
     help="The score of --max-drop; FUNCTION(outputs, labels) gives one number, more is better.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(list(STORAGES)),
+    help="Store all weights so, with the target size.  [default: the best mix]",
 )
 @click.option("--int8", is_flag=True, help="Then have ONNX Runtime quantise the layers that bear it.")
 @click.option("--forms", callback=_forms, metavar="LIST", help=f"Use only these forms, of {','.join(KINDS)}.")
@@ -229,7 +237,7 @@ def optimize_command(
     json_path: Path | None,
     verbose: bool,
     quiet: bool,
-    cost: str,
+    cost: str | None,
     **options: Any,
 ) -> None:
     """Write a smaller, faster model and say what it cost.
@@ -250,7 +258,7 @@ def optimize_command(
             plan=None if plan_path is None else _read_plan(plan_path),
             dry_run=dry_run,
             progress=progress,
-            cost=COSTS[cost],
+            cost=None if cost is None else COSTS[cost],
             **options,
         )
     report = result.report
@@ -348,7 +356,12 @@ def _check_usage(ctx: click.Context) -> None:
         raise click.UsageError("--max-drop needs labelled samples: give them with --eval.")
     if given("metric") and "max_drop" not in goals:
         raise click.UsageError("--metric goes with --max-drop, which it measures: give both.")
-    settled = given("target", "cost", "forms", "include", "exclude")
+    target = ctx.params["target"]
+    if given("weights") and target != "size":
+        raise click.UsageError("--weights goes with --target size, which stores weights in codes: give both.")
+    if given("int8") and not TARGETS[target].timed:
+        raise click.UsageError(f"--int8 is for speed and cannot go with --target {target}: leave it out.")
+    settled = given("target", "cost", "forms", "weights", "include", "exclude")
     if "plan_path" in goals and settled:
         raise click.UsageError(f"{flags(settled)} cannot go with --plan, which settles it: edit the plan.")
     if ctx.params["dry_run"] and given("output"):

@@ -31,7 +31,8 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
         points = [dense]
         if forms:
             problem = pose(layer, *weight_of(layer), moments, run.options.device)
-            found = errors(problem, forms)
+            curve = run.target.curve
+            found = errors(problem, forms) if curve is None else curve(problem, kinds, run.weights)
             points += [_point(run.target, layer, f, e) for f, e in found.items() if e <= MOST_ERROR]
             if len(points) == 1:
                 run.reasons[layer.name] = "every smaller form loses too much of its output"

@@ -331,6 +331,28 @@ def _externalise(model: Model, data: Path, location: str) -> onnx.ModelProto:
     return proto
 
 
+def raised(model: Model, opset: int, why: str) -> Model:
+    """``model`` in ``opset`` at least, all of it in memory if it had to be converted.
+
+    Raises ModelError, which says ``why`` the opset is needed, where onnx cannot convert it.
+    """
+    present = max((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), default=opset)
+    if present >= opset:
+        return model
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    for tensor in stored_tensors(proto):
+        embed(tensor, model.folder)
+    try:
+        converted = onnx.version_converter.convert_version(proto, opset)
+    except Exception as error:  # the converter raises RuntimeError and more for what it does not know
+        raise ModelError(
+            f"{why} needs opset {opset} and the model, of opset {present}, cannot be converted: "
+            "export it anew, or leave that out."
+        ) from error
+    return Model(converted, model.path, external=False)
+
+
 def size_on_disk(path: str | Path) -> int:
     """Bytes of a model file and of the data files it names."""
     path = Path(path)

@@ -23,8 +23,6 @@ MARGIN = 0.9
 """What a search for --max-error aims at, as a share of what was asked: other samples must confirm it."""
 MODERATE = 0.03
 """Relative error of a layer at which its sensitivity is measured first."""
-FIRST_RATIO = 2.0
-"""Where a search for a budget begins."""
 SEARCHES = 6
 """Fits of the whole model that a search may take."""
 
@@ -50,7 +48,7 @@ class Planner:
     ) -> None:
         self.run, self.source, self.shapes = run, source, shapes
         self.curves = list(curves)
-        self.cost = COSTS[run.options.cost]
+        self.cost = COSTS[run.cost]
         self.whole = self.cost(Point(Form(DENSE), 0.0, total))
         self.rest = max(self.whole - sum(self.cost(curve.points[0]) for curve in curves), 0.0)
         self.times: dict[object, float] = {}
@@ -68,7 +66,7 @@ class Planner:
             return
         self.sensitivity = dict.fromkeys(self.sensitivity, median(found.values())) | found
         try:
-            points = self._allocate(self.run.options.ratio or FIRST_RATIO)
+            points = self._allocate(self.run.options.ratio or self.run.target.first_ratio)
         except BudgetError:
             return
         self.sensitivity |= measure({n: p.form for n, p in points.items() if not p.form.dense})
@@ -125,7 +123,7 @@ class Planner:
     def _search(self, keeps: Callable[[Model], bool], fit: Fit) -> list[Forms]:
         """All forms found that keep a promise, the cheapest first; the last are none. Brackets the ratio."""
         low, high, found = 1.0, 0.0, [Forms()]
-        ratio = FIRST_RATIO
+        ratio = self.run.target.first_ratio
         for _ in range(SEARCHES):
             try:
                 chosen = self.for_ratio(ratio)
@@ -145,7 +143,7 @@ class Planner:
 
     def _allocate(self, ratio: float) -> dict[str, Point]:
         points = allocate(self.curves, self.whole / ratio, self.rest, self.cost, self.sensitivity)
-        return self._by_time(points, self.whole / ratio) if self.run.options.cost == "macs" else points
+        return self._by_time(points, self.whole / ratio) if self.run.cost == "macs" else points
 
     def _by_time(self, points: dict[str, Point], most_macs: float) -> dict[str, Point]:
         """Points with the same MACs that are predicted to run faster, if there are any.
@@ -171,6 +169,8 @@ class Planner:
 
     def _drop_slow(self, chosen: Forms) -> set[str]:
         """Names of the layers whose form is not faster here; only much cheaper ones stay in their curves."""
+        if not self.run.target.timed:
+            return set()
         layers = [curve.layer for curve in self.curves]
         measured = speedups(self.source, layers, chosen, self.shapes, self.times, self.run.progress)
         slow = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}
@@ -179,9 +179,7 @@ class Planner:
             if name in slow:
                 form = chosen[name]
                 self.run.reasons[name] = f"as {form} it ran {slow[name]:.2f} times as fast as before"
-                faster = tuple(
-                    p for p in curve.points if p.form.dense or p.price.macs < _macs(curve, form)
-                )
+                faster = tuple(p for p in curve.points if p.form.dense or p.price.macs < _macs(curve, form))
                 self.curves[index] = ErrorCurve(curve.layer, faster)
         return set(slow)
 

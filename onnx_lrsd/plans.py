@@ -20,7 +20,7 @@ def make_plan(run: Run, curves: Sequence[ErrorCurve], chosen: Mapping[str, Form]
         point = next(p for p in curve.points if p.form == form)
         reason = "" if not form.dense else run.reasons.get(curve.layer.name, NOT_NEEDED)
         choices[curve.layer.name] = Choice(form, point.error, curve.points[0].price, point.price, reason)
-    return Plan(run.options.target, run.options.cost, choices)
+    return Plan(run.options.target, run.cost, choices)
 
 
 def forms_of(plan: Plan, layers: Sequence[Layer]) -> dict[str, Form]:

@@ -17,7 +17,7 @@ from onnx.external_data_helper import load_external_data_for_model
 
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.errors import LrsdError, ModelError
-from onnx_lrsd.model import PROTOBUF_LIMIT, Model, model_bytes
+from onnx_lrsd.model import PROTOBUF_LIMIT, Model, model_bytes, raised
 from onnx_lrsd.passes import compute_tensors, macs
 from onnx_lrsd.runtime import Feed, quantization, shapes, simplified
 from onnx_lrsd.sensitivity import final_outputs, movement
@@ -108,19 +108,11 @@ def _ready(model: Model) -> onnx.ModelProto:
         raise ModelError("ONNX Runtime quantises models below 2 GB: leave out --int8 for this one.")
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.proto.graph.node):
         raise ModelError("The model is quantised already: leave out --int8.")
+    model = raised(model, OPSET, "Int8")
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     if model.folder is not None:
         load_external_data_for_model(proto, str(model.folder))
-    opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=0)
-    if opset < OPSET:
-        try:
-            proto = onnx.version_converter.convert_version(proto, OPSET)
-        except Exception as error:  # the converter raises RuntimeError and more for what it does not know
-            raise ModelError(
-                f"Int8 needs opset {OPSET} and the model, of opset {opset}, cannot be converted: "
-                "export it anew, or leave out --int8."
-            ) from error
     proto = simplified(proto)
     taken = {node.name for node in proto.graph.node}
     for index, node in enumerate(proto.graph.node):

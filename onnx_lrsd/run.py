@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from onnx_lrsd.allocate import COSTS
+from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.targets import TARGETS, Target
-from onnx_lrsd.types import Int8, Progress, Score
+from onnx_lrsd.types import Int8, Loading, Progress, Score
 
 NO_FORM = "no smaller form is predicted to be faster"
 OUT_OF_REACH = "the budget is out of reach"
@@ -23,17 +24,19 @@ class Options:
     ``ratio``: how many times cheaper the whole model gets, in the unit of ``cost``. ``max_error``:
     the relative squared error of the model's outputs that may be reached; .01 where none is given.
     ``max_drop``: by how many points (hundredths) the score of ``metric`` on labelled evaluation samples
-    may fall: 'top1', or a function of the outputs by name and the labels. ``int8``: have ONNX Runtime
-    quantise the result where its layers bear it. ``include`` and ``exclude``
+    may fall: 'top1', or a function of the outputs by name and the labels. ``cost`` None: what the target
+    counts. ``weights``: the one storage of the target size. ``int8``: have ONNX Runtime quantise the
+    result where its layers bear it. ``include`` and ``exclude``
     are regular expressions over the names of nodes.
     """
 
     target: str = "onnxruntime"
-    cost: str = "macs"
+    cost: str | None = None
     ratio: float | None = None
     max_error: float | None = None
     max_drop: float | None = None
     metric: str | Score = "top1"
+    weights: str | None = None
     int8: bool = False
     forms: tuple[str, ...] | None = None
     include: str | None = None
@@ -44,8 +47,17 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise ValueError for an option that cannot be; the command line has refused it before."""
-        if self.target not in TARGETS or self.cost not in COSTS:
-            raise ValueError(f"target is one of {', '.join(TARGETS)}, cost one of {', '.join(COSTS)}")
+        for name, value, offered in (
+            ("target", self.target, TARGETS),
+            ("cost", self.cost, (None, *COSTS)),
+            ("weights", self.weights, (None, *STORAGES)),
+        ):
+            if value not in offered:
+                raise ValueError(f"{name} is one of {', '.join(str(o) for o in offered if o)}")
+        if self.weights and self.target != "size":
+            raise ValueError("weights are stored in codes by the target size alone")
+        if self.int8 and not TARGETS[self.target].timed:
+            raise ValueError(f"int8 is for speed, which the target {self.target} does not promise")
         if [self.ratio, self.max_error, self.max_drop].count(None) < 2:
             raise ValueError("give one of ratio, max_error and max_drop")
 
@@ -60,11 +72,22 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     int8: Int8 | None = None
+    loading: tuple[Loading, Loading] | None = None
 
     @property
     def target(self) -> Target:
         """What is to run the result."""
         return TARGETS[self.options.target]
+
+    @property
+    def cost(self) -> str:
+        """What a ratio is of."""
+        return self.options.cost or self.target.counts
+
+    @property
+    def weights(self) -> str | None:
+        """The storage of weights in codes, None for the best mix; where bits do not count, the plainest."""
+        return self.options.weights or (FP16.name if self.cost == "parameters" else None)
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:

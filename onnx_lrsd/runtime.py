@@ -6,6 +6,7 @@ import importlib
 import logging
 import math
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,6 +128,21 @@ def open_session(
     if providers[0] not in session.get_providers():  # a CUDA that does not load is passed over in silence
         raise DeviceError("ONNX Runtime cannot use the GPU here: run `onnx-lrsd doctor`, or choose the CPU.")
     return Session(session, inputs_of(proto), names)
+
+
+def open_file(path: str | Path) -> Any:
+    """ONNX Runtime's own session of a file, on one thread, for what it takes to be opened."""
+    ort = onnxruntime()
+    return ort.InferenceSession(str(path), _options(ort, threads=1), providers=_providers(ort, "cpu"))
+
+
+def peak_memory() -> int:
+    """Most bytes of memory that this process has held; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _options(

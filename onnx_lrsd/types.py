@@ -178,7 +178,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Codes:
-    """Rows of numbers in codes: ``blocks`` are consecutive rows of one storage, (storage, codes (rows, width)).
+    """Rows of numbers in codes: ``blocks`` are consecutive rows, (storage, codes (rows, width)).
 
     A row's value is (code - (levels - 1) / 2) times its step in ``steps`` (rows,); fp16 rows hold values.
     """
@@ -297,7 +297,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer. ``form`` is 'dense' where it was left, and ``reason`` says why."""
+    """What became of one layer. ``form`` is 'dense' where it was left, and ``reason`` says why.
+
+    ``weights`` and ``entries`` are the storages of a layer in codes, as in ``Form``.
+    """
 
     name: str
     op: str
@@ -314,6 +317,13 @@ class LayerReport:
     parameters_after: int
     error: float
     reason: str = ""
+    weights: Mapping[str, int] = field(default_factory=dict)
+    entries: str = ""
+
+    @property
+    def left(self) -> bool:
+        """Whether the layer is as it was."""
+        return self.form == DENSE and not self.weights
 
 
 @dataclass(frozen=True)
@@ -383,6 +393,14 @@ class Int8:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """What it takes to open a model in ONNX Runtime: seconds, and peak memory of a fresh process in bytes."""
+
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything the tool says about one run: schema 1 of the JSON, the table, nothing else."""
 
@@ -396,6 +414,7 @@ class Report:
     promise: Promise | None
     layers: tuple[LayerReport, ...]
     int8: Int8 | None = None
+    loading: tuple[Loading, Loading] | None = None
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

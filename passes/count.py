@@ -20,8 +20,9 @@ WEIGHTS = ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int4",
 def compute_tensors(proto: onnx.ModelProto) -> list[str]:
     """Tensors of the main graph whose shapes ``macs`` needs."""
     names: list[str] = []
+    folded = _folded(proto)
     for node in proto.graph.node:
-        if node.op_type in COUNTED:
+        if node.op_type in COUNTED and not folded.issuperset(node.output):
             names.extend(name for name in (*_operands(node), node.output[0]) if name)
     return list(dict.fromkeys(names))
 
@@ -30,12 +31,15 @@ def macs(proto: onnx.ModelProto, shapes: Shapes) -> dict[str, int]:
     """First output of every counted node of the main graph -> its multiply-accumulates.
 
     Convolutions, products (of activations too), Gemm and recurrent operators are counted, the
-    bodies of control flow and functions are not: how often they run is not known.
+    bodies of control flow and functions are not: how often they run is not known. Nor is what reads
+    constants alone, which a runtime computes once.
     """
+    folded = _folded(proto)
     return {
         node.output[0]: _macs(node, shapes)
         for node in proto.graph.node
         if node.op_type in COUNTED
+        and not folded.issuperset(node.output)
         and all(name in shapes for name in (*_operands(node), node.output[0]) if name)
     }
 
@@ -47,6 +51,17 @@ def parameters(proto: onnx.ModelProto) -> int:
         if onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name in WEIGHTS:
             total += prod(tensor.dims)
     return total
+
+
+def _folded(proto: onnx.ModelProto) -> set[str]:
+    """Tensors of the main graph that are computed from constants alone, and these."""
+    listed = {value.name for value in proto.graph.input} if proto.ir_version >= 4 else set()
+    known = {tensor.name for tensor in proto.graph.initializer} - listed | {""}
+    for node in proto.graph.node:
+        # Without inputs a node is a constant or draws at random, which no counted node does.
+        if known.issuperset(node.input) and not any(a.HasField("g") for a in node.attribute):
+            known.update(node.output)
+    return known
 
 
 def _operands(node: onnx.NodeProto) -> tuple[str, ...]:

@@ -25,7 +25,9 @@ def split_conv(write: Writer, layer: Layer, source: gs.Tensor, factors: Factors)
         last = index == len(factors.kernels) - 1
         mine = _axes_of(kernel.shape[2:], taken, index == 0, layer)
         inputs = [source if tensor is None else tensor, write.constant(name, kernel)]
-        tensor = write.node("Conv", name, inputs + ([bias] if last else []), conv_attributes(layer, kernel.shape[2:], mine))
+        tensor = write.node(
+            "Conv", name, inputs + ([bias] if last else []), conv_attributes(layer, kernel.shape[2:], mine)
+        )
     if factors.sparse is None:
         assert tensor is not None
         return tensor

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
 from onnx_lrsd.errors import DataError
+from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.types import (
     CHANNELS,
     DENSE,
@@ -35,9 +36,12 @@ from onnx_lrsd.types import (
 )
 
 SCHEMA = 1
+STORED = ("weights", "entries")
+"""What is kept in codes: storages with the number of ranks (or outputs) in each, and that of S."""
 FORM_NUMBERS = ("rank", "channels", "outer", "nonzeros", "kept", "of")
 """``outer`` is Tucker-2's second rank; ``channels``, ``nonzeros``, or ``kept`` ``of`` a block describe S."""
 COSTS = ("macs", "parameters", "bytes")
+SIDES = ("before", "after")
 STAGES = ("load", "calibrate", "decompose", "plan", "rewrite", "verify")
 
 Json: TypeAlias = dict[str, Any]
@@ -56,6 +60,9 @@ def report_to_json(report: Report) -> str:
         "metric": _metric(found),
         "promise": None if report.promise is None else asdict(report.promise),
         "int8": None if report.int8 is None else _int8(report.int8),
+        "loading": None
+        if report.loading is None
+        else dict(zip(SIDES, map(asdict, report.loading), strict=True)),
         "layers": [_layer(layer) for layer in report.layers],
         "warnings": list(report.warnings),
         "seconds": {stage: report.seconds.get(stage, 0.0) for stage in STAGES} | dict(report.seconds),
@@ -139,7 +146,7 @@ def _read_choice(name: str, entry: Any) -> Choice:
 
     if not isinstance(entry, dict):
         raise wrong('is no object: write {"kind": "dense"} or a kind with its rank')
-    unknown = sorted(set(entry) - {"kind", *FORM_NUMBERS, "error", "before", "after", "reason"})
+    unknown = sorted(set(entry) - {"kind", *FORM_NUMBERS, *STORED, "error", "before", "after", "reason"})
     if unknown:
         raise wrong(
             f'has the unknown field "{unknown[0]}": fields that count are kind, {", ".join(FORM_NUMBERS)}'
@@ -158,6 +165,13 @@ def _read_choice(name: str, entry: Any) -> Choice:
     ]
     given = [pattern for pattern in patterns if pattern.count or pattern.block]
     rank, outer = numbers["rank"], numbers["outer"]
+    weights, entries = entry.get("weights", {}), entry.get("entries", "")
+    if not isinstance(weights, dict) or not all(
+        type(count) is int and count > 0 for count in weights.values()
+    ):
+        raise wrong('has weights that are no storages with a number each: write {"int4": 64} or the like')
+    if not {*weights, entries or FP16.name} <= set(STORAGES):
+        raise wrong(f"has a storage that is none of {', '.join(STORAGES)}")
     if kind == DENSE and (rank or outer or given):
         raise wrong("is dense with a rank or channels: remove them, or name another kind")
     if len(given) > 1:
@@ -170,7 +184,11 @@ def _read_choice(name: str, entry: Any) -> Choice:
     try:
         before, after = (_read_price(entry.get(side)) for side in ("before", "after"))
         return Choice(
-            Form(kind, rank, given[0] if given else NONE, outer), float(error), before, after, reason
+            Form(kind, rank, given[0] if given else NONE, outer, tuple(weights.items()), entries),
+            float(error),
+            before,
+            after,
+            reason,
         )
     except (TypeError, ValueError, OverflowError):
         raise wrong('has a "before" or "after" that is no price: remove it') from None
@@ -249,6 +267,10 @@ def _choice(choice: Choice) -> Json:
             form["nonzeros"] = pattern.count
         if pattern.kind == N_OF_M:
             form |= {"kept": pattern.count, "of": pattern.block}
+    if choice.form.weights:
+        form["weights"] = dict(choice.form.weights)
+    if choice.form.entries:
+        form["entries"] = choice.form.entries
     prices = {"before": _price(choice.before), "after": _price(choice.after)}
     return form | {"error": choice.error} | prices | ({"reason": choice.reason} if choice.reason else {})
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from onnx_lrsd.types import DENSE, Inspection, Int8, LayerReport, Metric, Promise, Report, Verification
+from onnx_lrsd.types import Inspection, Int8, LayerReport, Loading, Metric, Promise, Report, Verification
 
 WIDTH = 100
 NAMES = 3
@@ -41,8 +41,10 @@ def report_table(report: Report, *, colour: bool = False, every: bool = False) -
         parts.append("A plan only: nothing was rewritten or measured.")
     if report.int8 is not None:
         parts.append(_int8(report.int8, ink))
-    split = [layer for layer in report.layers if layer.form != DENSE]
-    left = [layer for layer in report.layers if layer.form == DENSE]
+    if report.loading is not None:
+        parts.append(_loading(*report.loading))
+    split = [layer for layer in report.layers if not layer.left]
+    left = [layer for layer in report.layers if layer.left]
     if split:
         parts.append(_split_layers(split, ink, every))
     if left:
@@ -193,28 +195,41 @@ def _promise(promise: Promise, cost: str) -> str:
     return f"promise       {said}: {verdict}"
 
 
+def _loading(before: Loading, after: Loading) -> str:
+    """What decoding costs: when the model is opened, and where a runtime does not fold it."""
+    return _paragraph(
+        f"opening it   {1000 * before.seconds:,.0f} -> {1000 * after.seconds:,.0f} ms, peak memory "
+        f"{_size(before.peak_bytes)} -> {_size(after.peak_bytes)}. ONNX Runtime decodes the weights as it opens the "
+        "model; with graph optimisation disabled it does so in every run."
+    )
+
+
 def _split_layers(layers: Sequence[LayerReport], ink: _Ink, every: bool) -> str:
     shown = layers if every else layers[:MOST_ROWS]
-    rows: list[Row] = [
-        (
-            layer.name,
-            layer.op,
-            _form(layer),
-            _count(layer.macs_before),
-            _count(layer.macs_after),
-            _times(layer.macs_before, layer.macs_after),
-            _percent(layer.error),
+    rows: list[Row] = []
+    coded = any(layer.weights or layer.entries for layer in layers)
+    for layer in shown:
+        sizes = (layer.bytes_before, layer.bytes_after) if coded else (layer.macs_before, layer.macs_after)
+        before, after = map(_size if coded else _count, sizes)
+        rows.append(
+            (layer.name, layer.op, _form(layer), before, after, _times(*sizes), _percent(layer.error))
         )
-        for layer in shown
-    ]
     rows += _more(len(layers) - len(shown), 7)
-    header = ("layer", "op", "form", "MACs before", "after", "ratio", "layer error")
+    header = ("layer", "op", "form", "bytes" if coded else "MACs before", "after", "ratio", "layer error")
     return _grid(header, rows, "lllrrrr", ink)
 
 
 def _form(layer: LayerReport) -> str:
-    rank = f" {layer.rank}" if layer.rank else ""
-    return f"{layer.form}{rank}" + (f" + S {layer.nonzeros:,}" if layer.nonzeros else "")
+    if not layer.weights and not layer.entries:
+        rank = f" {layer.rank}" if layer.rank else ""
+        return f"{layer.form}{rank}" + (f" + S {layer.nonzeros:,}" if layer.nonzeros else "")
+    low = ""
+    if layer.rank:  # ranks, the largest first, by storage
+        low = f"{layer.form} " + " + ".join(f"{count} {name}" for name, count in layer.weights.items())
+    elif layer.weights:
+        low = next(iter(layer.weights))
+    sparse = f"S {layer.nonzeros:,} {layer.entries}" if layer.nonzeros else ""
+    return " + ".join(part for part in (low, sparse) if part)
 
 
 def _share_left(report: Report, split: Sequence[LayerReport]) -> str:

@@ -1,8 +1,9 @@
 """Targets by name."""
 
 from onnx_lrsd.targets.onnxruntime import ONNXRUNTIME
+from onnx_lrsd.targets.size import SIZE
 from onnx_lrsd.targets.target import Target, price
 
-TARGETS: dict[str, Target] = {ONNXRUNTIME.name: ONNXRUNTIME}
+TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME, SIZE)}
 
 __all__ = ["TARGETS", "Target", "price"]

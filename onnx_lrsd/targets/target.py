@@ -5,12 +5,14 @@ Adding a target is adding a row to ``TARGETS`` and, where its storage differs, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TypeAlias
 
 from onnx_lrsd.solver.moments import output_size
 from onnx_lrsd.solver.pattern import nonzeros
+from onnx_lrsd.solver.whiten import Problem
 from onnx_lrsd.storage import FP16, STORAGES, entry_bytes
 from onnx_lrsd.types import (
     CHANNEL,
@@ -26,19 +28,33 @@ from onnx_lrsd.types import (
     Price,
 )
 
-LAYER_BYTES, BLOCK_BYTES, ENTRIES_BYTES = 400, 250, 900
+LAYER_BYTES, BLOCK_BYTES, ENTRIES_BYTES = 450, 330, 1250
 """What the nodes take that decode a weight, each block of codes in one storage, and an S."""
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
+Curve: TypeAlias = Callable[[Problem, Sequence[str], str | None], Mapping[Form, float]]
+
+
 @dataclass(frozen=True)
 class Target:
-    """``forms(layer, kinds)`` are worth trying; ``cost(layer, form)`` is the predicted time, in MACs."""
+    """``forms(layer, kinds)`` are worth trying; ``cost(layer, form)`` is the predicted time, in MACs.
+
+    ``curve(problem, kinds, weights)`` gives the errors of forms that only the layer's data can tell, in
+    the storage ``weights`` if it is not None; without it the errors are those of ``forms``. ``counts`` is
+    what a ratio is of, if nothing else is asked for. A target that is not ``timed`` promises no speed.
+    ``opset`` is the oldest its operators are in. A search for a promise begins at ``first_ratio``.
+    """
 
     name: str
     forms: Callable[[Layer, tuple[str, ...]], tuple[Form, ...]]
     cost: Callable[[Layer, Form], float]
+    curve: Curve | None = None
+    counts: str = "macs"
+    timed: bool = True
+    opset: int = 1
+    first_ratio: float = 2.0
 
 
 def price(layer: Layer, form: Form) -> Price:
@@ -64,7 +80,7 @@ def node_shapes(layer: Layer, form: Form) -> list[tuple[int, int, int]]:
     """
     taps, positions = prod(layer.kernel), max(layer.positions, 1)
     rank, channels = form.rank, layer.channels
-    if form.kind == DENSE:
+    if form.kind == DENSE and form.pattern == NONE:
         return [(layer.n, layer.m, positions)]
     nodes: list[tuple[int, int, int]] = []
     if rank and form.kind == CHANNEL:
