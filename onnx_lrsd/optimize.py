@@ -283,11 +283,8 @@ def _verify(
 def _held(found: Verification, layers: Sequence[Layer], factors: Mapping[str, Factors]) -> int:
     """Parameters that a model in codes stands for: numbers of factors and entries, not bytes."""
     rewritten = [layer for layer in layers if layer.name in factors]
-    saved = (
-        price(layer, Form()).parameters - price(layer, factors[layer.name].form).parameters
-        for layer in rewritten
-    )
-    return found.before.parameters - sum(saved)
+    held = {layer.name: price(layer, factors[layer.name].form).parameters for layer in rewritten}
+    return found.before.parameters - sum(price(x, Form()).parameters - held[x.name] for x in rewritten)
 
 
 def _worse(found: Verification, timed: bool) -> bool:

@@ -78,7 +78,7 @@ def entry_bytes(count: int, size: int, storage: Storage) -> int:
 
 
 def with_bridges(count: int, size: int, storage: Storage, reach: int) -> int:
-    """The same for one ``reach``: a longer gap needs more entries, of which geometric gaps tell the number."""
+    """The same for one ``reach``: longer gaps need more entries, of which geometric gaps tell the number."""
     beyond = (1 - min(count / size, 1.0)) ** reach
     stored = min(round(count * (1 + beyond / max(1 - beyond, 1e-9))), size)
     return storage.bytes(stored) + gaps(reach).bytes(stored)

@@ -67,10 +67,9 @@ REPORT = Report(
     VERIFIED,
     Promise("ratio", 2.0, 1.9999995, False),
     (SPLIT, LEFT),
-    None,
-    ("Careful.",),
-    {"load": 0.5, "verify": 1.0},
-    {"onnx-lrsd": "0.1.0"},
+    warnings=("Careful.",),
+    seconds={"load": 0.5, "verify": 1.0},
+    versions={"onnx-lrsd": "0.1.0"},
 )
 
 prices = st.builds(Price, st.integers(0, 2**50), st.integers(0, 2**40), st.integers(0, 2**42))

@@ -28,6 +28,7 @@ from onnx_lrsd.types import (
     Int8,
     Layer,
     LayerReport,
+    Loading,
     Pattern,
     Plan,
     Price,
@@ -41,7 +42,6 @@ STORED = ("weights", "entries")
 FORM_NUMBERS = ("rank", "channels", "outer", "nonzeros", "kept", "of")
 """``outer`` is Tucker-2's second rank; ``channels``, ``nonzeros``, or ``kept`` ``of`` a block describe S."""
 COSTS = ("macs", "parameters", "bytes")
-SIDES = ("before", "after")
 STAGES = ("load", "calibrate", "decompose", "plan", "rewrite", "verify")
 
 Json: TypeAlias = dict[str, Any]
@@ -60,9 +60,7 @@ def report_to_json(report: Report) -> str:
         "metric": _metric(found),
         "promise": None if report.promise is None else asdict(report.promise),
         "int8": None if report.int8 is None else _int8(report.int8),
-        "loading": None
-        if report.loading is None
-        else dict(zip(SIDES, map(asdict, report.loading), strict=True)),
+        "loading": _loading(report.loading),
         "layers": [_layer(layer) for layer in report.layers],
         "warnings": list(report.warnings),
         "seconds": {stage: report.seconds.get(stage, 0.0) for stage in STAGES} | dict(report.seconds),
@@ -166,9 +164,8 @@ def _read_choice(name: str, entry: Any) -> Choice:
     given = [pattern for pattern in patterns if pattern.count or pattern.block]
     rank, outer = numbers["rank"], numbers["outer"]
     weights, entries = entry.get("weights", {}), entry.get("entries", "")
-    if not isinstance(weights, dict) or not all(
-        type(count) is int and count > 0 for count in weights.values()
-    ):
+    counts = weights.values() if isinstance(weights, dict) else [None]
+    if not all(type(count) is int and count > 0 for count in counts):
         raise wrong('has weights that are no storages with a number each: write {"int4": 64} or the like')
     if not {*weights, entries or FP16.name} <= set(STORAGES):
         raise wrong(f"has a storage that is none of {', '.join(STORAGES)}")
@@ -230,6 +227,10 @@ def _int8(int8: Int8) -> Json:
         "left": [{"name": name, "error": error} for name, error in int8.left.items()],
         "steps": {name: _sides(step) | {"metric": _metric(step)} for name, step in int8.steps.items()},
     }
+
+
+def _loading(loading: tuple[Loading, Loading] | None) -> Json | None:
+    return None if loading is None else {"before": asdict(loading[0]), "after": asdict(loading[1])}
 
 
 def _metric(found: Verification | None) -> Json | None:

@@ -197,10 +197,11 @@ def _promise(promise: Promise, cost: str) -> str:
 
 def _loading(before: Loading, after: Loading) -> str:
     """What decoding costs: when the model is opened, and where a runtime does not fold it."""
+    peaks = f"{_size(before.peak_bytes)} -> {_size(after.peak_bytes)}"
     return _paragraph(
-        f"opening it   {1000 * before.seconds:,.0f} -> {1000 * after.seconds:,.0f} ms, peak memory "
-        f"{_size(before.peak_bytes)} -> {_size(after.peak_bytes)}. ONNX Runtime decodes the weights as it opens the "
-        "model; with graph optimisation disabled it does so in every run."
+        f"opening       {1000 * before.seconds:,.0f} -> {1000 * after.seconds:,.0f} ms, peak memory of the "
+        f"process {peaks}: ONNX Runtime decodes the weights as it opens the model; with graph optimisation "
+        "disabled it would do so in every run"
     )
 
 

@@ -33,8 +33,8 @@ V_SHARE = 0.3
 PRICES = 16
 MOST_OF_DENSE = 0.6
 """Ranks that hold more numbers than this part of the weight are not looked at."""
-DENSITIES = (0.05, 0.1, 0.18, 0.3)
-BESIDE = (0.5, 1.0)
+DENSITIES = (0.05, 0.12, 0.25)
+BESIDE = (0.7,)
 """Bits a weight for factors, beside an S of about as many bytes."""
 GAP_BITS = 4.3
 """Of the distance to the next entry, with what bridges the long ones."""
@@ -43,7 +43,7 @@ MOST_WORK = 3e9
 
 
 def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) -> dict[Form, float]:
-    """Relative output error of forms in codes, of the given kinds; those of one storage if ``weights`` says."""
+    """Relative output error of forms in codes, of the given kinds; ``weights`` names their one storage."""
     found: dict[Form, float] = {}
     noises: dict[Form, float] = {}
     if DENSE in kinds:
@@ -142,7 +142,8 @@ def _with_entries(
     resolvent = Resolvent(problem.metric, problem.weight, prod(problem.layer.kernel))
 
     def fitted(form: Form) -> float:
-        return decompose(problem, replace(form, weights=()), effort="brief", resolvent=resolvent).error
+        plain = replace(form, weights=())
+        return float(decompose(problem, plain, effort="brief", resolvent=resolvent).error)
 
     found = {}
     for share in DENSITIES:
@@ -164,5 +165,5 @@ def _bits(problem: Problem, form: Form) -> float:
     """Bits for each entry of the weight that factors take."""
     n, m = problem.weight.shape
     groups = shared_groups(problem.layer.kernel, form.kind)
-    numbers = m // groups + n * groups
-    return sum(STORAGES[name].bits * count for name, count in form.weights) * numbers / (n * m)
+    kept = float(sum(STORAGES[name].bits * count for name, count in form.weights))
+    return kept * (m // groups + n * groups) / (n * m)

@@ -55,7 +55,7 @@ def round_columns(weight: Array, metric: Array, steps: Array, levels: Array) -> 
     ``metric`` H (m, m), positive definite. ``steps`` and ``levels`` broadcast against (n, m).
     """
     xp = namespace(weight)
-    n, m = weight.shape
+    m = weight.shape[1]
     order = xp.argsort(-diagonal(metric))
     root = upper_root(xp.take(xp.take(metric, order, axis=0), order, axis=1))
     root = cast(root / diagonal(root), xp.float32)  # column j in units of what is left of input j
