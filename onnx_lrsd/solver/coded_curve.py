@@ -165,5 +165,5 @@ def _bits(problem: Problem, form: Form) -> float:
     """Bits for each entry of the weight that factors take."""
     n, m = problem.weight.shape
     groups = shared_groups(problem.layer.kernel, form.kind)
-    kept = float(sum(STORAGES[name].bits * count for name, count in form.weights))
-    return kept * (m // groups + n * groups) / (n * m)
+    kept = sum(STORAGES[name].bits * count for name, count in form.weights)
+    return float(kept * (m // groups + n * groups) / (n * m))
