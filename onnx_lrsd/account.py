@@ -14,6 +14,7 @@ from onnx_lrsd.solver.pattern import nonzeros
 from onnx_lrsd.targets import price
 from onnx_lrsd.types import (
     DENSE,
+    N_OF_M,
     Declined,
     Factors,
     Form,
@@ -64,6 +65,7 @@ def make_report(
         tuple(run.warnings),
         dict(run.seconds),
         versions,
+        run.engine,
     )
 
 
@@ -115,6 +117,7 @@ def _layer_report(
         after.parameters,
         error,
         reason,
+        *((form.pattern.count, form.pattern.block) if form.pattern.kind == N_OF_M else ()),
     )
 
 

@@ -76,12 +76,13 @@ class Planner:
     def for_ratio(self, ratio: float) -> Forms:
         """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.
 
-        Raises BudgetError where the layers do not bear it.
+        Where another engine runs the result they are predicted to be. Raises BudgetError where the layers
+        do not bear it.
         """
         for _ in range(ROUNDS):
             points = self._allocate(ratio)
             chosen = {name: point.form for name, point in points.items() if point.form.kind != DENSE}
-            slow = self._drop_slow(chosen)
+            slow = self._drop_slow(chosen) if self.run.target.timed_here else set[str]()
             if not slow:
                 break
         return {name: form for name, form in chosen.items() if name not in slow}
@@ -167,7 +168,7 @@ class Planner:
                 best, slack, low = found, left, budget
             else:
                 high = budget
-        return spend(self.curves, best, slack, self.cost, self.sensitivity)
+        return spend(self.curves, best, slack, self.cost, self.sensitivity, by_time)
 
     def _drop_slow(self, chosen: Forms) -> set[str]:
         """Names of the layers whose form is not faster here; only much cheaper ones stay in their curves."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from onnx_lrsd.allocate import COSTS
 from onnx_lrsd.targets import TARGETS, Target
-from onnx_lrsd.types import Int8, Progress, Score
+from onnx_lrsd.types import Engine, Int8, Progress, Score
 
 NO_FORM = "no smaller form is predicted to be faster"
 OUT_OF_REACH = "the budget is out of reach"
@@ -60,6 +60,7 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     int8: Int8 | None = None
+    engine: Engine | None = None
 
     @property
     def target(self) -> Target:

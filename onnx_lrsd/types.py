@@ -235,7 +235,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer. ``form`` is 'dense' where it was left, and ``reason`` says why."""
+    """What became of one layer. ``form`` is 'dense' where it was left, and ``reason`` says why.
+
+    ``kept`` of each ``of`` input channels are not zero where the pattern is N:M.
+    """
 
     name: str
     op: str
@@ -252,6 +255,8 @@ class LayerReport:
     parameters_after: int
     error: float
     reason: str = ""
+    kept: int = 0
+    of: int = 0
 
 
 @dataclass(frozen=True)
@@ -321,6 +326,18 @@ class Int8:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What TensorRT is to be told: ``command`` builds the engine, by trtexec.
+
+    ``sparse`` are the nodes whose weight is 2:4, which sparse tensor cores may take.
+    """
+
+    command: str
+    sparse: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything the tool says about one run: schema 1 of the JSON, the table, nothing else."""
 
@@ -337,6 +354,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True)

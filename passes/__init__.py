@@ -5,6 +5,7 @@ from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.isolate import isolate
 from onnx_lrsd.passes.rectifiers import rectifiers
 from onnx_lrsd.passes.split import split
+from onnx_lrsd.passes.two_of_four import two_of_four
 
 __all__ = [
     "compute_tensors",
@@ -15,4 +16,5 @@ __all__ = [
     "read_weight",
     "rectifiers",
     "split",
+    "two_of_four",
 ]

@@ -22,6 +22,7 @@ from onnx_lrsd.types import (
     UNSTRUCTURED,
     Choice,
     Cost,
+    Engine,
     Form,
     Inspection,
     Int8,
@@ -56,6 +57,7 @@ def report_to_json(report: Report) -> str:
         "metric": _metric(found),
         "promise": None if report.promise is None else asdict(report.promise),
         "int8": None if report.int8 is None else _int8(report.int8),
+        "tensorrt": None if report.engine is None else _engine(report.engine),
         "layers": [_layer(layer) for layer in report.layers],
         "warnings": list(report.warnings),
         "seconds": {stage: report.seconds.get(stage, 0.0) for stage in STAGES} | dict(report.seconds),
@@ -212,6 +214,10 @@ def _int8(int8: Int8) -> Json:
         "left": [{"name": name, "error": error} for name, error in int8.left.items()],
         "steps": {name: _sides(step) | {"metric": _metric(step)} for name, step in int8.steps.items()},
     }
+
+
+def _engine(engine: Engine) -> Json:
+    return {"trtexec": engine.command, "sparse": list(engine.sparse), "notes": list(engine.notes)}
 
 
 def _metric(found: Verification | None) -> Json | None:

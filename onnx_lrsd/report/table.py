@@ -12,7 +12,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from onnx_lrsd.types import DENSE, Inspection, Int8, LayerReport, Metric, Promise, Report, Verification
+from onnx_lrsd.types import (
+    DENSE,
+    Engine,
+    Inspection,
+    Int8,
+    LayerReport,
+    Metric,
+    Promise,
+    Report,
+    Verification,
+)
 
 WIDTH = 100
 NAMES = 3
@@ -41,6 +51,8 @@ def report_table(report: Report, *, colour: bool = False, every: bool = False) -
         parts.append("A plan only: nothing was rewritten or measured.")
     if report.int8 is not None:
         parts.append(_int8(report.int8, ink))
+    if report.engine is not None:
+        parts.append(_engine(report.engine, ink))
     split = [layer for layer in report.layers if layer.form != DENSE]
     left = [layer for layer in report.layers if layer.form == DENSE]
     if split:
@@ -171,6 +183,14 @@ def _int8(int8: Int8, ink: _Ink) -> str:
     return "\n".join([*lines, _paragraph(said)])
 
 
+def _engine(engine: Engine, ink: _Ink) -> str:
+    """The command in one line, to be copied as it is."""
+    names = ", ".join(_shorten(name, 40) for name in engine.sparse)
+    said = f"{_plural(len(engine.sparse), 'node')} may run on sparse tensor cores (2:4)"
+    lines = [ink.strong(engine.command), _paragraph(f"{said}: {names}." if names else f"{said}.")]
+    return "\n".join([*lines, *map(_paragraph, engine.notes)])
+
+
 def _metric(metric: Metric) -> Row:
     low, high = (100 * bound for bound in metric.interval)
     points = 100 * (metric.after - metric.before)
@@ -214,7 +234,10 @@ def _split_layers(layers: Sequence[LayerReport], ink: _Ink, every: bool) -> str:
 
 def _form(layer: LayerReport) -> str:
     rank = f" {layer.rank}" if layer.rank else ""
-    return f"{layer.form}{rank}" + (f" + S {layer.nonzeros:,}" if layer.nonzeros else "")
+    pattern = f"{layer.kept}:{layer.of}" if layer.of else f"S {layer.nonzeros:,}"
+    if layer.of and not layer.rank:
+        return pattern
+    return f"{layer.form}{rank}" + (f" + {pattern}" if layer.nonzeros else "")
 
 
 def _share_left(report: Report, split: Sequence[LayerReport]) -> str:

@@ -2,7 +2,8 @@
 
 from onnx_lrsd.targets.onnxruntime import ONNXRUNTIME
 from onnx_lrsd.targets.target import Target, price
+from onnx_lrsd.targets.tensorrt import TENSORRT
 
-TARGETS: dict[str, Target] = {ONNXRUNTIME.name: ONNXRUNTIME}
+TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME, TENSORRT)}
 
 __all__ = ["TARGETS", "Target", "price"]

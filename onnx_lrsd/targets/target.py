@@ -15,7 +15,6 @@ from onnx_lrsd.types import (
     CHANNEL,
     CHANNEL_IN,
     DENSE,
-    N_OF_M,
     NONE,
     SPATIAL,
     TUCKER,
@@ -30,18 +29,28 @@ BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 @dataclass(frozen=True)
 class Target:
-    """``forms(layer, kinds)`` are worth trying; ``cost(layer, form)`` is the predicted time, in MACs."""
+    """``forms(layer, kinds)`` are worth trying; ``cost(layer, form)`` is the predicted time, in MACs.
+
+    ``timed_here``: the latency that ONNX Runtime measures on this machine is what counts, so that a form or a
+    model that is no faster by it is not kept. False where another engine runs the result: only the predicted
+    time decides then.
+    """
 
     name: str
     forms: Callable[[Layer, tuple[str, ...]], tuple[Form, ...]]
     cost: Callable[[Layer, Form], float]
+    timed_here: bool = True
 
 
 def price(layer: Layer, form: Form) -> Price:
-    """What ``form`` costs for one sample of a layer whose positions and size are known."""
+    """What ``form`` costs for one sample of a layer whose positions and size are known.
+
+    N:M is stored dense and its MACs are those of a dense weight: what an engine makes of its zeros is in
+    the target's predicted time.
+    """
     nodes = node_shapes(layer, form)
     parameters = sum(out * inner for out, inner, _ in nodes) + layer.n
-    if form.pattern.kind in (UNSTRUCTURED, N_OF_M):
+    if form.pattern.kind == UNSTRUCTURED:
         parameters += nonzeros(form.pattern, layer.n, layer.m, prod(layer.kernel)) - layer.n * layer.m
     macs = sum(out * inner * times for out, inner, times in nodes)
     return Price(macs, parameters, parameters * BYTES[layer.dtype])
