@@ -348,6 +348,10 @@ def _check_usage(ctx: click.Context) -> None:
         raise click.UsageError("--max-drop needs labelled samples: give them with --eval.")
     if given("metric") and "max_drop" not in goals:
         raise click.UsageError("--metric goes with --max-drop, which it measures: give both.")
+    if ctx.params["int8"] and not TARGETS[ctx.params["target"]].timed_here:
+        raise click.UsageError(
+            f"--int8 quantises for ONNX Runtime, not for --target {ctx.params['target']}: leave it out."
+        )
     settled = given("target", "cost", "forms", "include", "exclude")
     if "plan_path" in goals and settled:
         raise click.UsageError(f"{flags(settled)} cannot go with --plan, which settles it: edit the plan.")

@@ -11,14 +11,13 @@ from onnx_lrsd.model import Model
 from onnx_lrsd.passes import two_of_four
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.slots import Slot
+from onnx_lrsd.targets.tensorrt import BATCH
 from onnx_lrsd.types import Engine
 
-BATCH = 16
-"""Largest batch of an engine whose model leaves the batch open; the one that predicted times are for."""
 HALF = "float16"
 ROUNDED = (
-    "Sparse tensor cores take half precision, and these weights are float32: --fp16 lets TensorRT round them. "
-    "From TensorRT 11 on, convert the model with ModelOpt's AutoCast and leave --fp16 out."
+    "Sparse tensor cores take half precision, and these weights are float32: --fp16 lets TensorRT round "
+    "them. From TensorRT 11 on, convert the model with ModelOpt's AutoCast and leave --fp16 out."
 )
 NOT_TIMED = (
     "The latency above is that of ONNX Runtime on this CPU and says nothing of TensorRT, which was not run."
@@ -28,8 +27,8 @@ NOT_TIMED = (
 def engine(model: Model, samples: Samples, output: Path | None) -> Engine:
     """How to build an engine from ``model``, written to ``output``.
 
-    Open dimensions get the sizes that ``samples`` have; an open batch goes from one to BATCH. Tensors keep
-    the types they have in the file; where only float32 weights are 2:4, TensorRT is let take half precision.
+    Tensors keep the types they have in the file; where only float32 weights are 2:4, TensorRT is let take
+    half precision.
     """
     path = Path("model.onnx") if output is None else output
     sparse = two_of_four(model.graph())
@@ -41,7 +40,7 @@ def engine(model: Model, samples: Samples, output: Path | None) -> Engine:
         "--sparsity=enable",
         "--fp16" if rounded else "--stronglyTyped",
     ]
-    least, most = _shapes(model, samples)
+    least, most = open_shapes(model, samples)
     for flag, shapes in (("min", least), ("opt", most), ("max", most)):
         if shapes:
             listed = ",".join(f"{_quoted(name)}:{'x'.join(map(str, s))}" for name, s in shapes.items())
@@ -50,10 +49,14 @@ def engine(model: Model, samples: Samples, output: Path | None) -> Engine:
     return Engine(shlex.join(command), tuple(node.name for node in sparse), notes)
 
 
-def _shapes(
+def open_shapes(
     model: Model, samples: Samples
 ) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]]:
-    """Least and greatest shapes of the inputs that leave a dimension open."""
+    """Least and greatest shapes of the inputs that leave a dimension open.
+
+    An open batch goes from one to BATCH, for which times are predicted; other open dimensions have the
+    sizes that ``samples`` have.
+    """
     feed = next(iter(samples.batches(1)))
     least, most = {}, {}
     for spec in inputs_of(model.proto):

@@ -186,8 +186,8 @@ def _int8(int8: Int8, ink: _Ink) -> str:
 def _engine(engine: Engine, ink: _Ink) -> str:
     """The command in one line, to be copied as it is."""
     names = ", ".join(_shorten(name, 40) for name in engine.sparse)
-    said = f"{_plural(len(engine.sparse), 'node')} may run on sparse tensor cores (2:4)"
-    lines = [ink.strong(engine.command), _paragraph(f"{said}: {names}." if names else f"{said}.")]
+    said = f"2:4, for sparse tensor cores: {names}" if names else "No weight is 2:4."
+    lines = [ink.strong(engine.command), _paragraph(said)]
     return "\n".join([*lines, *map(_paragraph, engine.notes)])
 
 
