@@ -14,7 +14,7 @@ from onnx_lrsd.model import Model
 from onnx_lrsd.run import Run
 from onnx_lrsd.targets import price
 from onnx_lrsd.trial import CLEARLY, speedups
-from onnx_lrsd.types import DENSE, ErrorCurve, Factors, Form, Point, Price
+from onnx_lrsd.types import DENSE, N_OF_M, ErrorCurve, Factors, Form, Point, Price
 from onnx_lrsd.verify import compare
 
 ROUNDS = 4
@@ -62,7 +62,7 @@ class Planner:
         for curve in self.curves:
             smaller = [point for point in curve.points if point.form.kind != DENSE and point.error > 0]
             if smaller:
-                moderate[curve.layer.name] = min(smaller, key=lambda p: abs(log(p.error / MODERATE))).form
+                moderate[curve.layer.name] = min(smaller, key=_far_from_moderate).form
         found = measure(moderate)
         if not found:
             return
@@ -185,6 +185,11 @@ class Planner:
                 )
                 self.curves[index] = ErrorCurve(curve.layer, faster)
         return set(slow)
+
+
+def _far_from_moderate(point: Point) -> tuple[bool, float]:
+    """How ill a point suits a first sensitivity; N:M takes far longer to fit than factors alone."""
+    return point.form.pattern.kind == N_OF_M, abs(log(point.error / MODERATE))
 
 
 def _macs(curve: ErrorCurve, form: Form) -> int:

@@ -104,7 +104,7 @@ def rewrite(model: Model, form: Form) -> tuple[Model, Factors]:
 def run(model: Model, x: Values) -> Values:
     """The output, by ONNX Runtime, or by ONNX's reference where it has no kernel for bfloat16 on a CPU."""
     if x.dtype == helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16):
-        return np.asarray(ReferenceEvaluator(model.proto).run(None, {"x": x})[0])
+        return np.asarray(next(iter(ReferenceEvaluator(model.proto).run(None, {"x": x}))))
     return np.asarray(open_session(model.proto).run({"x": x})["y"])
 
 
@@ -185,7 +185,11 @@ def test_bfloat16_that_onnx_runtime_has_no_kernel_for_is_one_sentence() -> None:
         onnx_lrsd.optimize(model.proto, {"x": np.repeat(x, 10, axis=0)}, ratio=1.5)
 
 
-SCALE = {"s": np.array(0.05, np.float32), "z": np.array(0, np.uint8), "zi": np.array(0, np.int8)}
+SCALE: dict[str, Values] = {
+    "s": np.array(0.05, np.float32),
+    "z": np.array(0, np.uint8),
+    "zi": np.array(0, np.int8),
+}
 
 
 def _int8(*shape: int) -> Values:
@@ -233,7 +237,7 @@ def nbits() -> tuple[list[onnx.NodeProto], dict[str, Values]]:
     rng = np.random.default_rng(2)
     packed = rng.integers(0, 256, (16, 1, 16)).astype(np.uint8)
     scales = rng.random((16, 1)).astype(np.float32)
-    attributes = {"K": 32, "N": 16, "bits": 4, "block_size": 32}
+    attributes: dict[str, Any] = {"K": 32, "N": 16, "bits": 4, "block_size": 32}
     return [
         helper.make_node("Transpose", ["r"], ["t"], perm=[0, 2, 3, 1]),
         helper.make_node(
@@ -249,7 +253,7 @@ def model_with(quantised: Callable[[], Any], floats: bool) -> onnx.ModelProto:
     """The quantised nodes, behind a float Conv that gains by a split or alone."""
     rng = np.random.default_rng(0)
     nodes, tensors = quantised()
-    shape = ["n", 64, 8, 8] if floats else ["n", 32, 8, 8]
+    shape: list[str | int | None] = ["n", 64, 8, 8] if floats else ["n", 32, 8, 8]
     if floats:
         narrow = rng.standard_normal((32, 4)) @ rng.standard_normal((4, 64 * 9)) / 40
         tensors = tensors | {"v": narrow.reshape(32, 64, 3, 3).astype(np.float32)}
