@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.model import Model, check, load, save
 from onnx_lrsd.passes import find_layers, read_weight, split, two_of_four
+from onnx_lrsd.planner import Planner
+from onnx_lrsd.run import Options, Run
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.whiten import pose
@@ -220,6 +223,29 @@ def test_slack_in_macs_does_not_buy_back_time_for_nothing() -> None:
     macs = COSTS["macs"]
     assert spend(curves, {"y": sparse}, 10, macs, time=lambda point: point.time) == {"y": sparse}
     assert spend(curves, {"y": sparse}, 10, macs) == {"y": dense}
+
+
+def test_2_4_takes_the_layers_where_it_saves_time_for_less_error_than_factors_do() -> None:
+    """One layer has a low rank, one has none: within a budget of MACs, time is what is saved."""
+
+    def curve(name: str, lost: Mapping[Form, float]) -> ErrorCurve:
+        layer = replace(layer_of("Conv", 512, 512), name=name)
+        forms = {Form(): 0.0, **lost}
+        return ErrorCurve(
+            layer, tuple(Point(f, e, price(layer, f), TENSORRT.cost(layer, f)) for f, e in forms.items())
+        )
+
+    def chosen(lost: float) -> dict[str, Form]:
+        ranks = (64, 128, 256, 512)
+        curves = [
+            curve("narrow", {Form(SPATIAL, rank): 0.4 / rank for rank in ranks}),
+            curve("full", {Form(CHANNEL, 0, TWO_OF_FOUR): lost} | {Form(SPATIAL, r): 100 / r for r in ranks}),
+        ]
+        dense = curves[0].points[0].price
+        return Planner(Run(Options(target="tensorrt")), network(), curves, dense + dense, {}).for_ratio(1.5)
+
+    assert chosen(1e-4)["full"] == Form(CHANNEL, 0, TWO_OF_FOUR) and chosen(1e-4)["narrow"].kind == SPATIAL
+    assert set(chosen(0.1)) == {"narrow"}
 
 
 @pytest.fixture
