@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 from click.testing import CliRunner
+from engines import build
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_lrsd
@@ -30,7 +31,7 @@ from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.whiten import pose
 from onnx_lrsd.targets import TARGETS, price
 from onnx_lrsd.targets.tensorrt import TENSORRT, TWO_OF_FOUR
-from onnx_lrsd.trtexec import engine, open_shapes
+from onnx_lrsd.trtexec import engine
 from onnx_lrsd.types import (
     CHANNEL,
     CHANNEL_IN,
@@ -314,31 +315,14 @@ def test_int8_of_onnx_runtime_is_not_for_tensorrt(tmp_path: Path) -> None:
     assert done.exit_code == 2 and "--int8" in done.output and not list(tmp_path.iterdir())
 
 
-def build(model: Model, path: Path, shapes: tuple[Mapping[str, tuple[int, ...]], ...]) -> int:
-    """Bytes of the engine that TensorRT-RTX builds, ahead of time and without a GPU."""
-    trt = pytest.importorskip("tensorrt_rtx", reason=NO_ENGINE)
-    save(model, path)
-    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    net = builder.create_network(0)
-    parser = trt.OnnxParser(net, trt.Logger(trt.Logger.ERROR))
-    assert parser.parse_from_file(str(path)), parser.get_error(0).desc()
-    config = builder.create_builder_config()
-    config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    least, most = shapes
-    if least:
-        profile = builder.create_optimization_profile()
-        for name in least:
-            profile.set_shape(name, least[name], most[name], most[name])
-        config.add_optimization_profile(profile)
-    built = builder.build_serialized_network(net, config)
-    return 0 if built is None else int(built.nbytes)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_tensorrt_parses_and_builds_every_form(form: Form, dtype: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason=NO_ENGINE)
     model = rewritten(network(dtype), form)
-    assert build(model, tmp_path / "m.onnx", open_shapes(model, samples_for(model))) > 0
+    save(model, tmp_path / "m.onnx")
+    taken = build(tmp_path / "m.onnx", model, samples_for(model))
+    assert taken.parsed and taken.size, taken.why
 
 
 def test_tensorrt_parses_and_builds_the_example(tmp_path: Path) -> None:
@@ -346,4 +330,6 @@ def test_tensorrt_parses_and_builds_the_example(tmp_path: Path) -> None:
     found = onnx_lrsd.optimize(MODEL, CALIB, ratio=2, samples=60, target="tensorrt")
     samples = read_samples(CALIB, inputs_of(found.model.proto))
     assert any(layer.form != "dense" for layer in found.report.layers)
-    assert build(found.model, tmp_path / "m.onnx", open_shapes(found.model, samples)) > 0
+    save(found.model, tmp_path / "m.onnx")
+    taken = build(tmp_path / "m.onnx", found.model, samples)
+    assert taken.parsed and taken.size, taken.why
