@@ -19,6 +19,7 @@ from onnx_lrsd.run import Options
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.whiten import pose
 from onnx_lrsd.types import Factors, Form, Layer, Moments, Plan, Report, Verification
+from onnx_lrsd.unpacking import unpack
 from onnx_lrsd.verify import compare
 
 __version__ = "0.1.0"
@@ -54,4 +55,5 @@ __all__ = [
     "report_to_json",
     "save",
     "split",
+    "unpack",
 ]

@@ -14,6 +14,7 @@ from onnx_lrsd.solver.pattern import nonzeros
 from onnx_lrsd.targets import price
 from onnx_lrsd.types import (
     DENSE,
+    N_OF_M,
     Declined,
     Factors,
     Form,
@@ -65,6 +66,7 @@ def make_report(
         tuple(run.warnings),
         dict(run.seconds),
         versions,
+        run.engine,
     )
 
 
@@ -116,6 +118,8 @@ def _layer_report(
         after.parameters,
         error,
         reason,
+        form.pattern.count if form.pattern.kind == N_OF_M else 0,
+        form.pattern.block,
         dict(form.weights),
         form.entries,
     )

@@ -101,8 +101,12 @@ def spend(
     slack: float,
     cost: Cost,
     sensitivity: Mapping[str, float] | None = None,
+    time: Cost | None = None,
 ) -> dict[str, Point]:
-    """Spend ``slack`` of the budget, each time on the exchange that saves most error for its cost."""
+    """Spend ``slack`` of the budget, each time on the exchange that saves most error for its cost.
+
+    With ``time``, an exchange that takes nothing from the budget must not take time either.
+    """
     while True:
         best: tuple[float, str, Point] | None = None
         for curve in curves:
@@ -111,6 +115,8 @@ def spend(
                 extra = cost(point) - cost(present)
                 saved = (present.error - point.error) * (1.0 if sensitivity is None else sensitivity[name])
                 if saved <= 0 or extra > slack:
+                    continue
+                if time is not None and extra <= 0 and time(point) > time(present):
                     continue
                 gain = saved / max(extra, 1e-9)
                 if best is None or gain > best[0]:

@@ -25,7 +25,7 @@ from onnx_lrsd.dataset import read_samples
 from onnx_lrsd.doctor import examine
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.inspection import inspect
-from onnx_lrsd.model import load, size_on_disk
+from onnx_lrsd.model import load, save, size_on_disk
 from onnx_lrsd.optimize import optimize
 from onnx_lrsd.report import (
     comparison_table,
@@ -42,11 +42,12 @@ from onnx_lrsd.sources import script_function
 from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets import TARGETS
 from onnx_lrsd.types import KINDS, Plan, Progress, Score
+from onnx_lrsd.unpacking import unpack
 from onnx_lrsd.verify import compare, made_up_samples
 
 BROKEN_PROMISE, INTERRUPTED = 3, 130
 STDOUT = Path("-")
-SUFFIX = ".lrsd.onnx"
+SUFFIX, PLAIN = ".lrsd.onnx", ".plain.onnx"
 COSTS = {"macs": "macs", "params": "parameters", "bytes": "bytes"}
 VERBOSE = "onnx_lrsd.verbose"
 REDRAW = 0.1
@@ -328,6 +329,26 @@ def compare_command(
         _write(json_path, comparison_to_json(found, str(before), str(after), samples.source))
 
 
+@main.command("unpack")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help=f"Where to write the model.  [default: MODEL{PLAIN} beside it]",
+)
+@_loudness
+def unpack_command(model: Path, output: Path | None, verbose: bool, quiet: bool) -> None:
+    """Write a plain dense model from one that the target size wrote."""
+    target = output or model.with_name(model.stem + PLAIN)
+    _check_apart([target], [model])
+    plain = unpack(model)
+    save(plain, target)
+    if not quiet:
+        _say(f"{model} -> {target}: {size_on_disk(model):,} -> {size_on_disk(target):,} bytes")
+
+
 @main.command("doctor")
 @click.pass_context
 def doctor_command(ctx: click.Context, /) -> None:
@@ -359,8 +380,8 @@ def _check_usage(ctx: click.Context) -> None:
     target = ctx.params["target"]
     if given("weights") and target != "size":
         raise click.UsageError("--weights goes with --target size, which stores weights in codes: give both.")
-    if given("int8") and not TARGETS[target].timed:
-        raise click.UsageError(f"--int8 is for speed and cannot go with --target {target}: leave it out.")
+    if given("int8") and not TARGETS[target].timed_here:
+        raise click.UsageError(f"--int8 quantises for ONNX Runtime, not for --target {target}: leave it out.")
     settled = given("target", "cost", "forms", "weights", "include", "exclude")
     if "plan_path" in goals and settled:
         raise click.UsageError(f"{flags(settled)} cannot go with --plan, which settles it: edit the plan.")

@@ -14,7 +14,7 @@ from onnx_lrsd.model import Model
 from onnx_lrsd.run import Run
 from onnx_lrsd.targets import price
 from onnx_lrsd.trial import CLEARLY, speedups
-from onnx_lrsd.types import DENSE, ErrorCurve, Factors, Form, Point, Price
+from onnx_lrsd.types import DENSE, N_OF_M, ErrorCurve, Factors, Form, Point, Price
 from onnx_lrsd.verify import compare
 
 ROUNDS = 4
@@ -60,7 +60,7 @@ class Planner:
         for curve in self.curves:
             smaller = [point for point in curve.points if not point.form.dense and point.error > 0]
             if smaller:
-                moderate[curve.layer.name] = min(smaller, key=lambda p: abs(log(p.error / MODERATE))).form
+                moderate[curve.layer.name] = min(smaller, key=_far_from_moderate).form
         found = measure(moderate)
         if not found:
             return
@@ -74,12 +74,13 @@ class Planner:
     def for_ratio(self, ratio: float) -> Forms:
         """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.
 
-        Raises BudgetError where the layers do not bear it.
+        Where another engine runs the result they are predicted to be. Raises BudgetError where the layers
+        do not bear it.
         """
         for _ in range(ROUNDS):
             points = self._allocate(ratio)
             chosen = {name: point.form for name, point in points.items() if not point.form.dense}
-            slow = self._drop_slow(chosen)
+            slow = self._drop_slow(chosen) if self.run.target.timed_here else set[str]()
             if not slow:
                 break
         return {name: form for name, form in chosen.items() if name not in slow}
@@ -165,12 +166,10 @@ class Planner:
                 best, slack, low = found, left, budget
             else:
                 high = budget
-        return spend(self.curves, best, slack, self.cost, self.sensitivity)
+        return spend(self.curves, best, slack, self.cost, self.sensitivity, by_time)
 
     def _drop_slow(self, chosen: Forms) -> set[str]:
         """Names of the layers whose form is not faster here; only much cheaper ones stay in their curves."""
-        if not self.run.target.timed:
-            return set()
         layers = [curve.layer for curve in self.curves]
         measured = speedups(self.source, layers, chosen, self.shapes, self.times, self.run.progress)
         slow = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}
@@ -182,6 +181,11 @@ class Planner:
                 faster = tuple(p for p in curve.points if p.form.dense or p.price.macs < _macs(curve, form))
                 self.curves[index] = ErrorCurve(curve.layer, faster)
         return set(slow)
+
+
+def _far_from_moderate(point: Point) -> tuple[bool, float]:
+    """How ill a point suits a first sensitivity; N:M takes far longer to fit than factors alone."""
+    return point.form.pattern.kind == N_OF_M, abs(log(point.error / MODERATE))
 
 
 def _macs(curve: ErrorCurve, form: Form) -> int:

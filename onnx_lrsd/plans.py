@@ -38,6 +38,8 @@ def forms_of(plan: Plan, layers: Sequence[Layer]) -> dict[str, Form]:
                 f"The plan names the layer {name}, which this model does not have: "
                 "make a plan for this model with --save-plan."
             )
+        if form.coded and TARGETS[plan.target].curve is None:
+            raise DataError(f"The plan stores {name} in codes, which its target does not: write size there.")
         try:
             check_form(known[name], form)
         except ValueError as error:

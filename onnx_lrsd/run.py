@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from onnx_lrsd.allocate import COSTS
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.targets import TARGETS, Target
-from onnx_lrsd.types import Int8, Loading, Progress, Score
+from onnx_lrsd.types import Engine, Int8, Loading, Progress, Score
 
 NO_FORM = "no smaller form is predicted to be faster"
 OUT_OF_REACH = "the budget is out of reach"
@@ -56,8 +56,6 @@ class Options:
                 raise ValueError(f"{name} is one of {', '.join(str(o) for o in offered if o)}")
         if self.weights and self.target != "size":
             raise ValueError("weights are stored in codes by the target size alone")
-        if self.int8 and not TARGETS[self.target].timed:
-            raise ValueError(f"int8 is for speed, which the target {self.target} does not promise")
         if [self.ratio, self.max_error, self.max_drop].count(None) < 2:
             raise ValueError("give one of ratio, max_error and max_drop")
 
@@ -73,6 +71,7 @@ class Run:
     reasons: dict[str, str] = field(default_factory=dict)
     int8: Int8 | None = None
     loading: tuple[Loading, Loading] | None = None
+    engine: Engine | None = None
 
     @property
     def target(self) -> Target:

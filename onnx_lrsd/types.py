@@ -299,7 +299,8 @@ class Plan:
 class LayerReport:
     """What became of one layer. ``form`` is 'dense' where it was left, and ``reason`` says why.
 
-    ``weights`` and ``entries`` are the storages of a layer in codes, as in ``Form``.
+    ``kept`` of each ``of`` input channels are not zero where the pattern is N:M. ``weights`` and
+    ``entries`` are the storages of a layer in codes, as in ``Form``.
     """
 
     name: str
@@ -317,6 +318,8 @@ class LayerReport:
     parameters_after: int
     error: float
     reason: str = ""
+    kept: int = 0
+    of: int = 0
     weights: Mapping[str, int] = field(default_factory=dict)
     entries: str = ""
 
@@ -401,6 +404,18 @@ class Loading:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What TensorRT is to be told: ``command`` builds the engine, by trtexec.
+
+    ``sparse`` are the nodes whose weight is 2:4, which sparse tensor cores may take.
+    """
+
+    command: str
+    sparse: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything the tool says about one run: schema 1 of the JSON, the table, nothing else."""
 
@@ -418,6 +433,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True)

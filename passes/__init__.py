@@ -5,9 +5,12 @@ from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.isolate import isolate
 from onnx_lrsd.passes.rectifiers import rectifiers
 from onnx_lrsd.passes.split import split
+from onnx_lrsd.passes.two_of_four import two_of_four
+from onnx_lrsd.passes.unpack import decoding, unpack
 
 __all__ = [
     "compute_tensors",
+    "decoding",
     "find_layers",
     "isolate",
     "macs",
@@ -15,4 +18,6 @@ __all__ = [
     "read_weight",
     "rectifiers",
     "split",
+    "two_of_four",
+    "unpack",
 ]

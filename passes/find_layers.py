@@ -19,7 +19,10 @@ Matrix = npt.NDArray[np.float64]
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 SMALLEST = 8
 """Outputs and inputs a layer must have before a split can gain anything."""
-QUANTISED = ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulNBits", "QGemm")
+QUANTISED = (
+    *("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulNBits", "MatMulBnb4", "QGemm"),
+    *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention"),
+)
 RECURRENT = ("LSTM", "GRU", "RNN")
 NESTED = ("If", "Loop", "Scan")
 WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose", *QUANTISED, *RECURRENT)

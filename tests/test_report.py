@@ -28,6 +28,7 @@ from onnx_lrsd.types import (
     Choice,
     Cost,
     Declined,
+    Engine,
     Form,
     Inspection,
     Layer,
@@ -94,7 +95,7 @@ plans = st.builds(
 
 KEYS = (
     *("schema", "tool", "model", "target", "cost", "calibration", "before", "after", "ratio", "outputs"),
-    *("metric", "promise", "int8", "layers", "warnings", "seconds"),
+    *("metric", "promise", "int8", "loading", "tensorrt", "layers", "warnings", "seconds"),
 )
 LAYER_KEYS = (
     *(
@@ -109,7 +110,17 @@ LAYER_KEYS = (
         "macs_after",
         "bytes_before",
     ),
-    *("bytes_after", "parameters_before", "parameters_after", "error", "reason"),
+    *(
+        "bytes_after",
+        "parameters_before",
+        "parameters_after",
+        "error",
+        "reason",
+        "kept",
+        "of",
+        "weights",
+        "entries",
+    ),
 )
 PLAN = '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"conv7": ENTRY}}'
 
@@ -183,6 +194,28 @@ def test_the_table_fits_a_terminal_and_groups_what_was_left() -> None:
         assert any("and 30 more" in line for line in lines) is not every
     assert "\033" not in report_table(report)
     assert "\033" in report_table(report, colour=True)
+
+
+def test_a_report_for_tensorrt_has_its_command_and_the_nodes_that_are_2_4() -> None:
+    command = "trtexec --onnx=net.lrsd.onnx --sparsity=enable " + "--minShapes=x:1 " * 9
+    sparse = replace(SPLIT, form="channel", rank=0, nonzeros=1152, pattern=N_OF_M, kept=2, of=4)
+    both = replace(sparse, name="conv2", rank=16)
+    engine = Engine(command, ("conv1/lrsd/S", "conv2/lrsd/S"), ("It was not run.",))
+    report = replace(REPORT, target="tensorrt", layers=(sparse, both), engine=engine)
+    table = report_table(report)
+    assert command in table.splitlines()  # in one line, to be copied
+    assert "2:4, for sparse tensor cores: conv1/lrsd/S, conv2/lrsd/S" in table and "It was not run." in table
+    rows = {line.split()[0]: line for line in table.splitlines() if line.startswith("conv")}
+    assert " 2:4 " in rows["conv1"] and "channel 16 + 2:4" in rows["conv2"]
+    facts = json.loads(report_to_json(report))
+    assert facts["tensorrt"] == {
+        "trtexec": command,
+        "sparse": ["conv1/lrsd/S", "conv2/lrsd/S"],
+        "notes": ["It was not run."],
+    }
+    assert (facts["layers"][0]["kept"], facts["layers"][0]["of"]) == (2, 4)
+    assert json.loads(report_to_json(REPORT))["tensorrt"] is None
+    assert "No weight is 2:4" in report_table(replace(report, engine=replace(engine, sparse=())))
 
 
 def test_an_inspection_says_what_can_be_worked_on() -> None:

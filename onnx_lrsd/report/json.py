@@ -23,6 +23,7 @@ from onnx_lrsd.types import (
     UNSTRUCTURED,
     Choice,
     Cost,
+    Engine,
     Form,
     Inspection,
     Int8,
@@ -61,6 +62,7 @@ def report_to_json(report: Report) -> str:
         "promise": None if report.promise is None else asdict(report.promise),
         "int8": None if report.int8 is None else _int8(report.int8),
         "loading": _loading(report.loading),
+        "tensorrt": None if report.engine is None else _engine(report.engine),
         "layers": [_layer(layer) for layer in report.layers],
         "warnings": list(report.warnings),
         "seconds": {stage: report.seconds.get(stage, 0.0) for stage in STAGES} | dict(report.seconds),
@@ -231,6 +233,10 @@ def _int8(int8: Int8) -> Json:
 
 def _loading(loading: tuple[Loading, Loading] | None) -> Json | None:
     return None if loading is None else {"before": asdict(loading[0]), "after": asdict(loading[1])}
+
+
+def _engine(engine: Engine) -> Json:
+    return {"trtexec": engine.command, "sparse": list(engine.sparse), "notes": list(engine.notes)}
 
 
 def _metric(found: Verification | None) -> Json | None:

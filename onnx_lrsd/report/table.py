@@ -12,7 +12,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from onnx_lrsd.types import Inspection, Int8, LayerReport, Loading, Metric, Promise, Report, Verification
+from onnx_lrsd.types import (
+    Engine,
+    Inspection,
+    Int8,
+    LayerReport,
+    Loading,
+    Metric,
+    Promise,
+    Report,
+    Verification,
+)
 
 WIDTH = 100
 NAMES = 3
@@ -43,6 +53,8 @@ def report_table(report: Report, *, colour: bool = False, every: bool = False) -
         parts.append(_int8(report.int8, ink))
     if report.loading is not None:
         parts.append(_loading(*report.loading))
+    if report.engine is not None:
+        parts.append(_engine(report.engine, ink))
     split = [layer for layer in report.layers if not layer.left]
     left = [layer for layer in report.layers if layer.left]
     if split:
@@ -173,6 +185,14 @@ def _int8(int8: Int8, ink: _Ink) -> str:
     return "\n".join([*lines, _paragraph(said)])
 
 
+def _engine(engine: Engine, ink: _Ink) -> str:
+    """The command in one line, to be copied as it is."""
+    names = ", ".join(_shorten(name, 40) for name in engine.sparse)
+    said = f"2:4, for sparse tensor cores: {names}" if names else "No weight is 2:4."
+    lines = [ink.strong(engine.command), _paragraph(said)]
+    return "\n".join([*lines, *map(_paragraph, engine.notes)])
+
+
 def _metric(metric: Metric) -> Row:
     low, high = (100 * bound for bound in metric.interval)
     points = 100 * (metric.after - metric.before)
@@ -221,14 +241,20 @@ def _split_layers(layers: Sequence[LayerReport], ink: _Ink, every: bool) -> str:
 
 
 def _form(layer: LayerReport) -> str:
-    if not layer.weights and not layer.entries:
-        rank = f" {layer.rank}" if layer.rank else ""
-        return f"{layer.form}{rank}" + (f" + S {layer.nonzeros:,}" if layer.nonzeros else "")
-    low = ""
-    if layer.rank:  # ranks, the largest first, by storage
+    if layer.weights or layer.entries:
+        return _in_codes(layer)
+    rank = f" {layer.rank}" if layer.rank else ""
+    pattern = f"{layer.kept}:{layer.of}" if layer.of else f"S {layer.nonzeros:,}"
+    if layer.of and not layer.rank:
+        return pattern
+    return f"{layer.form}{rank}" + (f" + {pattern}" if layer.nonzeros else "")
+
+
+def _in_codes(layer: LayerReport) -> str:
+    """Storages: of the ranks, the largest first, or of the dense weight, and of S."""
+    low = next(iter(layer.weights), "")
+    if layer.rank:
         low = f"{layer.form} " + " + ".join(f"{count} {name}" for name, count in layer.weights.items())
-    elif layer.weights:
-        low = next(iter(layer.weights))
     sparse = f"S {layer.nonzeros:,} {layer.entries}" if layer.nonzeros else ""
     return " + ".join(part for part in (low, sparse) if part)
 

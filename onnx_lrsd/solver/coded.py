@@ -215,7 +215,7 @@ def _code_entries(metric: Metric, aim: Array, sparse: Array, storage: Storage) -
     n, m = aim.shape
     chosen = np.flatnonzero(to_numpy(sparse))
     reach = min((NEAR, FAR), key=lambda reach: with_bridges(chosen.size, n * m, storage, reach))
-    positions = _bridged(chosen, reach)
+    positions = bridged(chosen, reach)
     flat = np.zeros(n * m)
     flat[positions] = 1.0
     mask = xp.reshape(from_numpy(flat, aim), (n, m)) > 0
@@ -239,7 +239,7 @@ def _code_entries(metric: Metric, aim: Array, sparse: Array, storage: Storage) -
     return Entries(positions, storage.name, stored, to_numpy(steps)[:, 0].astype(np.float32), reach), decoded
 
 
-def _bridged(chosen: np.ndarray, reach: int) -> np.ndarray:
+def bridged(chosen: np.ndarray, reach: int) -> np.ndarray:
     """``chosen`` (ascending) and as many others that no two are further apart than ``reach``; from -1 on."""
     before = np.concatenate([[-1], chosen[:-1]])
     missing = (chosen - before - 1) // reach

@@ -25,5 +25,5 @@ def forms(layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
 
 
 SIZE = Target(
-    "size", forms, cost, curve=coded_errors, counts="bytes", timed=False, opset=OPSET, first_ratio=6.0
+    "size", forms, cost, curve=coded_errors, counts="bytes", timed_here=False, opset=OPSET, first_ratio=6.0
 )

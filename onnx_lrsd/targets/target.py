@@ -18,7 +18,6 @@ from onnx_lrsd.types import (
     CHANNEL,
     CHANNEL_IN,
     DENSE,
-    N_OF_M,
     NONE,
     SPATIAL,
     TUCKER,
@@ -41,18 +40,22 @@ Curve: TypeAlias = Callable[[Problem, Sequence[str], str | None], Mapping[Form, 
 class Target:
     """``forms(layer, kinds)`` are worth trying; ``cost(layer, form)`` is the predicted time, in MACs.
 
+    ``timed_here``: the latency that ONNX Runtime measures on this machine is what counts, so that a form or
+    a model that is no faster by it is not kept. False where another engine runs the result, or speed is
+    not what is wanted.
+
     ``curve(problem, kinds, weights)`` gives the errors of forms that only the layer's data can tell, in
     the storage ``weights`` if it is not None; without it the errors are those of ``forms``. ``counts`` is
-    what a ratio is of, if nothing else is asked for. A target that is not ``timed`` promises no speed.
-    ``opset`` is the oldest its operators are in. A search for a promise begins at ``first_ratio``.
+    what a ratio is of, if nothing else is asked for. ``opset`` is the oldest its operators are in. A
+    search for a promise begins at ``first_ratio``.
     """
 
     name: str
     forms: Callable[[Layer, tuple[str, ...]], tuple[Form, ...]]
     cost: Callable[[Layer, Form], float]
+    timed_here: bool = True
     curve: Curve | None = None
     counts: str = "macs"
-    timed: bool = True
     opset: int = 1
     first_ratio: float = 2.0
 
@@ -60,12 +63,14 @@ class Target:
 def price(layer: Layer, form: Form) -> Price:
     """What ``form`` costs for one sample of a layer whose positions and size are known.
 
-    Codes are decoded once, so that a form in codes has the MACs of the dense layer.
+    N:M is stored dense and its MACs are those of a dense weight: what an engine makes of its zeros is in
+    the target's predicted time. Codes are decoded once, so that a form in codes has the MACs of the dense
+    layer.
     """
     dense = layer.n * layer.m * max(layer.positions, 1)
     nodes = node_shapes(layer, form)
     parameters = sum(out * inner for out, inner, _ in nodes) + layer.n
-    if form.pattern.kind in (UNSTRUCTURED, N_OF_M):
+    if form.pattern.kind == UNSTRUCTURED:
         parameters += nonzeros(form.pattern, layer.n, layer.m, prod(layer.kernel)) - layer.n * layer.m
     if form.coded:
         return Price(dense, parameters, _coded_bytes(layer, form) + layer.n * BYTES[layer.dtype])

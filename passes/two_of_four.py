@@ -1,0 +1,50 @@
+"""Which nodes carry a 2:4 weight: what sparse tensor cores ask for, read from the file itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from onnx_lrsd.passes.find_layers import label
+from onnx_lrsd.passes.lift_weights import constant_value, overridable
+
+BLOCK, KEPT = 4, 2
+
+
+class SparseNode(NamedTuple):
+    """A node by name, and the dtype of its 2:4 weight."""
+
+    name: str
+    dtype: str
+
+
+def two_of_four(graph: gs.Graph) -> tuple[SparseNode, ...]:
+    """Conv and Gemm of the main graph whose constant weight is 2:4 along the input channels.
+
+    Of every four consecutive input channels at most two are not zero, for each output channel and each
+    kernel position.
+    Source: TensorRT documentation, Sparsity.
+    """
+    found = []
+    for node in graph.nodes:
+        if node.op not in ("Conv", "Gemm") or node.domain not in (None, "", "ai.onnx"):
+            continue
+        if node.op == "Conv" and node.attrs.get("group", 1) != 1:
+            continue
+        value = constant_value(node.inputs[1])
+        if value is None or overridable(node.inputs[1], graph.overridable):
+            continue
+        axis = 0 if node.op == "Gemm" and not node.attrs.get("transB", 0) else 1
+        if _is_two_of_four(np.moveaxis(value, axis, -1)):
+            found.append(SparseNode(label(node), value.dtype.name))
+    return tuple(found)
+
+
+def _is_two_of_four(weight: npt.NDArray[np.generic]) -> bool:
+    """Whether each four consecutive entries of the last axis hold two zeros; it is looked at row by row."""
+    if weight.shape[-1] % BLOCK:
+        return False
+    return all(bool((np.count_nonzero(row.reshape(-1, BLOCK), axis=1) <= KEPT).all()) for row in weight)

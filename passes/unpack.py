@@ -1,0 +1,56 @@
+"""Dense weights in place of those in codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnx_lrsd.passes.find_layers import label
+from onnx_lrsd.passes.pack import PREFIX
+from onnx_lrsd.passes.tidy import remove_node
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+
+
+def decoding(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The part of a model that decodes its weights: it needs no input, and its outputs are the weights.
+
+    It has no output where no weight is in codes.
+    """
+    nodes = [node for node in proto.graph.node if _decodes(node)]
+    read = {name for node in nodes for name in node.input}
+    weights = [
+        name
+        for node in proto.graph.node
+        if node.op_type in WEIGHTED and not _decodes(node)
+        for name in node.input
+        if name.startswith(PREFIX)
+    ]
+    graph = onnx.GraphProto(name="weights", node=nodes)
+    graph.initializer.extend(tensor for tensor in proto.graph.initializer if tensor.name in read)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(weights))
+    part = onnx.ModelProto(ir_version=proto.ir_version, graph=graph)
+    part.opset_import.extend(proto.opset_import)
+    return part
+
+
+def unpack(graph: gs.Graph, weights: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Let layers read ``weights``, by the name of the tensor that was decoded; decoding nodes go."""
+    for node in graph.nodes:
+        for index, given in enumerate(node.inputs):
+            if given.name in weights and node.op in WEIGHTED:
+                name = f"{label(node)}/weight"
+                node.inputs[index] = gs.Constant(name, np.ascontiguousarray(weights[given.name]))
+    for node in reversed(list(graph.nodes)):
+        if all(output.name.startswith(PREFIX) and not output.outputs for output in node.outputs):
+            node.inputs.clear()
+            node.outputs.clear()
+            remove_node(graph, node)
+
+
+def _decodes(node: onnx.NodeProto) -> bool:
+    return bool(node.output) and all(name.startswith(PREFIX) for name in node.output)

@@ -1,0 +1,262 @@
+"""The target size: weights in codes that decode to what was fitted, in one dense layer, in fewer bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import onnx_lrsd
+from onnx_lrsd.cli import main
+from onnx_lrsd.errors import DataError, ModelError, UnsupportedModelError
+from onnx_lrsd.model import model_bytes, raised
+from onnx_lrsd.passes import find_layers, read_weight, split
+from onnx_lrsd.runtime import open_session, simplified
+from onnx_lrsd.solver.coded import bridged, decode
+from onnx_lrsd.solver.coding import nearest, round_columns, settle, steps_of
+from onnx_lrsd.storage import STORAGES, pack_codes
+from onnx_lrsd.targets import TARGETS, price
+from onnx_lrsd.types import Form, Layer, Moments, Pattern
+
+EXAMPLE = Path(__file__).parent.parent / "models"
+N, C = 24, 16
+MIX = (("uint8", 2), ("int6", 3), ("int3", 5))
+ENTRIES = Pattern("unstructured", 301)
+FORMS = [
+    *(Form("dense", weights=((name, N),)) for name in STORAGES),
+    Form("channel", 10, weights=MIX),
+    Form("channel", 10, ENTRIES, weights=MIX, entries="int4"),
+    Form("channel", 10, weights=(("fp16", 10),)),
+    Form("channel", 0, ENTRIES, entries="int4"),
+    Form("channel", 0, Pattern("unstructured", 11), entries="uint8"),
+    Form("channel", 3, ENTRIES, weights=(("fp16", 3),), entries="fp16"),
+]
+SPATIAL = [
+    Form("spatial", 10, weights=MIX),
+    Form("spatial", 10, ENTRIES, weights=MIX, entries="int2"),
+    Form("spatial", 7, weights=(("fp16", 7),)),
+]
+
+
+def model_of(op: str, opset: int = 17, dtype: Any = np.float32) -> onnx.ModelProto:
+    rng = np.random.default_rng(1)
+    shape = (N, C, 3, 3) if op == "Conv" else (N, C) if op == "Gemm" else (C, N)
+    weight = (rng.standard_normal(shape)).astype(dtype)
+    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    pixels = [6, 6] if op == "Conv" else []
+    of_op: dict[str, dict[str, Any]] = {"Conv": {"pads": [1] * 4}, "Gemm": {"transB": 1}, "MatMul": {}}
+    attributes = of_op[op]
+    inputs = ["x", "w"] if op == "MatMul" else ["x", "w", "b"]
+    nodes = [
+        onnx.helper.make_node(op, inputs, ["h"], **attributes),
+        onnx.helper.make_node("Relu", ["h"], ["y"]),
+    ]
+    constants = {"w": weight, "b": rng.standard_normal(N).astype(dtype)}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info("x", kind, ["n", C, *pixels])],
+        [onnx.helper.make_tensor_value_info("y", kind, ["n", N, *pixels])],
+        [onnx.numpy_helper.from_array(constants[name], name) for name in inputs[1:]],
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+
+
+def correlated(width: int) -> Moments:
+    rng = np.random.default_rng(2)
+    rows = rng.standard_normal((4 * width, width)) @ (
+        np.eye(width) + rng.standard_normal((width, width)) / width**0.5
+    )
+    return Moments("y", len(rows), rows.mean(axis=0), np.cov(rows.T, bias=True))
+
+
+def rewritten(proto: onnx.ModelProto, form: Form) -> tuple[onnx_lrsd.Model, Layer, onnx_lrsd.Factors, Any]:
+    model = onnx_lrsd.load(proto)
+    graph = model.graph()
+    (layer,), _ = find_layers(graph)
+    problem = onnx_lrsd.pose(layer, *read_weight(graph, layer), correlated(layer.m))
+    factors = onnx_lrsd.decompose(problem, form, effort="fast")
+    split(graph, layer, factors)
+    return model.splice(graph), layer, factors, problem
+
+
+CASES = [
+    *((op, form) for op in ("Conv", "Gemm", "MatMul") for form in FORMS),
+    *(("Conv", f) for f in SPATIAL),
+]
+
+
+@pytest.mark.parametrize(("op", "form"), CASES, ids=lambda value: str(value))
+def test_a_runtime_folds_codes_to_the_weight_that_was_fitted(op: str, form: Form) -> None:
+    packed, layer, factors, problem = rewritten(model_of(op), form)
+    onnx.checker.check_model(packed.proto, full_check=True)
+    assert factors.packed is not None
+    weight = decode(layer, form, factors.packed)
+    assert factors.error == pytest.approx(problem.error(weight), rel=1e-3, abs=1e-9)
+    folded = simplified(packed.proto)
+    kinds = [node.op_type for node in folded.graph.node]
+    assert kinds in ([op, "Relu"], ["MatMul", "Add", "Relu"], ["Gemm", "Relu"])
+    found = next(t for t in folded.graph.initializer if tuple(t.dims) == tuple(layer.shape))
+    stored = onnx.numpy_helper.to_array(found)
+    plain = weight.T if op == "MatMul" else weight
+    np.testing.assert_allclose(
+        stored, plain.reshape(layer.shape), rtol=1e-5, atol=1e-5 * np.abs(weight).max()
+    )
+
+
+@pytest.mark.parametrize("form", [FORMS[3], FORMS[8], SPATIAL[0], SPATIAL[1]], ids=str)
+def test_what_a_plan_pays_is_what_the_file_takes(form: Form) -> None:
+    plain = model_of("Conv")
+    packed, layer, _, _ = rewritten(plain, form)
+    rest = plain.ByteSize() - price(layer, Form()).bytes
+    assert model_bytes(packed) - rest == pytest.approx(price(layer, form).bytes, abs=1300)
+
+
+def test_more_levels_lose_less() -> None:
+    errors = [rewritten(model_of("Conv"), Form("dense", weights=((n, N),)))[2].error for n in STORAGES]
+    assert errors == sorted(errors)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([3, 4, 16]))
+def test_rounding_looks_at_the_output(seed: int, levels: int) -> None:
+    rng = np.random.default_rng(seed)
+    weight, metric = rng.standard_normal((6, 40)), np.asarray(correlated(40).second)
+    counts = np.full((6, 1), float(levels))
+    steps = steps_of(weight, np.diag(metric), counts)
+
+    def missed(codes: np.ndarray) -> float:
+        error = weight - codes * steps
+        return float(np.sum((error @ metric) * error))
+
+    plain = nearest(weight, steps, counts)
+    rounded = round_columns(weight, metric, steps, counts)
+    settled = settle(weight, metric, rounded, steps, counts)
+    assert missed(rounded) < missed(plain)
+    assert missed(settled) <= missed(rounded) * (1 + 1e-5)
+    mask = rng.random(weight.shape) < 0.5
+    masked = np.where(mask, plain, 0)
+    beside = settle(weight, metric, masked.astype(np.float32), steps, counts, mask)
+    assert np.all(beside[~mask] == 0)
+    assert missed(beside) <= missed(masked) * (1 + 1e-5)
+
+
+@given(st.sampled_from([s for s in STORAGES.values() if s.levels]), st.integers(1, 100), st.integers(0, 99))
+def test_words_hold_every_code(storage: Any, count: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, storage.levels, count).astype(np.uint8)
+    planes = pack_codes(codes, storage)
+    assert planes.size == storage.bytes(count)
+    word = (256 ** np.arange(storage.planes)) @ planes.astype(np.int64)
+    digits = [word // storage.levels**d % storage.levels for d in range(storage.digits)]
+    assert np.array_equal(np.concatenate(digits)[:count], codes)
+
+
+@given(st.sets(st.integers(0, 4000), min_size=1, max_size=50), st.sampled_from([16, 256]))
+def test_no_gap_is_longer_than_its_code(chosen: set[int], reach: int) -> None:
+    positions = bridged(np.array(sorted(chosen)), reach)
+    assert chosen <= set(positions.tolist())
+    assert np.all(np.diff(positions, prepend=-1) >= 1)
+    assert np.all(np.diff(positions, prepend=-1) <= reach)
+    assert positions[-1] == max(chosen)
+
+
+def test_a_half_precision_model_stays_one() -> None:
+    packed, *_ = rewritten(model_of("Conv", dtype=np.float16), SPATIAL[0])
+    onnx.checker.check_model(packed.proto, full_check=True)
+    x = np.random.default_rng(0).standard_normal((2, C, 6, 6)).astype(np.float16)
+    assert open_session(packed.proto).run({"x": x})["y"].dtype == np.float16
+
+
+def optimised(tmp_path: Path, *arguments: Any) -> tuple[Any, Path]:
+    out = tmp_path / "out.onnx"
+    common = [
+        "optimize",
+        EXAMPLE / "digits.onnx",
+        "--calib",
+        EXAMPLE / "digits_calib.npz",
+        "--target",
+        "size",
+    ]
+    result = CliRunner().invoke(main, [str(a) for a in (*common, "-o", out, *arguments)])
+    return result, out
+
+
+def test_the_example_takes_an_eighth_and_unpacks_to_the_same_answers(tmp_path: Path) -> None:
+    report_path, plan = tmp_path / "report.json", tmp_path / "plan.json"
+    written = ("--json", report_path, "--save-plan", plan)
+    result, out = optimised(tmp_path, "--ratio", 8, "--eval", EXAMPLE / "digits_eval.npz", *written)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(report_path.read_text())
+    assert report["ratio"]["bytes"] >= 8 * 0.995
+    assert report["cost"] == "bytes" and report["after"]["macs"] == report["before"]["macs"]
+    assert report["metric"]["after"] >= report["metric"]["before"] - 0.02
+    assert report["loading"]["after"]["seconds"] > 0
+    calibration = EXAMPLE / "digits_calib.npz"
+    kept = onnx_lrsd.plan_from_json(plan.read_text())
+    replayed = onnx_lrsd.optimize(EXAMPLE / "digits.onnx", calibration, plan=kept, evaluation=calibration)
+    assert replayed.model.proto == onnx.load(out)
+    plain = tmp_path / "plain.onnx"
+    assert CliRunner().invoke(main, ["unpack", str(out), "-o", str(plain)]).exit_code == 0
+    names = [node.op_type for node in onnx.load(plain).graph.node]
+    assert names == [node.op_type for node in onnx.load(EXAMPLE / "digits.onnx").graph.node]
+    with np.load(EXAMPLE / "digits_eval.npz") as data:
+        name = next(key for key in data if key != "labels")
+        feed = {name: data[name][:16].astype(np.float32)}
+    (one,), (two,) = (open_session(onnx.load(p)).run(feed).values() for p in (out, plain))
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_one_storage_for_all_weights(tmp_path: Path) -> None:
+    result, _ = optimised(tmp_path, "--weights", "int4", "--ratio", 6, "--json", tmp_path / "r.json")
+    assert result.exit_code == 0, result.stderr
+    layers = [layer for layer in json.loads((tmp_path / "r.json").read_text())["layers"] if layer["weights"]]
+    assert layers and all(set(layer["weights"]) == {"int4"} for layer in layers)
+
+
+def test_parameters_count_numbers_not_bytes(tmp_path: Path) -> None:
+    result, _ = optimised(tmp_path, "--cost", "params", "--ratio", 3, "--json", tmp_path / "r.json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["ratio"]["parameters"] >= 3 * 0.995
+
+
+def test_an_old_opset_is_raised_or_the_remedy_named() -> None:
+    old = onnx_lrsd.load(model_of("Gemm", opset=11))
+    assert raised(old, 13, "It").proto.opset_import[0].version == 13
+    assert raised(old, 11, "It") is old
+    strange = model_of("Gemm", opset=11)
+    strange.graph.node[1].op_type = "Nothing"
+    with pytest.raises(ModelError, match="needs opset 13 and the model, of opset 11"):
+        raised(onnx_lrsd.load(strange), 13, "It")
+
+
+def test_a_plain_model_has_nothing_to_unpack() -> None:
+    with pytest.raises(UnsupportedModelError, match="no weights in codes"):
+        onnx_lrsd.unpack(EXAMPLE / "digits.onnx")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--weights", "int5"), ("--weights", "int4", "--target", "onnxruntime"), ("--int8",)],
+    ids=" ".join,
+)
+def test_what_does_not_go_together_is_a_usage_error(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    result, out = optimised(tmp_path, *arguments)
+    assert result.exit_code == 2 and not out.exists()
+
+
+def test_a_plan_in_codes_needs_a_target_that_writes_them() -> None:
+    text = (
+        '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": '
+        '{"y": {"kind": "dense", "weights": {"int4": 24}}}}'
+    )
+    plan = onnx_lrsd.plan_from_json(text.replace('"y"', '"h"'))
+    with pytest.raises(DataError, match="stores h in codes"):
+        onnx_lrsd.optimize(model_of("Gemm"), {"x": np.ones((8, C), np.float32)}, plan=plan)
+    assert TARGETS["size"].curve is not None
