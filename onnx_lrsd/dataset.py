@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ class Samples:
 
     ``arrays`` are as the user gave them, possibly mapped from a file; ``batches`` casts and lays
     them out as the model wants, by ``slots``. What is the same for every sample and has no batch
-    axis (a sampling rate, say) is in ``constants``. ``labels`` has one entry for each sample.
+    axis (a sampling rate, say) is in ``constants``. ``labels`` has one entry for each ``labelled``
+    samples that follow each other: 1, or 2 for pairs that are compared, say.
     ``fixed`` is the model's fixed batch size, or None. ``notes`` say what was converted or dropped.
     """
 
@@ -38,6 +40,7 @@ class Samples:
     fixed: int | None = None
     notes: tuple[str, ...] = ()
     slots: Mapping[str, Slot] = field(default_factory=dict)
+    labelled: int = 1
 
     @property
     def count(self) -> int:
@@ -72,18 +75,26 @@ class Samples:
         return min((self.slots.get(name, Slot()).size_of(feed[name]) for name in self.arrays), default=1)
 
     def take(self, which: slice | npt.NDArray[np.int64] | Sequence[int]) -> Samples:
-        """The samples at these positions. A slice leaves a mapped array in its file, positions copy."""
+        """The samples at these positions. A slice leaves a mapped array in its file, positions copy.
+
+        Samples that share a label are taken together or not at all.
+        """
         index = which if isinstance(which, slice) else np.asarray(which, dtype=np.int64)
         arrays = {name: array[index] for name, array in self.arrays.items()}
-        return replace(self, arrays=arrays, labels=None if self.labels is None else self.labels[index])
+        labels = self.labels
+        if labels is not None:
+            labels = labels[np.arange(self.count)[index][:: self.labelled] // self.labelled]
+        return replace(self, arrays=arrays, labels=labels)
 
     def split(self, share: float | int, seed: int) -> tuple[Samples, Samples]:
         """Two disjoint parts drawn at random, in their old order; each holds at least one batch.
 
+        Samples that share a label stay together.
+
         The second has ``share`` of the samples, or ``share`` samples when that is a whole number.
         Raises DataError when there are not enough for two parts.
         """
-        each = self.smallest_batch
+        each = lcm(self.smallest_batch, self.labelled)
         groups = self.count // each
         if groups < 2:
             raise DataError(
@@ -207,7 +218,7 @@ class _Gathered:
         notes: list[str] = []
         count = self.count if limit is None else min(limit, self.count)
         arrays = {name: self._joined(name, parts)[:count] for name, parts in self.parts.items()}
-        labels = self._labels(count, notes)
+        labels, labelled = self._labels(count, notes)
         for spec in self.inputs:
             if note := check_values(arrays[spec.name], spec, f"{spec.name} in {self.source}"):
                 notes.append(note)
@@ -225,14 +236,14 @@ class _Gathered:
                     f"samples of a batch of {fixed}: give one value."
                 )
             fixed = 1
-        whole = count - count % (fixed or 1)
+        whole = count - count % lcm(fixed or 1, labelled)
         if whole < count:
             notes.append(f"The model takes batches of {fixed}: {_counted(count - whole)} left out.")
         if whole < 2:
             why = f"the model takes batches of {fixed}" if (fixed or 1) > 1 else "one is needed to verify on"
             least = 2 * (fixed or 1)
             raise DataError(f"{self.source} holds {_counted(count)} but {why}: give at least {least}.")
-        found = Samples(arrays, constants, labels, self.source, fixed, tuple(notes), self.slots)
+        found = Samples(arrays, constants, labels, self.source, fixed, tuple(notes), self.slots, labelled)
         return found if whole == count or not arrays else found.take(slice(whole))
 
     def _joined(self, name: str, parts: Sequence[Values]) -> Values:
@@ -247,14 +258,16 @@ class _Gathered:
                 f"{list(sizes[-1])} do: bring them to one shape, by padding for example."
             ) from error
 
-    def _labels(self, count: int, notes: list[str]) -> Values | None:
+    def _labels(self, count: int, notes: list[str]) -> tuple[Values | None, int]:
+        """Labels, and how many samples share one."""
         if not self.labels:
-            return None
+            return None, 1
         labels = np.concatenate([np.ravel(part) for part in self.labels])
-        if len(labels) == self.count:
-            return labels[:count]
+        if len(labels) > 1 and self.count % len(labels) == 0:
+            labelled = self.count // len(labels)
+            return labels[: -(-count // labelled)], labelled
         notes.append(f"There are {len(labels)} labels for {_counted(self.count)}: they were not used.")
-        return None
+        return None, 1
 
 
 def made_up(

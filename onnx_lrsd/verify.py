@@ -127,7 +127,11 @@ def compare(
     outputs, kept = _differences(before, after, samples, collect, progress)
     score = None
     if labels is not None:
-        score = _scored(metric, *kept, labels) if callable(metric) else _score(*kept, labels, metric)
+        score = (
+            _scored(metric, *kept, labels, samples.labelled)
+            if callable(metric)
+            else _score(*kept, labels, metric)
+        )
     feed = next(iter(samples.batches(1)))
     pace = None
     if latency:
@@ -266,15 +270,20 @@ def _score(old: list[int], new: list[int], labels: npt.NDArray[Any], metric: str
     return _top1(np.array(old), np.array(new), labels)
 
 
-def _scored(score: Score, old: list[Feed], new: list[Feed], labels: npt.NDArray[Any]) -> Metric:
+def _scored(
+    score: Score, old: list[Feed], new: list[Feed], labels: npt.NDArray[Any], labelled: int
+) -> Metric:
     """The user's own score of both, and the 95 % interval of the difference.
+
+    ``labelled`` samples that follow each other share a label.
 
     Source: delete-a-group jackknife; Shao and Tu, The Jackknife and Bootstrap (1995), section 2.2.
     """
     count = len(labels)
 
     def difference(which: npt.NDArray[np.int64]) -> float:
-        picked = ({name: values[which] for name, values in all_.items()} for all_ in (two, one))
+        rows = (which[:, None] * labelled + np.arange(labelled)).ravel()
+        picked = ({name: values[rows] for name, values in all_.items()} for all_ in (two, one))
         after, before = (float(score(outputs, labels[which])) for outputs in picked)
         return after - before
 

@@ -360,9 +360,19 @@ def test_labels_follow_their_samples() -> None:
 
 
 def test_labels_that_do_not_match_are_left_out_with_a_note() -> None:
-    samples = read_samples({"image": images(4), "labels": np.arange(2)}, [IMAGE])
+    samples = read_samples({"image": images(4), "labels": np.arange(3)}, [IMAGE])
     assert samples.labels is None
-    assert samples.notes == ("There are 2 labels for 4 samples: they were not used.",)
+    assert samples.notes == ("There are 3 labels for 4 samples: they were not used.",)
+
+
+def test_samples_that_share_a_label_stay_together() -> None:
+    x = np.arange(40, dtype=np.float32)[:, None]
+    samples = read_samples({"x": x, "labels": np.arange(20)}, [InputSpec("x", "float32", (None, 1))])
+    assert samples.labelled == 2
+    for part in (*samples.split(0.4, 1), *samples.split(7, 2), samples.take(slice(10, 20))):
+        rows = part.arrays["x"][:, 0].astype(int)
+        assert np.array_equal(rows[::2] + 1, rows[1::2])
+        assert part.labels is not None and np.array_equal(part.labels, rows[::2] // 2)
 
 
 @settings(deadline=None, max_examples=50)
