@@ -39,6 +39,7 @@ from onnx_lrsd.types import (
     KINDS,
     SPATIAL,
     TUCKER,
+    UNSTRUCTURED,
     ErrorCurve,
     Form,
     Layer,
@@ -101,11 +102,21 @@ FORMS = [
 ]
 
 
+IN_CODES = [
+    Form(CHANNEL, 8, weights=(("fp16", 8),)),
+    Form(SPATIAL, 8, weights=(("uint8", 8),)),
+    Form(SPATIAL, 8, weights=(("int6", 3), ("int4", 3), ("int2", 2))),
+    Form(CHANNEL, 0, Pattern(UNSTRUCTURED, 100), entries="uint8"),
+    Form(CHANNEL, 8, Pattern(UNSTRUCTURED, 60), weights=(("uint8", 8),), entries="int4"),
+]
+"""What the target size writes: TensorRT takes it too."""
+
+
 def rewritten(model: Model, form: Form) -> Model:
     """Every layer in ``form``; Gemm and MatMul, which know no kernel, in the channel form."""
     graph = model.graph()
     for layer in find_layers(graph)[0]:
-        fits = form if layer.kernel else Form(CHANNEL, form.rank, form.pattern)
+        fits = form if layer.kernel else replace(form, kind=CHANNEL, outer=0)
         split(graph, layer, decompose(pose(layer, *read_weight(graph, layer), None), fits))
     changed = model.splice(graph)
     check(changed, model)
@@ -316,7 +327,7 @@ def test_int8_of_onnx_runtime_is_not_for_tensorrt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", FORMS + IN_CODES, ids=str)
 def test_tensorrt_parses_and_builds_every_form(form: Form, dtype: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason=NO_ENGINE)
     model = rewritten(network(dtype), form)
