@@ -13,7 +13,7 @@ from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.model import Model
 from onnx_lrsd.run import Run
 from onnx_lrsd.targets import price
-from onnx_lrsd.trial import CLEARLY, speedups
+from onnx_lrsd.trial import CLEARLY, speedups, whole_speedup
 from onnx_lrsd.types import DENSE, ErrorCurve, Factors, Form, Point, Price
 from onnx_lrsd.verify import compare
 
@@ -28,6 +28,11 @@ FIRST_RATIO = 2.0
 SEARCHES = 6
 """Fits of the whole model that a search may take."""
 
+SPARE, LAVISH = 1.01, 1.05
+"""A plan for latency is measured to be faster than asked by between these factors, so that it stays so."""
+WHOLE_SECONDS = 3.0
+"""How long the whole model is timed in a trial of a plan for latency."""
+
 Forms: TypeAlias = dict[str, Form]
 Fit: TypeAlias = Callable[..., tuple[Model, dict[str, Factors]]]
 """``reconstruct`` with all but the forms filled in."""
@@ -37,7 +42,7 @@ class Planner:
     """Chooses a form for every layer; what measurement finds to be no faster is left dense.
 
     ``total`` is the price of the whole model, ``shapes`` are those of the layers' inputs in the
-    smallest batch.
+    smallest batch of ``samples``.
     """
 
     def __init__(
@@ -47,8 +52,9 @@ class Planner:
         curves: Sequence[ErrorCurve],
         total: Price,
         shapes: Mapping[str, tuple[int, ...]],
+        samples: Samples,
     ) -> None:
-        self.run, self.source, self.shapes = run, source, shapes
+        self.run, self.source, self.shapes, self.samples = run, source, shapes, samples
         self.curves = list(curves)
         self.cost = COSTS[run.options.cost]
         self.whole = self.cost(Point(Form(DENSE), 0.0, total))
@@ -78,6 +84,31 @@ class Planner:
 
         Raises BudgetError where the layers do not bear it.
         """
+        return self._for_latency(ratio) if self.run.options.cost == "latency" else self._planned(ratio)
+
+    def _for_latency(self, ratio: float) -> Forms:
+        """Predictions allocate, measurement decides: the aim is corrected until the whole model meets it."""
+        aim, tried = ratio * SPARE, list[tuple[float, Forms]]()
+        layers = [curve.layer for curve in self.curves]
+        for _ in range(ROUNDS):
+            try:
+                chosen = self._planned(aim)
+            except BudgetError:
+                if not tried:
+                    raise
+                break
+            if not chosen:
+                return chosen
+            got = whole_speedup(self.source, layers, chosen, self.samples, WHOLE_SECONDS)
+            tried.append((got, chosen))
+            if SPARE <= got / ratio <= LAVISH:
+                break
+            aim *= ratio * (SPARE + LAVISH) / 2 / got
+        enough = [entry for entry in tried if entry[0] >= SPARE * ratio]
+        found = min(enough, key=_first) if enough else max(tried, key=_first)
+        return found[1]
+
+    def _planned(self, ratio: float) -> Forms:
         for _ in range(ROUNDS):
             points = self._allocate(ratio)
             chosen = {name: point.form for name, point in points.items() if point.form.kind != DENSE}
@@ -184,6 +215,10 @@ class Planner:
                 )
                 self.curves[index] = ErrorCurve(curve.layer, faster)
         return set(slow)
+
+
+def _first(entry: tuple[float, Forms]) -> float:
+    return entry[0]
 
 
 def _macs(curve: ErrorCurve, form: Form) -> int:
