@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from onnx_lrsd.allocate import COSTS
-from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, this_machine
+from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, processor, this_machine
 from onnx_lrsd.types import Int8, Progress, Score
 
 NO_FORM = "no smaller form is predicted to be faster"
@@ -76,7 +76,7 @@ class Run:
         self.target = self.target.on(self.machine)
         if said:
             self.warnings.append(said)
-        elif self.options.cost == "latency" and self.machine is built_in():
+        elif self.options.cost == "latency" and self.machine.processor != processor():
             self.warnings.append(
                 f"Times were predicted with a table measured on {self.machine.processor}: "
                 "run `onnx-lrsd profile` once for a better plan on this machine."

@@ -20,7 +20,7 @@ NAMES = 3
 """Names shown of the layers that share a reason."""
 MOST_ROWS = 60
 """Rows of layers shown unless every one is asked for."""
-UNITS = {"macs": "MACs", "parameters": "parameters", "bytes": "bytes", "latency": "milliseconds"}
+UNITS = {"macs": "MACs", "parameters": "parameters", "bytes": "bytes"}
 
 Row: TypeAlias = Sequence[str]
 
@@ -218,8 +218,8 @@ def _metric(metric: Metric) -> Row:
 def _promise(promise: Promise, cost: str) -> str:
     verdict = "kept" if promise.kept else "NOT KEPT"
     if promise.kind == "ratio":
-        unit = UNITS.get(cost, cost)
-        said = f"{promise.asked:g} x fewer {unit} asked, {_down(promise.got):.2f} x got"
+        less = "less time" if cost == "latency" else f"fewer {UNITS.get(cost, cost)}"
+        said = f"{promise.asked:g} x {less} asked, {_down(promise.got):.2f} x got"
     elif promise.kind == "max_error":
         said = f"output error of at most {100 * promise.asked:g} % asked, {_percent(promise.got)} got"
     elif promise.kind == "max_drop":

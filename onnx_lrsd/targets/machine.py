@@ -168,7 +168,7 @@ def this_machine() -> tuple[Machine, str]:
     path = stored_at()
     try:
         found = from_json(path.read_text(encoding="utf-8"))
-    except OSError:
+    except OSError:  # most often there is none
         return built_in(), ""
     except ValueError:
         return built_in(), f"{path} is no table of a machine and was not used: run `onnx-lrsd profile` again."
