@@ -1,6 +1,7 @@
 """Real models through the whole tool: MACs, latency and score before and after, beside simple baselines.
 
-    python benchmarks/models.py FOLDER... [--ratio R] [--cost C] [--samples N] [--int8] [--baselines] [--json FILE]
+    python benchmarks/models.py FOLDER... [--ratio R] [--cost C] [--samples N] [--int8] [--baselines]
+                                [--json FILE]
 
 A FOLDER holds model.onnx, calib.npz, and eval.npz with the model's inputs and ``labels``; an about.json
 with {"score": "spearman"} marks sentence embeddings (rows 2i and 2i+1 are a pair). With --baselines,
@@ -211,7 +212,8 @@ def main() -> None:
     )
     rows = []
     print(
-        "| model | method | asked | MACs | latency (95 %) | predicted | score before | after | points | s | peak MB |"
+        "| model | method | asked | MACs | latency (95 %) | predicted | score before | after | points | s "
+        "| peak MB |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for folder in given.folders:

@@ -8,8 +8,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_lrsd
-from onnx_lrsd.passes import find_layers, split
-from onnx_lrsd.runtime import optimised
+from onnx_lrsd.passes import find_layers, order_sums, read_weight, split
+from onnx_lrsd.runtime import open_session, optimised
 from onnx_lrsd.trial import placeholder
 from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Form, whole_channels
 
@@ -112,6 +112,49 @@ def test_beside_factors_of_a_1_x_1_convolution_s_is_summed_by_the_last_one(block
     assert sorted(kinds) == sorted(["Conv"] * 5 + ["Gather"])
     assert _activated(nodes).count(True) == 2
     assert [len(node.input) for node in nodes].count(4) == 1
+
+
+@pytest.mark.parametrize("kept", [8, 16])
+@pytest.mark.parametrize("skip_first", [False, True])
+def test_in_a_residual_block_s_is_summed_last_and_everything_fuses(
+    blocked: None, kept: int, skip_first: bool
+) -> None:
+    proto = _block(1, True, False)
+    (skip,) = (node for node in proto.graph.node if node.name == "skip")
+    if skip_first:
+        skip.input[:] = ["h", "c"]
+    model, feed = onnx_lrsd.load(proto), {"x": np.random.default_rng(1).standard_normal((1, C, SIDE, SIDE))}
+    graph = model.graph()
+    (layer,) = (found for found in find_layers(graph)[0] if found.node == "layer")
+    form = Form(CHANNEL, C - kept, whole_channels(kept))
+    split(graph, layer, onnx_lrsd.decompose(onnx_lrsd.pose(layer, *read_weight(graph, layer), None), form))
+    assert order_sums(graph, ["c"]) == 1
+    rewritten = model.splice(graph)
+    onnx.checker.check_model(rewritten.proto, full_check=True)
+    nodes = list(optimised(rewritten.proto).graph.node)
+    kinds = [node.op_type for node in nodes if node.op_type not in LAYOUT]
+    assert sorted(kinds) == sorted(["Conv"] * 5 + ["Gather"])
+    assert [len(node.input) for node in nodes].count(4) == 2 and _activated(nodes).count(True) == 2
+    values = {name: value.astype(np.float32) for name, value in feed.items()}
+    old, new = (open_session(each.proto).run(values)["y"] for each in (model, rewritten))
+    assert np.allclose(old, new, atol=1e-3 * np.abs(old).max())
+
+
+@pytest.mark.parametrize("read_by", ["an output", "another node", "a bias"])
+def test_a_sum_that_others_read_or_that_adds_a_bias_stays_as_it_was(read_by: str) -> None:
+    proto = _block(1, True, False)
+    if read_by == "an output":
+        proto.graph.output.add().CopyFrom(helper.make_tensor_value_info("c", TensorProto.FLOAT, None))
+    if read_by == "another node":
+        proto.graph.node.append(helper.make_node("Relu", ["c"], ["more"], "more"))
+    if read_by == "a bias":
+        (skip,) = (node for node in proto.graph.node if node.name == "skip")
+        proto.graph.initializer.append(_tensor("scalar", 1))
+        skip.input[:] = ["c", "scalar"]
+    graph = onnx_lrsd.load(proto).graph()
+    (layer,) = (found for found in find_layers(graph)[0] if found.node == "layer")
+    split(graph, layer, placeholder(layer, Form(CHANNEL, 16, whole_channels(8))))
+    assert order_sums(graph, [layer.name]) == 0
 
 
 def _dense(op: str, residual: bool) -> onnx.ModelProto:
