@@ -7,16 +7,16 @@ since other work of the machine only ever adds time.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise, product
+from itertools import product
 from math import isqrt, prod
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lrsd.runtime import kernels, open_session
+from onnx_lrsd.anatomy import bare_node
+from onnx_lrsd.runtime import kernels
 from onnx_lrsd.targets.machine import (
     COLUMN,
     MATRIX,
@@ -38,15 +38,12 @@ MOST_MACS = 600_000_000
 """Nodes above it are not measured: they run at the rate of the next smaller map."""
 PASSES, SECONDS = 4, 0.35
 """Passes over all sessions, and about how long one session runs in a pass."""
-SHORTEST = 5e-7
-"""Seconds: ONNX Runtime counts whole microseconds."""
+SHORTEST, LONG = 1e-7, 2e-5
+"""Seconds: work below the first is not told apart, above the second recording it hardly counts."""
 BLOCKS = (16, 8, 4)
 """Blocks that outputs may be padded to, the largest first."""
 SAME = 0.9
 """Half the outputs in this share of the time or more: the other half is padding."""
-LINKS = 64
-"""Nodes of the longer chain that tells what a node costs beside its work."""
-
 Measured = dict[str, float]
 """Node -> seconds."""
 
@@ -66,7 +63,7 @@ def measure(progress: Progress | None = None) -> Machine:
     squares = tuple(side * side for side in SIDES)
     rates = {kind: _rates(best, kind, _outputs(block), CHANNELS, squares) for kind in KERNELS}
     rates[MATRIX] = _rates(best, MATRIX, MATRIX_OUTPUTS, MATRIX_INPUTS, MATRIX_ROWS)
-    return Machine(processor(), runtime(), block, _node(), _value(), rates)
+    return Machine(processor(), runtime(), block, bare_node().seconds, _value(), rates)
 
 
 def _best(sessions: Sequence[Callable[[], Measured]], progress: Progress | None = None) -> Measured:
@@ -92,13 +89,21 @@ def _rates(
     channels: Sequence[int],
     positions: Sequence[int],
 ) -> Rates:
-    """The grid of one kind; a node that was not measured runs as on the next smaller map."""
+    """The grid of one kind; a node that was not measured runs as on the next smaller map.
+
+    Work too short to be told from its recording can seem to take next to no time: no rate is above the
+    highest one of those that took long.
+    """
     grid: list[float] = []
+    peak = 0.0
     for out, inputs, places in product(outputs, channels, positions):
         seconds = best.get(_name(kind, out, inputs, places))
         macs = out * inputs * prod(KERNELS.get(kind, ())) * places
         grid.append(grid[-1] if seconds is None else macs / seconds)
-    return Rates(tuple(outputs), tuple(channels), tuple(positions), tuple(grid))
+        if seconds is not None and seconds >= LONG:
+            peak = max(peak, grid[-1])
+    rates = (min(rate, peak) if peak else rate for rate in grid)
+    return Rates(tuple(outputs), tuple(channels), tuple(positions), tuple(rates))
 
 
 def _name(kind: str, outputs: int, channels: int, positions: int) -> str:
@@ -106,13 +111,14 @@ def _name(kind: str, outputs: int, channels: int, positions: int) -> str:
 
 
 def _session(proto: onnx.ModelProto, shape: tuple[int, ...]) -> Callable[[], Measured]:
-    """A function that runs ``proto`` for a moment and gives the seconds of its nodes."""
+    """A function that runs ``proto`` for a moment and gives the seconds that its nodes work."""
     feed = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
 
     def run() -> Measured:
         once = sum(kernel.fastest for kernel in kernels(proto, feed, runs=1))
         runs = int(np.clip(SECONDS / max(once, SHORTEST), 3, 200))
-        return {kernel.name: max(kernel.fastest, SHORTEST) for kernel in kernels(proto, feed, runs=runs)}
+        beside = bare_node().seconds + bare_node().recording
+        return {k.name: max(k.fastest - beside, SHORTEST) for k in kernels(proto, feed, runs=runs)}
 
     return run
 
@@ -178,32 +184,6 @@ def _block() -> int:
         return bool(half >= SAME * full)
 
     return next((block for block in BLOCKS if padded(block)), BLOCKS[-1])
-
-
-def _node() -> float:
-    """Seconds that a node takes beside its work: those of the links that a longer chain has more."""
-    channels = BLOCKS[0]
-
-    def chain(links: int) -> Callable[[], object]:
-        names = ["x", *(f"link {i}" for i in range(links))]
-        nodes = [_conv(name, before, channels, channels, (1, 1)) for before, name in pairwise(names)]
-        tensors = [_weight(name, channels, channels, 1, 1) for name in names[1:]]
-        end = helper.make_tensor_value_info(names[-1], TensorProto.FLOAT, [1, channels, 1, 1])
-        session = open_session(_model(nodes, (1, channels, 1, 1), [end], tensors), threads=1)
-        feed = {"x": np.ones((1, channels, 1, 1), np.float32)}
-        return lambda: session.run(feed)
-
-    short, long = (_fastest(chain(links)) for links in (LINKS // 2, LINKS))
-    return max((long - short) / (LINKS - LINKS // 2), 1e-8)
-
-
-def _fastest(run: Callable[[], object]) -> float:
-    best, deadline = float("inf"), time.perf_counter() + SECONDS
-    while time.perf_counter() < deadline:
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _value() -> float:

@@ -86,12 +86,16 @@ class Machine:
     rates: Mapping[str, Rates]
 
     def seconds(self, node: Node) -> float:
-        """Predicted time of ``node``."""
+        """Predicted time of ``node``, and of handing its values to the next one.
+
+        Rates are those of a node whose input was read a moment ago; what another node just wrote costs more.
+        """
         kind = kind_of(node.kernel)
         outputs = node.outputs if kind == MATRIX else math.ceil(node.outputs / self.block) * self.block
         channels = node.inner if kind == MATRIX else node.channels
         macs = outputs * node.inner * node.times
-        return self.node + macs / self.rates[kind].at(outputs, channels, node.times)
+        work = macs / self.rates[kind].at(outputs, channels, node.times)
+        return self.node + work + outputs * node.times * self.value
 
     def copying(self, values: int) -> float:
         """Predicted time of a node that only moves values: a change of layout, a Gather."""
