@@ -379,6 +379,11 @@ def _check_usage(ctx: click.Context) -> None:
     settled = given("target", "cost", "forms", "include", "exclude")
     if "plan_path" in goals and settled:
         raise click.UsageError(f"{flags(settled)} cannot go with --plan, which settles it: edit the plan.")
+    if ctx.params["cost"] == "latency" and TARGETS[ctx.params["target"]].on is None:
+        raise click.UsageError(
+            f"--cost latency cannot go with --target {ctx.params['target']}, whose times nobody knows: "
+            "choose another cost."
+        )
     if ctx.params["dry_run"] and given("output"):
         raise click.UsageError("--output cannot go with --dry-run, which writes no model.")
     if ctx.params["json_path"] == STDOUT == ctx.params["save_plan"]:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import onnx_lrsd
-from onnx_lrsd import cli, planner, profile
+from onnx_lrsd import cli, doctor, planner, profile
 from onnx_lrsd.allocate import COSTS
 from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.planner import LAVISH, SPARE, Planner
@@ -137,6 +137,29 @@ def test_profile_writes_the_table_that_optimize_reads(
     elsewhere = CliRunner().invoke(cli.main, ["profile", "-q", "-o", str(tmp_path / "table.json")])
     assert elsewhere.exit_code == 0 and elsewhere.output == ""
     assert from_json((tmp_path / "table.json").read_text()).node == 0.25
+
+
+def test_doctor_says_which_table_is_used() -> None:
+    def said() -> tuple[bool | None, str]:
+        found = next(finding for finding in doctor.examine() if finding.name == "times")
+        return found.good, found.said
+
+    assert said()[0] is None and said()[1].endswith("run `onnx-lrsd profile`.")
+    stored(to_json(MINE))
+    assert said() == (True, f"Times are predicted with the table measured here ({machine.stored_at()}).")
+    stored("spoiled")
+    assert said()[0] is None and "was not used" in said()[1]
+
+
+def test_latency_is_refused_for_a_target_without_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeless = replace(TARGETS["onnxruntime"], on=None)
+    monkeypatch.setitem(TARGETS, "onnxruntime", timeless)
+    result = CliRunner().invoke(cli.main, ["optimize", "m.onnx", "--cost", "latency", "--ratio", "2"])
+    assert result.exit_code == 2 and "--cost latency cannot go with --target onnxruntime" in result.stderr
+    with pytest.raises(ValueError, match="no table of times"):
+        Options(cost="latency")
+    run = Run(Options())
+    assert run.machine is None and run.table == ""
 
 
 def test_profile_says_before_it_measures_that_it_cannot_write(monkeypatch: pytest.MonkeyPatch) -> None:
