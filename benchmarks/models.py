@@ -1,11 +1,13 @@
 """Real models through the whole tool: MACs, latency and score before and after, beside simple baselines.
 
-    python benchmarks/models.py FOLDER... [--ratio R] [--samples N] [--int8] [--baselines] [--json FILE]
+    python benchmarks/models.py FOLDER... [--ratio R] [--cost C] [--samples N] [--int8] [--baselines]
+                                [--json FILE]
 
 A FOLDER holds model.onnx, calib.npz, and eval.npz with the model's inputs and ``labels``; an about.json
 with {"score": "spearman"} marks sentence embeddings (rows 2i and 2i+1 are a pair). With --baselines,
 truncated SVD of the plain weights and of the whitened weights, each at one keep rate for all layers and
 the same MACs, are fitted and scored on the same samples. With --int8, low rank and int8 alone have rows.
+*Predicted* is the latency ratio that the table of this machine (or the built-in one) led to expect.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 import onnx_lrsd
+from onnx_lrsd.allocate import COSTS
 from onnx_lrsd.calibrate import Calibration, calibrate
 from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
@@ -110,7 +113,7 @@ def facts(folder: Path, method: str, ratio: float | None, found: Verification) -
 
 
 def run(
-    folder: Path, ratio: float | None, count: int | None, int8: bool, with_baselines: bool
+    folder: Path, ratio: float | None, cost: str, count: int | None, int8: bool, with_baselines: bool
 ) -> list[dict[str, Any]]:
     """One row for the tool, one for each step of int8, and one for each baseline."""
     about = folder / "about.json"
@@ -128,6 +131,7 @@ def run(
             evaluation=evaluation,
             output=folder / "out.onnx",
             ratio=ratio,
+            cost=cost,
             samples=count,
             int8=int8,
         )
@@ -143,6 +147,8 @@ def run(
     rows = [
         {
             **facts(folder, "onnx-lrsd", ratio, found),
+            "cost": cost,
+            "predicted": result.report.predicted,
             "bytes": found.before.bytes / found.after.bytes,
             "score": kind,
             "before": before,
@@ -195,6 +201,7 @@ def main() -> None:
     )
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--ratio", type=float)
+    parser.add_argument("--cost", choices=tuple(COSTS), default="macs")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--baselines", action="store_true")
@@ -204,10 +211,13 @@ def main() -> None:
         f"Python {platform.python_version()}, {platform.processor() or platform.machine()}", file=sys.stderr
     )
     rows = []
-    print("| model | method | asked | MACs | latency (95 %) | score before | after | points | s | peak MB |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | method | asked | MACs | latency (95 %) | predicted | score before | after | points | s "
+        "| peak MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for folder in given.folders:
-        for row in run(folder, given.ratio, given.samples, given.int8, given.baselines):
+        for row in run(folder, given.ratio, given.cost, given.samples, given.int8, given.baselines):
             rows.append(row)
             print(line(row), flush=True)
     if given.json is not None:
@@ -217,11 +227,13 @@ def main() -> None:
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     if "says" in row:
-        return f"| {row['model']} | {row['method']} | {row['ratio']} | {row['says']} | | | | | | |"
+        return f"| {row['model']} | {row['method']} | {row['ratio']} | {row['says']} | | | | | | | |"
     low, high = row["interval"]
+    predicted = "" if row.get("predicted") is None else f"{row['predicted']:.2f} x"
     return (
         f"| {row['model']} | {row['method']} | {row['ratio']} x | {row['macs']:.2f} x "
-        f"| {row['latency']:.2f} x ({low:.2f} to {high:.2f}) | {100 * row['before']:.2f} "
+        f"| {row['latency']:.2f} x ({low:.2f} to {high:.2f}) "
+        f"| {predicted} | {100 * row['before']:.2f} "
         f"| {100 * row['after']:.2f} | {100 * (row['after'] - row['before']):+.2f} "
         f"| {row.get('seconds', '')} | {row.get('peak_mb', '')} |"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -67,12 +67,28 @@ def make_report(
         dict(run.seconds),
         versions,
         run.engine,
+        _predicted(run, plan, factors if verification is not None else plan.choices),
+        run.table if run.whole is not None else "",
     )
+
+
+def _predicted(run: Run, plan: Plan, changed: Iterable[str]) -> float | None:
+    """The latency ratio expected of the layers in ``changed``; None where nothing was measured."""
+    if run.whole is None:
+        return None
+    saved = 0.0
+    for name in changed:
+        choice = plan.choices[name]
+        saved += (choice.before.seconds or 0.0) - (choice.after.seconds or 0.0)
+    return run.whole / max(run.whole - saved, 1e-9)
 
 
 def _promise(run: Run, plan: Plan, found: Verification, smaller: bool) -> Promise | None:
     """A drop that only the original itself keeps is a promise that could not be kept."""
     options = run.options
+    if options.ratio is not None and plan.cost == "latency":
+        got = found.latency_ratio or 0.0
+        return Promise("ratio", options.ratio, got, got >= options.ratio * 0.995)
     if options.ratio is not None:
         before, after = (
             COSTS[plan.cost](Point(Form(DENSE), 0.0, Price(cost.macs, cost.parameters, cost.bytes)))

@@ -20,11 +20,12 @@ COSTS: dict[str, Cost] = {
     "macs": lambda point: point.price.macs,
     "parameters": lambda point: point.price.parameters,
     "bytes": lambda point: point.price.bytes,
+    "latency": lambda point: point.price.seconds or 0.0,
 }
 
 
 def by_time(point: Point) -> float:
-    """Predicted time of a point, in MACs."""
+    """Predicted time of a point, as the target's table alone has it."""
     return point.time
 
 

@@ -27,11 +27,13 @@ from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.inspection import inspect
 from onnx_lrsd.model import load, save, size_on_disk
 from onnx_lrsd.optimize import optimize
+from onnx_lrsd.profile import measure
 from onnx_lrsd.report import (
     comparison_table,
     comparison_to_json,
     inspection_table,
     inspection_to_json,
+    machine_table,
     plan_from_json,
     plan_to_json,
     report_table,
@@ -41,6 +43,7 @@ from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.sources import script_function
 from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets import TARGETS
+from onnx_lrsd.targets.machine import stored_at, to_json
 from onnx_lrsd.types import KINDS, Plan, Progress, Score
 from onnx_lrsd.unpacking import unpack
 from onnx_lrsd.verify import compare, made_up_samples
@@ -48,7 +51,7 @@ from onnx_lrsd.verify import compare, made_up_samples
 BROKEN_PROMISE, INTERRUPTED = 3, 130
 STDOUT = Path("-")
 SUFFIX, PLAIN = ".lrsd.onnx", ".plain.onnx"
-COSTS = {"macs": "macs", "params": "parameters", "bytes": "bytes"}
+COSTS = {"macs": "macs", "params": "parameters", "bytes": "bytes", "latency": "latency"}
 VERBOSE = "onnx_lrsd.verbose"
 REDRAW = 0.1
 """Seconds between two drawings of the progress bar."""
@@ -349,6 +352,31 @@ def unpack_command(model: Path, output: Path | None, verbose: bool, quiet: bool)
         _say(f"{model} -> {target}: {size_on_disk(model):,} -> {size_on_disk(target):,} bytes")
 
 
+@main.command("profile")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the table elsewhere than where optimize looks for it.  [default: in your folder for caches]",
+)
+@_loudness
+def profile_command(output: Path | None, verbose: bool, quiet: bool) -> None:
+    """Measure this machine, in about a minute.
+
+    How fast it runs the nodes that layers are rewritten to. From then on optimize plans with that.
+    """
+    path = stored_at() if output is None else output
+    if output is None:
+        _make_folder(path.parent)
+    _check_writable(path)
+    with _progress(quiet) as progress:
+        machine = measure(progress)
+    _write(path, to_json(machine))
+    if not quiet:
+        _say(f"{machine_table(machine, colour=_colour())}\n\nWritten to {path}.")
+
+
 @main.command("doctor")
 @click.pass_context
 def doctor_command(ctx: click.Context, /) -> None:
@@ -385,6 +413,11 @@ def _check_usage(ctx: click.Context) -> None:
     settled = given("target", "cost", "forms", "weights", "include", "exclude")
     if "plan_path" in goals and settled:
         raise click.UsageError(f"{flags(settled)} cannot go with --plan, which settles it: edit the plan.")
+    if ctx.params["cost"] == "latency" and TARGETS[ctx.params["target"]].on is None:
+        raise click.UsageError(
+            f"--cost latency cannot go with --target {ctx.params['target']}, whose times nobody knows: "
+            "choose another cost."
+        )
     if ctx.params["dry_run"] and given("output"):
         raise click.UsageError("--output cannot go with --dry-run, which writes no model.")
     if ctx.params["json_path"] == STDOUT == ctx.params["save_plan"]:
@@ -405,6 +438,15 @@ def _check_writable(path: Path | None) -> None:
         raise LrsdError(
             f"The folder {path.parent} cannot be written to: choose another place for {path.name}."
         )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LrsdError(
+            f"The folder {folder} cannot be made ({error.strerror}): name another place with --output."
+        ) from None
 
 
 def _check_apart(outputs: Sequence[Path | None], inputs: Sequence[str | Path | None]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from onnx_lrsd.anatomy import Anatomy
 from onnx_lrsd.calibrate import Calibration, WeightOf
 from onnx_lrsd.run import NO_FORM, Run
 from onnx_lrsd.solver.curve import errors
@@ -44,3 +47,17 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
 
 def _point(target: Target, layer: Layer, form: Form, error: float) -> Point:
     return Point(form, error, price(layer, form), target.cost(layer, form))
+
+
+def with_seconds(curves: list[ErrorCurve], measured: Anatomy) -> list[ErrorCurve]:
+    """The curves with ``price.seconds``: the measured time of the dense layer times the predicted ratio."""
+    return [
+        ErrorCurve(curve.layer, tuple(_timed(p, curve.points[0].time, seconds) for p in curve.points))
+        if (seconds := measured.layers.get(curve.layer.name)) is not None
+        else curve
+        for curve in curves
+    ]
+
+
+def _timed(point: Point, dense: float, seconds: float) -> Point:
+    return replace(point, price=replace(point.price, seconds=seconds * point.time / dense))

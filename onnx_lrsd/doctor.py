@@ -13,6 +13,7 @@ import onnx
 from onnx_lrsd.arrays import cupy
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.runtime import gist, onnxruntime, open_session
+from onnx_lrsd.targets.machine import built_in, stored_at, this_machine
 
 NEEDED = {"numpy": (2, 0), "onnx": (1, 16), "onnx-graphsurgeon": (0, 6)}
 """Package -> the oldest version that will do."""
@@ -32,7 +33,7 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Look at everything that onnx-lrsd stands on; nothing is changed and nothing is raised."""
-    return [_python(), *(_package(name) for name in NEEDED), *_runtime(), _cupy()]
+    return [_python(), *(_package(name) for name in NEEDED), *_runtime(), _times(), _cupy()]
 
 
 def _python() -> Finding:
@@ -87,6 +88,20 @@ def _runtime() -> list[Finding]:
             said = "ONNX Runtime has CUDA but cannot load it: install CUDA 12 and cuDNN 9, or use the CPU."
             facts.append(Finding("onnxruntime CUDA", False, said))
     return facts
+
+
+def _times() -> Finding:
+    """Which table predicts times."""
+    try:
+        found, said = this_machine()
+    except LrsdError:  # there is no ONNX Runtime, which has been said
+        return Finding("times", None, "Without ONNX Runtime no times are predicted: install it first.")
+    if said:
+        return Finding("times", None, said)
+    if found is built_in():
+        told = f"Times are predicted with a table measured on {found.processor}"
+        return Finding("times", None, f"{told}: for one of this machine, run `onnx-lrsd profile`.")
+    return Finding("times", True, f"Times are predicted with the table measured here ({stored_at()}).")
 
 
 def _cupy() -> Finding:

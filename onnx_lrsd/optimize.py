@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import onnx
 
 from onnx_lrsd.account import make_report
+from onnx_lrsd.anatomy import anatomy
 from onnx_lrsd.calibrate import Calibration, WeightOf, calibrate, input_shapes, locate
-from onnx_lrsd.curves import error_curves
+from onnx_lrsd.curves import error_curves, with_seconds
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.errors import BudgetError, DataError, UnsupportedModelError
 from onnx_lrsd.int8 import INT8, LOW_RANK, Int8Fit
@@ -114,7 +115,13 @@ def optimize(
         with run.clock("decompose"):
             curves = error_curves(run, known, weight_of)
         with run.clock("plan"):
-            planner = Planner(run, source, curves, total_price(source, known.samples), known.shapes)
+            total = total_price(source, known.samples)
+            if run.machine is not None:
+                able = [curve.layer for curve in curves if len(curve.points) > 1]
+                measured = anatomy(source, able, known.shapes, known.samples)
+                curves, run.whole = with_seconds(curves, measured), measured.whole
+                total = replace(total, seconds=measured.whole)
+            planner = Planner(run, source, curves, total, known.shapes, known.samples)
             if fit_on is not None:
                 planner.weigh(partial(_sensitivities, run, source, known, weight_of))
     known = replace(known, moments={})  # the fit takes moments of its own; these may be large

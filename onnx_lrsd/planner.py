@@ -13,7 +13,7 @@ from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.model import Model
 from onnx_lrsd.run import Run
 from onnx_lrsd.targets import price
-from onnx_lrsd.trial import CLEARLY, speedups
+from onnx_lrsd.trial import CLEARLY, speedups, whole_speedup
 from onnx_lrsd.types import DENSE, N_OF_M, ErrorCurve, Factors, Form, Point, Price
 from onnx_lrsd.verify import compare
 
@@ -26,6 +26,11 @@ MODERATE = 0.03
 SEARCHES = 6
 """Fits of the whole model that a search may take."""
 
+SPARE, LAVISH = 1.01, 1.05
+"""A plan for latency is measured to be faster than asked by between these factors, so that it stays so."""
+WHOLE_SECONDS = 3.0
+"""How long the whole model is timed in a trial of a plan for latency."""
+
 Forms: TypeAlias = dict[str, Form]
 Fit: TypeAlias = Callable[..., tuple[Model, dict[str, Factors]]]
 """``reconstruct`` with all but the forms filled in."""
@@ -35,7 +40,7 @@ class Planner:
     """Chooses a form for every layer; what measurement finds to be no faster is left dense.
 
     ``total`` is the price of the whole model, ``shapes`` are those of the layers' inputs in the
-    smallest batch.
+    smallest batch of ``samples``.
     """
 
     def __init__(
@@ -45,8 +50,9 @@ class Planner:
         curves: Sequence[ErrorCurve],
         total: Price,
         shapes: Mapping[str, tuple[int, ...]],
+        samples: Samples,
     ) -> None:
-        self.run, self.source, self.shapes = run, source, shapes
+        self.run, self.source, self.shapes, self.samples = run, source, shapes, samples
         self.curves = list(curves)
         self.cost = COSTS[run.cost]
         self.whole = self.cost(Point(Form(DENSE), 0.0, total))
@@ -77,6 +83,31 @@ class Planner:
         Where another engine runs the result they are predicted to be. Raises BudgetError where the layers
         do not bear it.
         """
+        return self._for_latency(ratio) if self.run.options.cost == "latency" else self._planned(ratio)
+
+    def _for_latency(self, ratio: float) -> Forms:
+        """Predictions allocate, measurement decides: the aim is corrected until the whole model meets it."""
+        aim, tried = ratio * SPARE, list[tuple[float, Forms]]()
+        layers = [curve.layer for curve in self.curves]
+        for _ in range(ROUNDS):
+            try:
+                chosen = self._planned(aim)
+            except BudgetError:
+                if not tried:
+                    raise
+                break
+            if not chosen:
+                return chosen
+            got = whole_speedup(self.source, layers, chosen, self.samples, WHOLE_SECONDS)
+            tried.append((got, chosen))
+            if SPARE <= got / ratio <= LAVISH:
+                break
+            aim *= ratio * (SPARE + LAVISH) / 2 / got
+        enough = [entry for entry in tried if entry[0] >= SPARE * ratio]
+        found = min(enough, key=_first) if enough else max(tried, key=_first)
+        return found[1]
+
+    def _planned(self, ratio: float) -> Forms:
         for _ in range(ROUNDS):
             points = self._allocate(ratio)
             chosen = {name: point.form for name, point in points.items() if not point.form.dense}
@@ -186,6 +217,10 @@ class Planner:
 def _far_from_moderate(point: Point) -> tuple[bool, float]:
     """How ill a point suits a first sensitivity; N:M takes far longer to fit than factors alone."""
     return point.form.pattern.kind == N_OF_M, abs(log(point.error / MODERATE))
+
+
+def _first(entry: tuple[float, Forms]) -> float:
+    return entry[0]
 
 
 def _macs(curve: ErrorCurve, form: Form) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from onnx_lrsd.calibrate import Calibration, WeightOf, recalibrate
 from onnx_lrsd.model import Model
-from onnx_lrsd.passes import rectifiers, split
+from onnx_lrsd.passes import order_sums, rectifiers, split
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.moments import Rows
 from onnx_lrsd.solver.rectified import Rectified
@@ -56,7 +56,13 @@ def reconstruct(
             if progress is not None:
                 progress("decompose", len(fitted), len(chosen))
         rewritten = model.splice(graph)
+    if order_sums(graph, [name for name, factors in fitted.items() if _branched(factors)]):
+        rewritten = model.splice(graph)
     return rewritten, fitted
+
+
+def _branched(factors: Factors) -> bool:
+    return factors.sparse is not None and bool(factors.kernels)
 
 
 def _stages(layers: Sequence[Layer]) -> list[list[Layer]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from onnx_lrsd.allocate import COSTS
 from onnx_lrsd.storage import FP16, STORAGES
-from onnx_lrsd.targets import TARGETS, Target
+from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, processor, this_machine
 from onnx_lrsd.types import Engine, Int8, Loading, Progress, Score
 
 NO_FORM = "no smaller form is predicted to be faster"
@@ -58,6 +58,8 @@ class Options:
             raise ValueError("weights are stored in codes by the target size alone")
         if [self.ratio, self.max_error, self.max_drop].count(None) < 2:
             raise ValueError("give one of ratio, max_error and max_drop")
+        if self.cost == "latency" and TARGETS[self.target].on is None:
+            raise ValueError(f"the target {self.target} has no table of times: choose another cost")
 
 
 @dataclass
@@ -72,11 +74,33 @@ class Run:
     int8: Int8 | None = None
     loading: tuple[Loading, Loading] | None = None
     engine: Engine | None = None
+    target: Target = field(init=False)
+    machine: Machine | None = field(init=False, default=None)
+    whole: float | None = None
+    """Measured seconds of the model as it came."""
+
+    def __post_init__(self) -> None:
+        """Give the target the table of times of this machine, if it takes one."""
+        self.target = TARGETS[self.options.target]
+        if self.target.on is None:
+            return
+        self.machine, said = this_machine()
+        self.target = self.target.on(self.machine)
+        if said:
+            self.warnings.append(said)
+        elif self.options.cost == "latency" and self.machine.processor != processor():
+            self.warnings.append(
+                f"Times were predicted with a table measured on {self.machine.processor}: "
+                "run `onnx-lrsd profile` once for a better plan on this machine."
+            )
 
     @property
-    def target(self) -> Target:
-        """What is to run the result."""
-        return TARGETS[self.options.target]
+    def table(self) -> str:
+        """Which table of times predictions are from; empty for a target without."""
+        if self.machine is None:
+            return ""
+        made = "built in" if self.machine is built_in() else "measured on this machine"
+        return f"{made}: {self.machine.processor}, ONNX Runtime {self.machine.runtime}"
 
     @property
     def cost(self) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import math
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +24,17 @@ from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from onnx_lrsd.errors import DataError, DeviceError, ModelError
+from onnx_lrsd.timing import busy_clock
 from onnx_lrsd.types import InputSpec
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
 WARNINGS, ERRORS_ONLY, FATAL_ONLY = 2, 3, 4
 """ONNX Runtime's levels of logging; the first is its own default."""
+BLOCKED = "_nchwc"
+"""What ONNX Runtime appends to the name of a node that it moves to its blocked layout."""
+NEAR, RESOLUTION = 1.1, 1e-6
+"""Runs of a kernel are among its fastest up to this factor and these seconds; microseconds are recorded."""
 SHARED_BYTES = 1 << 20
 """Weights from this size on are handed over in memory: protobuf ends at 2 GB, and copies cost."""
 SHARED_TYPES = frozenset(
@@ -56,14 +64,79 @@ def quantization() -> Iterator[ModuleType]:
         logging.disable(level)
 
 
+class Kernel(NamedTuple):
+    """One node as ONNX Runtime ran it: its name, operator, and the seconds of its kernel in one run.
+
+    ``seconds`` are those of quiet runs, less the share in which other work had the processor; ``fastest``
+    those of the fastest runs by the clock on the wall, right for short kernels on a busy machine. Both hold
+    what recording takes, about a microsecond.
+    """
+
+    name: str
+    op: str
+    seconds: float
+    fastest: float
+
+
+def kernels(
+    proto: onnx.ModelProto, feed: Feed, *, folder: Path | None = None, runs: int = 10
+) -> list[Kernel]:
+    """Every node of the optimised graph in one thread, in its order.
+
+    A convolution in the blocked layout is named after its output, any other node as in ``proto`` where it
+    was not fused.
+    """
+    ort = onnxruntime()
+    with tempfile.TemporaryDirectory() as place:
+        options = _options(ort, folder, threads=1)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(place) / "run")
+        names = [output.name for output in proto.graph.output]
+        cut, weights = _cut(proto, _needed(proto, names), names)
+        session = _start(ort, cut, weights, options, _providers(ort, "cpu"))
+        opened = Session(session, inputs_of(proto), names)
+        shares = [_busy_share(partial(opened.run, feed)) for _ in range(runs + 1)]
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    seen: dict[str, tuple[str, list[float]]] = {}
+    for event in events:
+        name = event["name"].removesuffix("_kernel_time")
+        if event.get("cat") == "Node" and name != event["name"]:
+            seen.setdefault(name, (event["args"]["op_name"], []))[1].append(event["dur"] * 1e-6)
+    quiet = 1 + np.argsort(shares[1:])[runs // 2 :]  # the first run is for warming up
+    share = np.array(shares)[quiet]
+    found = []
+    for name, (op, times) in seen.items():
+        busy, every = np.array(times)[quiet] * share, np.array(times[1:])
+        fastest = every[every <= NEAR * np.quantile(every, 0.1) + RESOLUTION]
+        found.append(Kernel(name.removesuffix(BLOCKED), op, float(busy.mean()), float(fastest.mean())))
+    return found
+
+
+def _busy_share(run: Callable[[], object]) -> float:
+    """The share of the run's time in which this thread had the processor."""
+    busy, start = busy_clock(), time.perf_counter()
+    before = busy()
+    run()
+    return min((busy() - before) / (time.perf_counter() - start), 1.0)
+
+
+def optimised(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """``proto``, all of it in memory, as ONNX Runtime runs it on this machine, in operators of its own."""
+    return _optimised(proto, "ORT_ENABLE_ALL")
+
+
 def simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
     """``proto``, all of it in memory, after ONNX Runtime's basic optimisations.
 
     Constants are folded, BatchNormalization goes into its Conv, Identity is gone; all operators are ONNX's.
     """
+    return _optimised(proto, "ORT_ENABLE_BASIC")
+
+
+def _optimised(proto: onnx.ModelProto, level: str) -> onnx.ModelProto:
     ort = onnxruntime()
     options = _options(ort)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "model.onnx")
         _start(ort, proto, {}, options, _providers(ort, "cpu"))

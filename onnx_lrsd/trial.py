@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from onnx_lrsd.dataset import Samples
 from onnx_lrsd.model import Model
-from onnx_lrsd.passes import isolate, split
+from onnx_lrsd.passes import isolate, order_sums, split
 from onnx_lrsd.solver.layout import factor_kernels, shared_groups
 from onnx_lrsd.types import N_OF_M, UNSTRUCTURED, Factors, Form, Layer, Progress
-from onnx_lrsd.verify import time_pair
+from onnx_lrsd.verify import STARTS, time_pair
 
 CLEARLY = 1.02
 """A rewrite that is not this many times faster alone does not pay."""
@@ -32,11 +33,8 @@ def speedups(
 
     ``shapes`` are those of the layers' inputs; ``known`` keeps results between calls.
     """
-    graph = model.graph()
     chosen = [layer for layer in layers if layer.name in forms]
-    for layer in chosen:
-        split(graph, layer, placeholder(layer, forms[layer.name]))
-    rewritten = model.splice(graph)
+    rewritten = _rewritten(model, chosen, forms)
     found: dict[str, float] = {}
     rng = np.random.default_rng(0)
     for done, layer in enumerate(chosen):
@@ -50,6 +48,28 @@ def speedups(
         if progress is not None:
             progress("trial", done + 1, len(chosen))
     return found
+
+
+def whole_speedup(
+    model: Model, layers: Sequence[Layer], forms: Mapping[str, Form], samples: Samples, seconds: float
+) -> float:
+    """How many times faster the whole model gets with ``forms``, measured on one smallest batch."""
+    chosen = [layer for layer in layers if layer.name in forms]
+    rewritten = _rewritten(model, chosen, forms, whole=True)
+    feed = next(iter(samples.batches(1)))
+    pair = model.proto, rewritten.proto
+    return time_pair(*pair, feed, folder=model.folder, seconds=seconds, restarts=STARTS).ratio
+
+
+def _rewritten(
+    model: Model, layers: Sequence[Layer], forms: Mapping[str, Form], whole: bool = False
+) -> Model:
+    graph = model.graph()
+    for layer in layers:
+        split(graph, layer, placeholder(layer, forms[layer.name]))
+    if whole:
+        order_sums(graph, [layer.name for layer in layers if forms[layer.name].channels])
+    return model.splice(graph)
 
 
 def placeholder(layer: Layer, form: Form) -> Factors:

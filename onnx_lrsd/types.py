@@ -237,7 +237,11 @@ class Factors:
 
 @dataclass(frozen=True)
 class Price:
-    """What a layer or a model costs for one sample; ``seconds`` is None where nobody measured."""
+    """What a layer or a model costs for one sample.
+
+    ``seconds``, in one thread, are measured where it is as it was, predicted from that where it is another
+    form; None where nobody measured.
+    """
 
     macs: int
     parameters: int
@@ -258,7 +262,8 @@ class Price:
 class Point:
     """One point of an error curve: a form, its relative output error, its price, and its predicted time.
 
-    ``time`` is in MACs: those that run in the same time on the target.
+    ``time`` is what the target's table says, the same in every run; ``price.seconds`` is that made to fit
+    what the dense layer was measured to take.
     """
 
     form: Form
@@ -417,7 +422,11 @@ class Engine:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the tool says about one run: schema 1 of the JSON, the table, nothing else."""
+    """Everything the tool says about one run: schema 1 of the JSON, the table, nothing else.
+
+    ``predicted`` is the latency ratio that the table of a machine led to expect of the layers as they are
+    now, low rank alone; ``table`` says which table that was. None and empty where nothing was predicted.
+    """
 
     input: str
     output: str
@@ -434,6 +443,8 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     engine: Engine | None = None
+    predicted: float | None = None
+    table: str = ""
 
 
 @dataclass(frozen=True)

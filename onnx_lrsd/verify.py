@@ -156,9 +156,10 @@ def time_pair(
     folder: Path | None = None,
     threads: int | None = THREADS,
     seconds: float = TRIAL_SECONDS,
+    restarts: int = 1,
 ) -> Pace:
     """How many times faster ``after`` runs on ``feed``; both find their external data in ``folder``."""
-    return _pace((before, folder), (after, folder), feed, threads, seconds)
+    return _pace((before, folder), (after, folder), feed, threads, seconds, restarts)
 
 
 def _pace(

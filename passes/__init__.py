@@ -3,6 +3,7 @@
 from onnx_lrsd.passes.count import compute_tensors, macs, parameters
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.isolate import isolate
+from onnx_lrsd.passes.order_sums import order_sums
 from onnx_lrsd.passes.rectifiers import rectifiers
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.passes.two_of_four import two_of_four
@@ -14,6 +15,7 @@ __all__ = [
     "find_layers",
     "isolate",
     "macs",
+    "order_sums",
     "parameters",
     "read_weight",
     "rectifiers",

@@ -95,7 +95,7 @@ plans = st.builds(
 
 KEYS = (
     *("schema", "tool", "model", "target", "cost", "calibration", "before", "after", "ratio", "outputs"),
-    *("metric", "promise", "int8", "loading", "tensorrt", "layers", "warnings", "seconds"),
+    *("metric", "promise", "int8", "loading", "tensorrt", "predicted", "layers", "warnings", "seconds"),
 )
 LAYER_KEYS = (
     *(

@@ -254,7 +254,8 @@ def test_2_4_takes_the_layers_where_it_saves_time_for_less_error_than_factors_do
             curve("full", {Form(CHANNEL, 0, TWO_OF_FOUR): lost} | {Form(SPATIAL, r): 100 / r for r in ranks}),
         ]
         dense = curves[0].points[0].price
-        return Planner(Run(Options(target="tensorrt")), network(), curves, dense + dense, {}).for_ratio(1.5)
+        run, model = Run(Options(target="tensorrt")), network()
+        return Planner(run, model, curves, dense + dense, {}, samples_for(model)).for_ratio(1.5)
 
     assert chosen(1e-4)["full"] == Form(CHANNEL, 0, TWO_OF_FOUR) and chosen(1e-4)["narrow"].kind == SPATIAL
     assert set(chosen(0.1)) == {"narrow"}

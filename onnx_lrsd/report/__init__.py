@@ -7,13 +7,14 @@ from onnx_lrsd.report.json import (
     plan_to_json,
     report_to_json,
 )
-from onnx_lrsd.report.table import comparison_table, inspection_table, report_table
+from onnx_lrsd.report.table import comparison_table, inspection_table, machine_table, report_table
 
 __all__ = [
     "comparison_table",
     "comparison_to_json",
     "inspection_table",
     "inspection_to_json",
+    "machine_table",
     "plan_from_json",
     "plan_to_json",
     "report_table",

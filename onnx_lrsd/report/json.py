@@ -42,7 +42,8 @@ STORED = ("weights", "entries")
 """What is kept in codes: storages with the number of ranks (or outputs) in each, and that of S."""
 FORM_NUMBERS = ("rank", "channels", "outer", "nonzeros", "kept", "of")
 """``outer`` is Tucker-2's second rank; ``channels``, ``nonzeros``, or ``kept`` ``of`` a block describe S."""
-COSTS = ("macs", "parameters", "bytes")
+UNITS = ("macs", "parameters", "bytes")
+COSTS = (*UNITS, "latency")
 STAGES = ("load", "calibrate", "decompose", "plan", "rewrite", "verify")
 
 Json: TypeAlias = dict[str, Any]
@@ -63,6 +64,7 @@ def report_to_json(report: Report) -> str:
         "int8": None if report.int8 is None else _int8(report.int8),
         "loading": _loading(report.loading),
         "tensorrt": None if report.engine is None else _engine(report.engine),
+        "predicted": {"latency": report.predicted, "table": report.table or None},
         "layers": [_layer(layer) for layer in report.layers],
         "warnings": list(report.warnings),
         "seconds": {stage: report.seconds.get(stage, 0.0) for stage in STAGES} | dict(report.seconds),
@@ -199,7 +201,9 @@ def _read_price(entry: Any) -> Price:
         return Price(0, 0, 0)
     if not isinstance(entry, dict):
         raise TypeError
-    return Price(*(int(entry.get(unit, 0)) for unit in COSTS))
+    seconds = entry.get("seconds")
+    macs, parameters, stored = (int(entry.get(unit, 0)) for unit in UNITS)
+    return Price(macs, parameters, stored, None if seconds is None else float(seconds))
 
 
 def _head(tool_version: str | None = None) -> Json:
@@ -215,7 +219,7 @@ def _sides(found: Verification) -> Json:
     before, after = found.before, found.after
     interval = None if found.latency_interval is None else list(found.latency_interval)
     ratio: Json = {
-        unit: _quotient(getattr(before, unit), getattr(after, unit)) for unit in ("bytes", *COSTS[1::-1])
+        unit: _quotient(getattr(before, unit), getattr(after, unit)) for unit in ("bytes", *UNITS[1::-1])
     }
     ratio["latency"] = {"median": found.latency_ratio, "interval": interval}
     outputs = [asdict(output) for output in found.outputs]
@@ -248,7 +252,8 @@ def _cost(cost: Cost) -> Json:
 
 
 def _price(price: Price) -> Json:
-    return {unit: getattr(price, unit) for unit in COSTS}
+    facts: Json = {unit: getattr(price, unit) for unit in UNITS}
+    return facts if price.seconds is None else facts | {"seconds": float(f"{price.seconds:.3e}")}
 
 
 def _quotient(before: int, after: int) -> float | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from onnx_lrsd.targets.machine import MATRIX, Machine
 from onnx_lrsd.types import (
     Engine,
     Inspection,
@@ -46,7 +47,8 @@ def report_table(report: Report, *, colour: bool = False, every: bool = False) -
     )
     parts = [ink.strong(title) + ink.faint(f"   target {report.target}, calibrated on {samples}{where}")]
     if report.verification is not None:
-        parts.append(_facts(report.verification, ink, report.promise, report.cost))
+        predicted = report.predicted if report.cost == "latency" else None
+        parts.append(_facts(report.verification, ink, report.promise, report.cost, predicted))
     else:
         parts.append("A plan only: nothing was rewritten or measured.")
     if report.int8 is not None:
@@ -112,6 +114,36 @@ def inspection_table(found: Inspection, model: str, *, colour: bool = False, eve
     return "\n\n".join(parts)
 
 
+def machine_table(machine: Machine, *, colour: bool = False) -> str:
+    """What was measured of a machine: rates for few and many outputs, on small maps and large ones."""
+    ink = _Ink(colour)
+    head = f"{machine.processor}, ONNX Runtime {machine.runtime}, one thread, float32"
+    facts = (
+        f"Outputs of convolutions are padded to multiples of {machine.block}. A node takes "
+        f"{machine.node * 1e6:.2f} us beside its work, to copy a value {machine.value * 1e9:.2f} ns."
+    )
+    parts = [ink.strong(head), facts]
+    convolutions = [kind for kind in machine.rates if kind != MATRIX]
+    for title, kinds, channels in (
+        ("convolution, 64 channels", convolutions, 64),
+        ("product, 256 inputs", [MATRIX], 256),
+    ):
+        grid = machine.rates[kinds[0]]
+        few, many = grid.positions[0], grid.positions[len(grid.positions) // 2]
+        header = (title, "positions", *(f"{outputs} outputs" for outputs in grid.outputs))
+        rows = [
+            (
+                kind,
+                f"{places:,}",
+                *(f"{machine.rates[kind].at(out, channels, places) / 1e9:.1f}" for out in grid.outputs),
+            )
+            for kind in kinds
+            for places in (few, many)
+        ]
+        parts.append(_grid(header, rows, "lr" + "r" * len(grid.outputs), ink))
+    return "\n\n".join([*parts, "Rates are in GMAC/s."])
+
+
 class _Ink:
     """ANSI emphasis, or none."""
 
@@ -131,7 +163,9 @@ class _Ink:
         return self._wrap(32 if good else 31, text)
 
 
-def _facts(found: Verification, ink: _Ink, promise: Promise | None, cost: str) -> str:
+def _facts(
+    found: Verification, ink: _Ink, promise: Promise | None, cost: str, predicted: float | None = None
+) -> str:
     """Before and after, then what it cost in accuracy, then the promise."""
     before, after = found.before, found.after
     rows: list[Row] = [
@@ -149,6 +183,8 @@ def _facts(found: Verification, ink: _Ink, promise: Promise | None, cost: str) -
         low, high = found.latency_interval or (found.latency_ratio, found.latency_ratio)
         ratio = f"{_down(found.latency_ratio):.2f} x"
         interval = f"{_down(low):.2f} to {_down(high):.2f} at 95 %"
+        if predicted is not None:
+            interval += f", {predicted:.2f} predicted"
         rows.append(("latency", _time(before.latency_ms), _time(after.latency_ms), ratio, interval))
     if found.metric is not None:
         rows.append(_metric(found.metric))
@@ -204,8 +240,8 @@ def _metric(metric: Metric) -> Row:
 def _promise(promise: Promise, cost: str) -> str:
     verdict = "kept" if promise.kept else "NOT KEPT"
     if promise.kind == "ratio":
-        unit = UNITS.get(cost, cost)
-        said = f"{promise.asked:g} x fewer {unit} asked, {_down(promise.got):.2f} x got"
+        less = "less time" if cost == "latency" else f"fewer {UNITS.get(cost, cost)}"
+        said = f"{promise.asked:g} x {less} asked, {_down(promise.got):.2f} x got"
     elif promise.kind == "max_error":
         said = f"output error of at most {100 * promise.asked:g} % asked, {_percent(promise.got)} got"
     elif promise.kind == "max_drop":

@@ -16,7 +16,7 @@ from onnx_lrsd.types import CHANNEL, CHANNEL_IN, CHANNELS, DENSE, SPATIAL, TUCKE
 WIDE = 64
 """Channels from which a layer is wide: a third factor, or a sparse branch beside factors, may pay."""
 BLOCK = 16
-"""Ranks are multiples of it."""
+"""Ranks are multiples of it, where an engine does not say otherwise."""
 RANKS = 20
 """Ranks tried for each kind: more would cost time and change no plan."""
 TUCKER_RANKS, OUTER_SHARES = 8, (0.75, 1.0, 1.5)
@@ -30,11 +30,12 @@ Beside the spatial form of a k x k convolution S never paid at equal MACs (bench
 class Chains:
     """``forms(layer, kinds)``: every form worth trying, of the given kinds, that ``pays(layer, form)``.
 
-    ``low_ranks(layer, kind)`` are ranks below BLOCK that the engine takes too.
+    Ranks are multiples of ``block``; ``low_ranks(layer, kind)`` are those below it that the engine takes too.
     """
 
     pays: Callable[[Layer, Form], bool]
     low_ranks: Callable[[Layer, str], Sequence[int]]
+    block: int = BLOCK
 
     def forms(self, layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
         """Forms that are predicted to pay, kind by kind."""
@@ -53,7 +54,7 @@ class Chains:
                 CHANNEL_IN: layer.channels,
                 SPATIAL: min(layer.n, layer.channels) * 3,
             }[kind]
-            every = [*self.low_ranks(layer, kind), *range(BLOCK, top + 1, BLOCK)]
+            every = [*self.low_ranks(layer, kind), *range(self.block, top + 1, self.block)]
             ranks = _spread([r for r in every if self.pays(layer, Form(kind, r))], RANKS)
             found += [Form(kind, r) for r in ranks]
             if taps == 1 and layer.channels >= WIDE:
@@ -70,9 +71,10 @@ class Chains:
         """Tucker-2 with outer ranks about in the proportion of outputs to inputs."""
         if min(layer.n, layer.channels) < WIDE:
             return []  # a third node costs more there than its MACs save
+        block = self.block
         pairs = {
-            (rank, max(BLOCK, round(share * rank * layer.n / layer.channels / BLOCK) * BLOCK))
-            for rank in _spread(range(BLOCK, layer.channels // 2 + 1, BLOCK), TUCKER_RANKS)
+            (rank, max(block, round(share * rank * layer.n / layer.channels / block) * block))
+            for rank in _spread(range(block, layer.channels // 2 + 1, block), TUCKER_RANKS)
             for share in OUTER_SHARES
         }
         forms = (Form(TUCKER, rank, outer=outer) for rank, outer in sorted(pairs) if outer < layer.n)

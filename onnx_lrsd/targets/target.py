@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from onnx_lrsd.solver.moments import output_size
 from onnx_lrsd.solver.pattern import nonzeros
@@ -38,7 +38,10 @@ Curve: TypeAlias = Callable[[Problem, Sequence[str], str | None], Mapping[Form, 
 
 @dataclass(frozen=True)
 class Target:
-    """``forms(layer, kinds)`` are worth trying; ``cost(layer, form)`` is the predicted time, in MACs.
+    """``forms(layer, kinds)`` are worth trying; ``cost(layer, form)`` is the predicted time of one sample.
+
+    ``on`` gives the same target with the table of another machine. Where there is one ``cost`` is in seconds,
+    otherwise in a unit of the target's own.
 
     ``timed_here``: the latency that ONNX Runtime measures on this machine is what counts, so that a form or
     a model that is no faster by it is not kept. False where another engine runs the result, or speed is
@@ -53,6 +56,7 @@ class Target:
     name: str
     forms: Callable[[Layer, tuple[str, ...]], tuple[Form, ...]]
     cost: Callable[[Layer, Form], float]
+    on: Callable[[Any], Target] | None = None
     timed_here: bool = True
     curve: Curve | None = None
     counts: str = "macs"
@@ -78,33 +82,59 @@ def price(layer: Layer, form: Form) -> Price:
     return Price(macs, parameters, parameters * BYTES[layer.dtype])
 
 
+class Node(NamedTuple):
+    """A node that a form needs: it applies ``outputs`` x (``channels`` x kernel) weights ``times`` a sample.
+
+    ``kernel`` is empty for Gemm and MatMul.
+    """
+
+    outputs: int
+    channels: int
+    kernel: tuple[int, ...]
+    times: int
+
+    @property
+    def inner(self) -> int:
+        """Inputs of one output."""
+        return self.channels * prod(self.kernel)
+
+
 def node_shapes(layer: Layer, form: Form) -> list[tuple[int, int, int]]:
-    """(outputs, inputs of one output, times it is applied in a sample) of every node the form needs.
+    """(outputs, inputs of one output, times it is applied in a sample) of every node the form needs."""
+    return [(node.outputs, node.inner, node.times) for node in nodes_of(layer, form)]
+
+
+def nodes_of(layer: Layer, form: Form) -> list[Node]:
+    """Every node the form needs, in the order they run.
 
     A factor runs at the input's resolution along the axes that a later factor spans.
     """
-    taps, positions = prod(layer.kernel), max(layer.positions, 1)
+    positions, kernel = max(layer.positions, 1), layer.kernel
+    point = (1,) * len(kernel)
     rank, channels = form.rank, layer.channels
     if form.kind == DENSE and form.pattern == NONE:
-        return [(layer.n, layer.m, positions)]
-    nodes: list[tuple[int, int, int]] = []
+        return [Node(layer.n, channels, kernel, positions)]
+    nodes: list[Node] = []
     if rank and form.kind == CHANNEL:
-        nodes = [(rank, layer.m, positions), (layer.n, rank, positions)]
+        nodes = [Node(rank, channels, kernel, positions), Node(layer.n, rank, point, positions)]
     elif rank and form.kind == CHANNEL_IN:
-        later = [extent > 1 for extent in layer.kernel]
-        nodes = [(rank, channels, _positions_before(layer, later)), (layer.n, rank * taps, positions)]
+        before = _positions_before(layer, [extent > 1 for extent in kernel])
+        nodes = [Node(rank, channels, point, before), Node(layer.n, rank, kernel, positions)]
     elif rank and form.kind == SPATIAL:
-        rows, columns = layer.kernel
+        rows, columns = kernel
         before = _positions_before(layer, [False, True])
-        nodes = [(rank, channels * rows, before), (layer.n, rank * columns, positions)]
+        nodes = [Node(rank, channels, (rows, 1), before), Node(layer.n, rank, (1, columns), positions)]
     elif rank and form.kind == TUCKER:
-        later = [extent > 1 for extent in layer.kernel]
-        first = (rank, channels, _positions_before(layer, later))
-        nodes = [first, (form.outer, rank * taps, positions), (layer.n, form.outer, positions)]
+        first = Node(rank, channels, point, _positions_before(layer, [extent > 1 for extent in kernel]))
+        nodes = [
+            first,
+            Node(form.outer, rank, kernel, positions),
+            Node(layer.n, form.outer, point, positions),
+        ]
     if form.channels:
-        nodes.append((layer.n, form.channels * taps, positions))
+        nodes.append(Node(layer.n, form.channels, kernel, positions))
     elif form.pattern != NONE:
-        nodes.append((layer.n, layer.m, positions))
+        nodes.append(Node(layer.n, channels, kernel, positions))
     return nodes
 
 

@@ -1,0 +1,278 @@
+"""Predicted times come from the machine's own table where it is valid, and measurement has the last word."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import onnx_lrsd
+from onnx_lrsd import cli, doctor, planner, profile
+from onnx_lrsd.allocate import COSTS
+from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.planner import LAVISH, SPARE, Planner
+from onnx_lrsd.run import Options, Run
+from onnx_lrsd.runtime import kernels
+from onnx_lrsd.targets import TARGETS, built_in, machine
+from onnx_lrsd.targets.machine import COLUMN, MATRIX, NODES, POINT, ROW, SQUARE, from_json, to_json
+from onnx_lrsd.targets.target import Node
+from onnx_lrsd.types import CHANNEL, DENSE, SPATIAL, ErrorCurve, Form, Layer, Point, Price, whole_channels
+
+MODELS = Path(__file__).parents[1] / "models"
+MINE = replace(built_in(), processor=machine.processor(), runtime=machine.runtime())
+
+
+def conv(n: int = 128, channels: int = 128, side: int = 28, extent: int = 3) -> Layer:
+    ones, kernel = (1, 1), (extent, extent)
+    shape, pads = (n, channels, *kernel), (extent // 2,) * 4
+    m = channels * extent**2
+    return Layer(
+        *("y", "y", "Conv", "x", "w", shape, "float32", n, m, 1, kernel, ones, pads, ones),
+        positions=side * side,
+        size=(side, side),
+    )
+
+
+def stored(text: str) -> None:
+    path = machine.stored_at()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def test_the_kind_of_a_node_is_that_of_its_kernel() -> None:
+    kernels_of = {(3, 3): SQUARE, (5, 1): COLUMN, (1, 3): ROW, (1, 1): POINT, (): MATRIX, (3,): MATRIX}
+    assert {kernel: machine.kind_of(kernel) for kernel in kernels_of} == kernels_of
+
+
+def test_rates_are_met_on_the_grid_and_held_beyond_it() -> None:
+    grid = built_in().rates[SQUARE]
+    for i, out in enumerate(grid.outputs):
+        for j, channels in enumerate(grid.channels):
+            for k, positions in enumerate(grid.positions):
+                stands = grid.macs[(i * len(grid.channels) + j) * len(grid.positions) + k]
+                assert grid.at(out, channels, positions) == pytest.approx(stands)
+    assert grid.at(10**6, 10**6, 10**9) == pytest.approx(grid.macs[-1])
+    assert grid.at(1, 1, 1) == pytest.approx(grid.macs[0])
+
+
+def test_outputs_are_paid_for_in_blocks_and_nodes_by_the_piece() -> None:
+    table = built_in()
+    node = Node(17, 64, (3, 3), 784)
+    assert table.seconds(node) == table.seconds(node._replace(outputs=32))
+    dense = TARGETS["onnxruntime"].cost(conv(), Form(DENSE))
+    slow = TARGETS["onnxruntime"].on
+    assert slow is not None
+    expensive = slow(replace(table, node=1.0)).cost
+    assert expensive(conv(), Form(DENSE)) == pytest.approx(1 + dense, rel=1e-3)
+    assert expensive(conv(), Form(SPATIAL, 32)) == pytest.approx(2, rel=1e-2)
+    assert expensive(conv(), Form(CHANNEL, 8)) == pytest.approx(3, rel=1e-2)  # a change of layout between
+    product = replace(conv(extent=1), op="Gemm", kernel=(), strides=(), pads=(), dilations=(), positions=1)
+    assert expensive(product, Form(CHANNEL, 16, whole_channels(8))) == pytest.approx(4, rel=1e-2)  # Gather
+
+
+def test_more_rank_takes_more_time_in_every_kind() -> None:
+    cost = TARGETS["onnxruntime"].cost
+    for kind in (CHANNEL, SPATIAL):
+        times = [cost(conv(), Form(kind, rank)) for rank in range(16, 129, 16)]
+        assert times == sorted(times)
+
+
+def test_where_every_node_is_slow_no_form_is_offered() -> None:
+    on = TARGETS["onnxruntime"].on
+    assert on is not None
+    assert on(built_in()).forms(conv(), (CHANNEL, SPATIAL))
+    assert not on(replace(built_in(), node=1.0)).forms(conv(), (CHANNEL, SPATIAL))
+    narrow = on(replace(built_in(), block=8)).forms(conv(), (SPATIAL,))
+    assert all(form.rank % 8 == 0 for form in narrow) and any(form.rank % 16 for form in narrow)
+
+
+def test_a_table_is_read_back_as_it_was_written() -> None:
+    again = from_json(to_json(MINE))
+    assert to_json(again) == to_json(MINE)
+    assert again.rates[POINT].macs == pytest.approx(MINE.rates[POINT].macs, rel=1e-2)
+
+
+@pytest.mark.parametrize("broken", ["", "{}", "[]", '{"schema": 2}', to_json(MINE).replace(MATRIX, "m")])
+def test_what_is_no_table_is_refused(broken: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        from_json(broken)
+    for number in ("-1.0", "NaN", '"x"'):
+        with pytest.raises(ValueError, match=r"positive|no table"):
+            from_json(to_json(MINE).replace(f'"block": {MINE.block}', f'"block": {number}'))
+
+
+def test_the_users_table_is_used_where_it_was_made_here() -> None:
+    assert Run(Options()).machine == built_in()
+    stored(to_json(replace(MINE, node=0.5)))
+    run = Run(Options())
+    assert run.machine is not None and run.machine.node == 0.5
+    assert run.table.startswith("measured on this machine") and not run.warnings
+    assert run.target.cost(conv(), Form(DENSE)) > 0.5
+
+
+@pytest.mark.parametrize("field", ["processor", "runtime"])
+def test_a_table_made_elsewhere_is_not_used_and_the_report_says_so(field: str) -> None:
+    stored(to_json(replace(MINE, **{field: "another"})))  # type: ignore[arg-type]
+    run = Run(Options())
+    assert run.machine == built_in()
+    assert run.warnings[0].endswith("and was not used: run `onnx-lrsd profile` again.")
+    stored("spoiled")
+    assert "is no table of a machine" in Run(Options()).warnings[0]
+
+
+def test_profile_writes_the_table_that_optimize_reads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "measure", lambda progress: replace(MINE, node=0.25))
+    result = CliRunner().invoke(cli.main, ["profile"])
+    assert result.exit_code == 0 and result.stdout == ""
+    assert f"Written to {machine.stored_at()}." in result.stderr and "GMAC/s" in result.stderr
+    found = Run(Options()).machine
+    assert found is not None and found.node == 0.25
+    elsewhere = CliRunner().invoke(cli.main, ["profile", "-q", "-o", str(tmp_path / "table.json")])
+    assert elsewhere.exit_code == 0 and elsewhere.output == ""
+    assert from_json((tmp_path / "table.json").read_text()).node == 0.25
+
+
+def test_doctor_says_which_table_is_used() -> None:
+    def said() -> tuple[bool | None, str]:
+        found = next(finding for finding in doctor.examine() if finding.name == "times")
+        return found.good, found.said
+
+    assert said()[0] is None and said()[1].endswith("run `onnx-lrsd profile`.")
+    stored(to_json(MINE))
+    assert said() == (True, f"Times are predicted with the table measured here ({machine.stored_at()}).")
+    stored("spoiled")
+    assert said()[0] is None and "was not used" in said()[1]
+
+
+def test_latency_is_refused_for_a_target_without_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeless = replace(TARGETS["onnxruntime"], on=None)
+    monkeypatch.setitem(TARGETS, "onnxruntime", timeless)
+    result = CliRunner().invoke(cli.main, ["optimize", "m.onnx", "--cost", "latency", "--ratio", "2"])
+    assert result.exit_code == 2 and "--cost latency cannot go with --target onnxruntime" in result.stderr
+    with pytest.raises(ValueError, match="no table of times"):
+        Options(cost="latency")
+    run = Run(Options())
+    assert run.machine is None and run.table == ""
+
+
+def test_profile_says_before_it_measures_that_it_cannot_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[object] = []
+    monkeypatch.setattr(cli, "measure", measured.append)
+    folder = machine.stored_at().parent
+    folder.write_text("a file where the folder should be")
+    result = CliRunner().invoke(cli.main, ["profile"])
+    assert result.exit_code == 1 and measured == []
+    assert result.stderr.startswith(f"Error: The folder {folder} cannot be made")
+    assert "--output" in result.stderr
+
+
+def test_measuring_fills_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, small in (
+        *(("SIDES", (7, 14)), ("CHANNELS", (8, 32)), ("PASSES", 1), ("SECONDS", 0.01)),
+        *(("MATRIX_ROWS", (1, 4)), ("MATRIX_INPUTS", (16, 32)), ("MATRIX_OUTPUTS", (16, 64))),
+        ("MOST_MACS", 8_000_000),
+    ):
+        monkeypatch.setattr(profile, name, small)
+    told: list[tuple[str, int, int]] = []
+    found = profile.measure(lambda *said: told.append(said))
+    assert found.block in profile.BLOCKS and set(found.rates) == set(NODES)
+    assert from_json(to_json(found)).block == found.block  # no gap, all positive
+    assert told[-1] == ("profile", 8, 8)
+    assert 1e-8 < found.node < 1e-3 and 1e-12 < found.value < 1e-6
+
+
+def test_each_node_of_a_run_has_its_time() -> None:
+    proto = onnx_lrsd.load(MODELS / "digits.onnx").proto
+    images = np.load(MODELS / "digits_calib.npz")["image"][:1]
+    nodes = kernels(proto, {"image": images}, runs=5)
+    busy = [node for node in nodes if "Conv" in node.op]
+    assert len(busy) == 6 and all(node.seconds > 0 and node.fastest > 0 for node in busy)
+    assert sum(node.seconds for node in busy) > 0.5 * sum(node.seconds for node in nodes)
+
+
+# Planning in milliseconds
+
+
+def curves(count: int = 4) -> list[ErrorCurve]:
+    """Layers of 1 ms whose forms of k tenths of that lose 1 / k."""
+    found = []
+    for i in range(count):
+        layer = replace(conv(), name=f"l{i}")
+        points = [Point(Form(SPATIAL, k), 1 / k, Price(k, k, k, k * 1e-4), k * 1e-4) for k in range(1, 10)]
+        dense = Point(Form(DENSE), 0.0, Price(10, 10, 10, 1e-3), 1e-3)
+        found.append(ErrorCurve(layer, (dense, *points)))
+    return found
+
+
+def latency_planner(monkeypatch: pytest.MonkeyPatch, truth: float) -> tuple[Planner, list[float]]:
+    """A planner on a machine where every saving is ``truth`` of what was predicted; and what it measured."""
+    measured: list[float] = []
+
+    def whole_speedup(_: Any, layers: Any, forms: dict[str, Form], *more: Any) -> float:
+        saved = sum(1e-3 - form.rank * 1e-4 for form in forms.values())
+        measured.append(5e-3 / (5e-3 - truth * saved))
+        return measured[-1]
+
+    monkeypatch.setattr(planner, "whole_speedup", whole_speedup)
+    monkeypatch.setattr(planner, "speedups", lambda model, layers, forms, *more: dict.fromkeys(forms, 9.0))
+    run = Run(Options(cost="latency", ratio=2.0))
+    total = Price(50, 50, 50, 5e-3)
+    return Planner(run, None, curves(), total, {}, None), measured  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("truth", [0.8, 1.0, 1.15])
+def test_a_plan_for_latency_is_corrected_until_the_model_is_measured_to_meet_it(
+    monkeypatch: pytest.MonkeyPatch, truth: float
+) -> None:
+    made, measured = latency_planner(monkeypatch, truth)
+    ratio = 1.8
+    forms = made.for_ratio(ratio)
+    got = 5e-3 / (5e-3 - truth * sum(1e-3 - form.rank * 1e-4 for form in forms.values()))
+    assert SPARE * ratio <= got <= LAVISH * ratio * 1.05  # ranks are steps
+    assert got in measured
+
+
+def test_a_latency_out_of_reach_is_a_budget_error_or_the_fastest_that_was_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(BudgetError, match="at most"):
+        latency_planner(monkeypatch, 1.0)[0].for_ratio(5.0)
+    made, measured = latency_planner(monkeypatch, 0.5)
+    made.for_ratio(2.5)
+    assert len(measured) >= 1 and max(measured) < 2.5
+
+
+def test_cost_latency_promises_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(planner, "WHOLE_SECONDS", 0.2)
+    monkeypatch.setattr("onnx_lrsd.verify.COMPARE_SECONDS", 0.2)
+    plan = tmp_path / "plan.json"
+    report = tmp_path / "report.json"
+    asked = ["optimize", MODELS / "digits.onnx", "--calib", MODELS / "digits_calib.npz", "--samples", 60]
+    asked += ["--cost", "latency", "--ratio", 1.2, "--save-plan", plan, "--json", report]
+    asked += ["-o", tmp_path / "out.onnx"]
+    result = CliRunner().invoke(cli.main, [str(word) for word in asked])
+    assert result.exit_code in (0, 3), result.stderr  # another job may slow one model down
+    facts = json.loads(report.read_text())
+    assert facts["cost"] == "latency"
+    assert facts["promise"]["got"] == facts["ratio"]["latency"]["median"]
+    assert facts["predicted"]["latency"] > 1 and "built in" in facts["predicted"]["table"]
+    assert "predicted" in result.stderr and "fewer" not in result.stderr
+    entries = json.loads(plan.read_text())["layers"].values()
+    split = [entry for entry in entries if entry["kind"] != "dense"]
+    assert split and all(entry["after"]["seconds"] < entry["before"]["seconds"] for entry in split)
+    again = onnx_lrsd.plan_from_json(plan.read_text())
+    assert again.cost == "latency"
+    assert {c.after.seconds for c in again.choices.values() if c.form.kind != DENSE} != {None}
+
+
+def test_latency_is_a_cost_of_points_that_have_seconds() -> None:
+    point = curves(1)[0].points[1]
+    assert COSTS["latency"](point) == pytest.approx(1e-4)
+    assert (point.price + point.price).seconds == pytest.approx(2e-4)
