@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets.machine import MATRIX, Machine
 from onnx_lrsd.types import (
     Engine,
@@ -287,10 +288,11 @@ def _form(layer: LayerReport) -> str:
 
 
 def _in_codes(layer: LayerReport) -> str:
-    """Storages: of the ranks, the largest first, or of the dense weight, and of S."""
+    """The storage of the dense weight or the mean bits of the ranks, and the storage of S."""
     low = next(iter(layer.weights), "")
     if layer.rank:
-        low = f"{layer.form} " + " + ".join(f"{count} {name}" for name, count in layer.weights.items())
+        bits = sum(STORAGES[name].bits * count for name, count in layer.weights.items()) / layer.rank
+        low = f"{layer.form} {layer.rank} in {bits:.1f} bits"
     sparse = f"S {layer.nonzeros:,} {layer.entries}" if layer.nonzeros else ""
     return " + ".join(part for part in (low, sparse) if part)
 
