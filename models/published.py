@@ -125,7 +125,7 @@ class Network:
         """The model with ``weights``; without them they are inputs, which is enough to infer shapes."""
         given = {name: weights[name] for name in self.shapes} if weights is not None else {}
         float32 = TensorProto.FLOAT
-        inputs = {INPUT: ["batch", 3, self.size, self.size]}
+        inputs: dict[str, list[str | int | None]] = {INPUT: ["batch", 3, self.size, self.size]}
         inputs |= {name: list(shape) for name, shape in self.shapes.items() if name not in given}
         last = onnx.NodeProto()
         last.CopyFrom(self.nodes[-1])
