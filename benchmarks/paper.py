@@ -34,14 +34,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
-from methods import METHODS, chosen, spend
+from methods import chosen, spend
 from problems import LayerProblem, layer_rows
+from reference.magnitude import magnitude
+from reference.patterns import largest
 
 from onnx_lrsd.calibrate import FEWEST_ROWS, MOST_ROWS, ROWS_PER_INPUT, input_shapes, locate
 from onnx_lrsd.dataset import Samples, read_samples
@@ -50,6 +53,7 @@ from onnx_lrsd.passes import find_layers, parameters, read_weight, split
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.solver.admm import low_rank_plus_sparse
 from onnx_lrsd.solver.lowrank import low_rank
+from onnx_lrsd.solver.whiten import Metric
 from onnx_lrsd.types import CHANNEL, NONE, UNSTRUCTURED, Array, Factors, Form, Layer, Pattern
 from onnx_lrsd.verify import compare
 
@@ -87,15 +91,15 @@ def fit(problem: LayerProblem, method: str, keep: float, share: float | None, ef
         )
         weight = found.left @ found.right + found.sparse
         size = rank * (n + m) + int(np.count_nonzero(found.sparse))
-    elif method == WHITENED:
-        posed, rank = problem.posed(), spend(n, m, keep, 1).rank
-        both = low_rank(posed.weight, posed.metric)
-        weight, size = both.left[:, :rank] @ both.right[:rank], rank * (n + m)
+    elif method == MAGNITUDE:
+        budget = spend(n, m, keep, 0)
+        weight = magnitude(problem.weight, partial(largest, density=budget.density))
+        size = int(np.count_nonzero(weight))
     else:
-        share, solve = METHODS["svd" if method == SVD else "magnitude"]
-        budget = spend(n, m, keep, share or 0.0)
-        weight = solve(problem, budget)
-        size = budget.rank * (n + m) + round(budget.density * n * m)
+        # The best of its rank: with moments of the inputs the whitened SVD, without them the plain one.
+        metric = problem.posed().metric if method == WHITENED else Metric(None, None, 0.0)
+        both, rank = low_rank(problem.weight, metric), spend(n, m, keep, 1).rank
+        weight, size = both.left[:, :rank] @ both.right[:rank], rank * (n + m)
     return Fit(weight, size, time.process_time() - start)
 
 
@@ -228,14 +232,17 @@ def run_networks(given: argparse.Namespace) -> None:
         layers = locate(found, input_shapes(model, found, fit_on), fit_on)
         rows = layer_rows(model, layers, fit_on, rows_wanted)
         held = layer_rows(model, layers, judge_by, rows_held)
+        problems = [
+            LayerProblem(x, read_weight(graph, x)[0], rows.pop(x.name), held.pop(x.name), fit_on.count)
+            for x in layers
+        ]
         for rate in given.rate:
             keep = keep_rate(model, layers, rate)
             for method in NAMES:
                 edited = model.graph()
                 spent, seconds, errors = parameters(model.proto), 0.0, []
-                for layer in layers:
+                for layer, problem in zip(layers, problems, strict=True):
                     weight, bias = read_weight(edited, layer)
-                    problem = LayerProblem(layer, weight, rows[layer.name], held[layer.name], fit_on.count)
                     done = fit(problem, method, keep, given.share, given.effort)
                     errors.append(problem.errors(done.weight))
                     spent += done.parameters - weight.size
