@@ -81,7 +81,7 @@ def budgets(problem: LayerProblem, method: str, keeps: list[float]) -> list[Budg
 
 def run(problem: LayerProblem, method: str, budget: Budget) -> Row:
     """Fit, judge, and time the fit on one thread."""
-    problem.moments, problem.held_second  # noqa: B018 (computed now, not within the time)
+    problem.moments, problem.held_moments  # noqa: B018 (computed now, not within the time)
     n, m = problem.weight.shape
     share, choosing = budget.share(n, m), 0.0
     start = time.process_time()

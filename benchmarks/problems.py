@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -17,7 +17,7 @@ from onnx_lrsd.model import Model, load
 from onnx_lrsd.passes import find_layers, read_weight
 from onnx_lrsd.runtime import inputs_of, open_session
 from onnx_lrsd.solver.moments import input_rows, positions_of, sample_positions
-from onnx_lrsd.solver.whiten import Problem, pose
+from onnx_lrsd.solver.whiten import Metric, Problem, pose
 from onnx_lrsd.types import Array, Layer, Moments
 
 EXAMPLE = Path(__file__).parent.parent / "models"
@@ -27,12 +27,16 @@ FEWEST_INPUTS, MOST_INPUTS = 100, 1200
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """``weight`` (n, m), ``rows`` (N, m) to fit on and ``held`` (N', m) to judge by, grouped by sample."""
+    """``weight`` (n, m), ``rows`` (N, m) to fit on and ``held`` (N', m) to judge by, grouped by sample.
+
+    ``samples`` is how many samples the rows to fit on come from (0: each row is one).
+    """
 
     layer: Layer
     weight: Array
     rows: Array
     held: Array
+    samples: int = 0
 
     @property
     def name(self) -> str:
@@ -46,28 +50,28 @@ class LayerProblem:
 
     @cached_property
     def moments(self) -> Moments:
-        """Mean and centred second moment of all rows, float64."""
-        return _moments(self.rows)
+        """Mean and centred second moment of all rows, float64; the rows themselves where they are few."""
+        return _moments(self.rows, self.samples)
 
     @cached_property
     def folds(self) -> tuple[Problem, Problem]:
         """The problem of the first 70 % of the rows, and of the rest: other samples."""
-        cut = int(0.7 * len(self.rows))
-        return self.posed(_moments(self.rows[:cut])), self.posed(_moments(self.rows[cut:]))
+        cut, seen = int(0.7 * len(self.rows)), int(0.7 * self.samples)
+        parts = _moments(self.rows[:cut], seen), _moments(self.rows[cut:], self.samples - seen)
+        return self.posed(parts[0]), self.posed(parts[1])
 
     def posed(self, moments: Moments | None = None) -> Problem:
         """As the package's solver takes it."""
         return pose(self.layer, self.weight, np.zeros(self.layer.n), moments or self.moments)
 
     @cached_property
-    def held_second(self) -> Array:
+    def held_moments(self) -> Moments:
         """E (x − μ)(x − μ)ᵀ over the held-out rows, μ the mean of those fitted on: the bias is fixed."""
-        centred = self.held.astype(np.float64) - self.moments.mean
-        return centred.T @ centred / len(centred)
+        return _about(self.moments.mean, self.held)
 
     def errors(self, weight: Array) -> tuple[float, float]:
         """tr(D C Dᵀ) / tr(W C Wᵀ) of an approximation, held out and on the rows fitted on."""
-        return tuple(_relative(self.weight, weight, c) for c in (self.held_second, self.moments.second))
+        return _relative(self.weight, weight, self.held_moments), _relative(self.weight, weight, self.moments)
 
 
 def read_problems(folder: Path) -> Iterator[LayerProblem]:
@@ -88,7 +92,10 @@ def example_problems() -> Iterator[LayerProblem]:
     ]
     found = [x for x in find_layers(graph)[0] if FEWEST_INPUTS <= x.m <= MOST_INPUTS]
     layers = locate(found, input_shapes(model, found, parts[0]), parts[0])
-    rows, held = (_rows(model, layers, *of) for of in zip(parts, (FIT_ROWS, HELD_ROWS), strict=True))
+    rows, held = (
+        layer_rows(model, layers, samples, lambda _, wanted=wanted: wanted)
+        for samples, wanted in zip(parts, (FIT_ROWS, HELD_ROWS), strict=True)
+    )
     for layer in layers:
         yield LayerProblem(layer, read_weight(graph, layer)[0], rows[layer.name], held[layer.name])
 
@@ -105,18 +112,23 @@ def planted(like: LayerProblem, keep: float, share: float, seed: int = 0) -> tup
     return LayerProblem(_layer("planted", (m, m), m, m), weight, like.rows, like.held), rank, entries
 
 
-def _rows(model: Model, layers: tuple[Layer, ...], samples: Samples, wanted: int) -> dict[str, Array]:
-    """About ``wanted`` rows of the input of every layer, evenly over the samples."""
+def layer_rows(
+    model: Model, layers: Sequence[Layer], samples: Samples, wanted: Callable[[Layer], int]
+) -> dict[str, Array]:
+    """About ``wanted`` rows of the input of every layer, evenly over the samples, float32, by layer name."""
     session = open_session(model.proto, folder=model.folder, outputs=sorted({x.input for x in layers}))
     rng = np.random.default_rng(0)
     parts: dict[str, list[Array]] = {layer.name: [] for layer in layers}
+    first = 0
     for feed in samples.batches():
-        share = wanted * samples.size_of(feed) // samples.count
+        last = first + samples.size_of(feed)
         seen = session.run(feed)
         for layer in layers:
+            share = wanted(layer) * last // samples.count - wanted(layer) * first // samples.count
             positions = sample_positions(positions_of(layer, seen[layer.input].shape), share, rng)
             parts[layer.name].append(input_rows(layer, seen[layer.input], positions))
-    return {name: np.concatenate(batches).astype(np.float64) for name, batches in parts.items()}
+        first = last
+    return {name: np.concatenate(batches) for name, batches in parts.items()}
 
 
 def _layer(name: str, shape: tuple[int, ...], n: int, m: int) -> Layer:
@@ -126,12 +138,20 @@ def _layer(name: str, shape: tuple[int, ...], n: int, m: int) -> Layer:
     return Layer(name, name, "Conv", "x", "w", shape, "float32", n, m, 1, shape[2:], ones, (0, 0, 0, 0), ones)
 
 
-def _moments(rows: Array) -> Moments:
-    mean = rows.mean(axis=0)
+def _moments(rows: Array, samples: int = 0) -> Moments:
+    return _about(rows.mean(axis=0, dtype=np.float64), rows, samples)
+
+
+def _about(mean: Array, rows: Array, samples: int = 0) -> Moments:
+    """Second moment (m, m) about ``mean``, float64; the centred rows where they take less than it."""
     centred = rows - mean
-    return Moments("rows", len(rows), mean, centred.T @ centred / len(rows))
+    if 2 * len(rows) < rows.shape[1]:
+        return Moments("rows", len(rows), mean, rows=centred, samples=samples)
+    return Moments("rows", len(rows), mean, centred.T @ centred / len(rows), samples=samples)
 
 
-def _relative(weight: Array, approximation: Array, second: Array) -> float:
+def _relative(weight: Array, approximation: Array, moments: Moments) -> float:
+    metric = Metric(moments.second, moments.rows, 0.0)
     difference = weight - approximation
-    return float(np.sum((difference @ second) * difference) / np.sum((weight @ second) * weight))
+    missed, energy = (float(np.sum(metric.undamped(x) * x)) for x in (difference, weight))
+    return missed / energy
