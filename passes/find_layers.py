@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_lrsd.passes.fold_batchnorm import foldable_batchnorm, scale_and_shift
 from onnx_lrsd.passes.lift_weights import constant_value, derived, overridable, quantised
+from onnx_lrsd.passes.pack import PREFIX
 from onnx_lrsd.types import Declined, Layer
 
 Matrix = npt.NDArray[np.float64]
@@ -161,6 +162,8 @@ def _no_weight(node: gs.Node) -> str | None:
     if derived(first) and derived(second):
         return "all that it reads is constant"
     for operand in (first, second) if node.op == "MatMul" else (second,):
+        if derived(operand) and operand.name.startswith(PREFIX):
+            return "its weight is in codes: `onnx-lrsd unpack` writes the plain model"
         if derived(operand):
             return f"its weight is not stored but computed, by {operand.inputs[0].op}"
     return None if node.op == "MatMul" else "its weight is computed at run time"

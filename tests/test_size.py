@@ -167,6 +167,13 @@ def test_no_gap_is_longer_than_its_code(chosen: set[int], reach: int) -> None:
     assert positions[-1] == max(chosen)
 
 
+@pytest.mark.parametrize("op", ["Conv", "Gemm", "MatMul"])
+def test_a_model_in_codes_is_named_as_one(op: str) -> None:
+    packed, *_ = rewritten(model_of(op), FORMS[3])
+    layers, declined = find_layers(packed.graph())
+    assert not layers and any("unpack" in entry.reason for entry in declined)
+
+
 def test_a_half_precision_model_stays_one() -> None:
     packed, *_ = rewritten(model_of("Conv", dtype=np.float16), SPATIAL[0])
     onnx.checker.check_model(packed.proto, full_check=True)
