@@ -24,7 +24,9 @@ from onnx_lrsd.storage import FP16, INT4, UINT8, Storage, entry_bytes
 
 Values = npt.NDArray[Any]
 
-PRUNERS = ("SparseGPT", "Wanda", "magnitude", "magnitude, whole model")
+PRUNERS = ("SparseGPT", "Wanda", "magnitude", "magnitude everywhere")
+STRUCTURED = ("magnitude", "Wanda")
+"""Ways to rank the entries of single weights, of all weights together, and whole channels."""
 VALUES = (FP16, UINT8, INT4)
 """What the entries that are left may be stored in."""
 STEP_BYTES = 4
@@ -72,7 +74,7 @@ def prune(tool: ModuleType, method: str, proto: onnx.ModelProto, sparsity: float
         return tool.apply_sparsegpt_pruning(proto, list(seen.batches()), sparsity=sparsity)
     if method == "Wanda":
         return tool.apply_wanda_pruning(proto, list(seen.batches()), sparsity=sparsity)
-    return tool.apply_magnitude_pruning(proto, sparsity, global_sparsity=method.endswith("whole model"))
+    return tool.apply_magnitude_pruning(proto, sparsity, global_sparsity=method.endswith("everywhere"))
 
 
 def at_bytes(
@@ -179,6 +181,12 @@ def structured(tool: ModuleType, method: str, source: Model, sparsity: float, se
     return Model(tool.apply_structured_pruning(source.proto, sparsity))
 
 
+def folded(source: Model) -> Model:
+    """``source`` with BatchNormalization in its convolutions where that can be, as peers want it."""
+    plain = simplified(raised(source, QUANTISED_OPSET, "Int8").proto)
+    return Model(onnx.shape_inference.infer_shapes(plain))
+
+
 class _Reader:
     """Feeds as ONNX Runtime's calibrators ask for them."""
 
@@ -191,8 +199,7 @@ class _Reader:
 
 def quantisers(source: Model, seen: Samples) -> Iterator[tuple[str, Model | str]]:
     """ONNX Runtime's quantisers with the settings its documentation advises: a model, or what went wrong."""
-    newer = raised(source, QUANTISED_OPSET, "Int8").proto
-    ready = onnx.shape_inference.infer_shapes(simplified(newer))
+    newer, ready = raised(source, QUANTISED_OPSET, "Int8").proto, folded(source).proto
     for name, quantise, taken in (
         ("dynamic int8", _dynamic, ready),
         ("static int8, QDQ", _static, ready),

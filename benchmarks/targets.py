@@ -1,12 +1,14 @@
 """The targets beside other tools, at the same bytes or the same time, on the same model and data.
 
     python benchmarks/targets.py FOLDER... --target size|onnxruntime [--ratios 4,8,12] [--limit N]
+        [--pruners NAMES]
 
 A FOLDER is one that models.py takes. ``--target size``: bytes of the file beside "quantised only" (the same
 solver without low rank and sparse parts, and ONNX Runtime's quantisers at the size that they give) and
 "pruned only" (onnxsim's, the entries that are left stored in the best coding), then the scores over the
 bytes. ``--target onnxruntime``: MACs and latency beside onnxsim's structured pruning at the same MACs and
-at the same measured latency. ``--limit`` is the number of calibration samples, for all alike.
+at the same measured latency. ``--limit`` is the number of calibration samples, for all alike, and
+``--pruners`` names some of SparseGPT,Wanda,magnitude,magnitude everywhere.
 """
 
 from __future__ import annotations
@@ -200,7 +202,7 @@ class Case:
         )  # fmt: skip
 
 
-def size_rows(case: Case, ratios: list[float], tool: ModuleType | None) -> Iterator[Row]:
+def size_rows(case: Case, ratios: list[float], tool: ModuleType | None, methods: list[str]) -> Iterator[Row]:
     """Ours, quantised only and pruned only at each ratio of bytes; ONNX Runtime's quantisers first."""
     yield case.original()
     for method, model in peers.quantisers(case.source, case.calibration):
@@ -212,7 +214,7 @@ def size_rows(case: Case, ratios: list[float], tool: ModuleType | None) -> Itera
     for ratio in ratios:
         yield case.ours("size", ratio, OURS)[0]
         yield case.ours("size", ratio, QUANTISED, forms=(DENSE,))[0]
-        for method in peers.PRUNERS:
+        for method in methods:
             yield pruned(case, ratio, method, tool)
 
 
@@ -235,14 +237,14 @@ def pruned(case: Case, ratio: float, method: str, tool: ModuleType | None) -> Ro
     return best or Row(case.folder.name, ratio, PRUNED, name, says="no storage of its values needs zeros")
 
 
-def speed_rows(case: Case, ratios: list[float], tool: ModuleType | None) -> Iterator[Row]:
+def speed_rows(case: Case, ratios: list[float], tool: ModuleType | None, methods: list[str]) -> Iterator[Row]:
     """Ours and structured pruning at the same MACs, and at the same latency."""
     for ratio in ratios:
         row, model = case.ours("onnxruntime", ratio, OURS)
         yield row
         if model is None:
             continue
-        for method in ("magnitude", "Wanda"):
+        for method in (m for m in methods if m in peers.STRUCTURED):
             name = f"onnxsim, structured, {method}"
             if tool is None:
                 yield Row(case.folder.name, ratio, PRUNED, name, says="onnxsim is not installed")
@@ -256,9 +258,10 @@ def speed_rows(case: Case, ratios: list[float], tool: ModuleType | None) -> Iter
 
 def structured(case: Case, tool: ModuleType, method: str, ours: Row, model: Model) -> Iterator[Row]:
     """onnxsim's structured pruning with as few MACs as ``ours``, and as fast as ``model``."""
+    ready = peers.folded(case.source)
 
     def cut(sparsity: float) -> Model:
-        return peers.structured(tool, method, case.source, sparsity, case.calibration)
+        return peers.structured(tool, method, ready, sparsity, case.calibration)
 
     most, total = total_price(model, case.evaluation).macs, total_price(case.source, case.evaluation).macs
     feed = next(iter(case.evaluation.batches(1)))
@@ -317,13 +320,16 @@ def main() -> None:
     parser.add_argument("--target", choices=("size", "onnxruntime"), required=True)
     parser.add_argument("--ratios", default="4,8,12")
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--pruners", default=",".join(peers.PRUNERS))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     ratios = [float(ratio) for ratio in given.ratios.split(",")]
-    make, tool, rows = size_rows if given.target == "size" else speed_rows, peers.onnxsim(), []
+    tool, methods, rows = peers.onnxsim(), given.pruners.split(","), []
     print(f"{versions()}\n\n{HEADER}", flush=True)
     for folder in given.folders:
-        for row in make(Case.read(folder, given.limit), ratios, tool):
+        case = Case.read(folder, given.limit)
+        found = size_rows if given.target == "size" else speed_rows
+        for row in found(case, ratios, tool, methods):
             rows.append(row)
             print(row.line, flush=True)
             if given.json is not None:
