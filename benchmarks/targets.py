@@ -45,7 +45,8 @@ SLOWEST, SPEED_STEPS, SPEED_SECONDS = 0.98, 7, 1.0
 class Row:
     """One result, of a ``group``. Ratios are of the original to it; ``says`` tells why there are none.
 
-    ``points`` are hundredths of the score. Opening is in milliseconds and MB of the process.
+    ``points`` are hundredths of the score; ``error`` is the squared change of the outputs over their
+    variance. Opening is in milliseconds and MB of the process.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Row:
     before: float = float("nan")
     after: float = float("nan")
     points: tuple[float, float] | None = None
+    error: float = 0.0
     says: str = ""
 
     @property
@@ -69,7 +71,7 @@ class Row:
         asked = "" if self.ratio is None else f"{self.ratio:g} x"
         start = f"| {self.model} | {asked} | {self.group}: {self.method} |"
         if self.says:
-            return f"{start} {self.says} | | | | | | |"
+            return f"{start} {self.says} | | | | | | | |"
         macs = "" if self.macs is None else f"{self.macs:.2f} x"
         speed = "" if self.latency is None else f"{self.latency:.2f} x"
         if self.interval is not None:
@@ -80,13 +82,13 @@ class Row:
             lost += " ({:+.2f} to {:+.2f})".format(*(100 * p for p in self.points))
         return (
             f"{start} {self.bytes:.2f} x | {macs} | {speed} | {opening} "
-            f"| {100 * self.before:.2f} | {100 * self.after:.2f} | {lost} |"
+            f"| {100 * self.before:.2f} | {100 * self.after:.2f} | {lost} | {self.error:.2g} |"
         )
 
 
 HEADER = (
     "| model | asked | method | bytes | MACs | latency (95 %) | opening, peak | score before | after "
-    "| points (95 %) |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| points (95 %) | output error |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -156,6 +158,7 @@ class Case:
             metric.before if metric else self.plain,
             metric.after if metric else self.scored(model),
             metric.interval if metric else None,
+            max(output.relative_error for output in found.outputs),
         )
 
     def ours(self, target: str, ratio: float, group: str, **options: object) -> tuple[Row, Model | None]:
@@ -190,6 +193,7 @@ class Case:
             metric.before if metric else self.plain,
             metric.after if metric else self.scored(model),
             metric.interval if metric else None,
+            max(output.relative_error for output in found.outputs),
         )
         return row, model
 
@@ -232,7 +236,7 @@ def pruned(case: Case, ratio: float, method: str, tool: ModuleType | None) -> Ro
         found = peers.at_bytes(tool, method, case.source, wanted, storage, case.calibration)
         if found is not None:
             row = case.judged(found[0], PRUNED, f"{name}, {storage.name}", ratio, found[1])
-            if best is None or row.after > best.after:
+            if best is None or (row.after, -row.error) > (best.after, -best.error):
                 best = row
     return best or Row(case.folder.name, ratio, PRUNED, name, says="no storage of its values needs zeros")
 
@@ -287,16 +291,15 @@ def structured(case: Case, tool: ModuleType, method: str, ours: Row, model: Mode
 
 
 def frontier(rows: list[Row], ratios: list[float]) -> Iterator[str]:
-    """Scores over bytes: ours, quantised only by the same solver, and the best of pruned only."""
+    """Scores over bytes, in brackets output errors: ours, quantised only, and the best of pruned only."""
     yield "| model | bytes | ours | quantised only | pruned only, best of all |\n|---|---|---|---|---|"
     for name in dict.fromkeys(row.model for row in rows):
         for ratio in ratios:
             cells = []
             for group in (OURS, QUANTISED, PRUNED):
-                found = [
-                    r.after for r in rows if (r.model, r.ratio, r.group, r.says) == (name, ratio, group, "")
-                ]
-                cells.append(f"{100 * max(found):.2f}" if found else "")
+                found = [r for r in rows if (r.model, r.ratio, r.group, r.says) == (name, ratio, group, "")]
+                best = max(found, key=lambda row: (row.after, -row.error), default=None)
+                cells.append(f"{100 * best.after:.2f} ({best.error:.2g})" if best else "")
             yield f"| {name} | {ratio:g} x | {' | '.join(cells)} |"
 
 
