@@ -65,31 +65,32 @@ class Row:
     error: float = 0.0
     says: str = ""
 
-    @property
-    def line(self) -> str:
-        """Its line in the table."""
+    def line(self, target: str) -> str:
+        """Its line in the table of a target."""
         asked = "" if self.ratio is None else f"{self.ratio:g} x"
         start = f"| {self.model} | {asked} | {self.group}: {self.method} |"
         if self.says:
-            return f"{start} {self.says} | | | | | | | |"
+            return f"{start} {self.says} | | | | | | |"
         macs = "" if self.macs is None else f"{self.macs:.2f} x"
         speed = "" if self.latency is None else f"{self.latency:.2f} x"
         if self.interval is not None:
             speed += " ({:.2f} to {:.2f})".format(*self.interval)
         opening = "" if self.opening_ms is None else f"{self.opening_ms:.0f} ms, {self.peak_mb:.0f} MB"
+        cost = f"{speed} | {opening}" if target == "size" else f"{macs} | {speed}"
         lost = f"{100 * (self.after - self.before):+.2f}"
         if self.points is not None:
             lost += " ({:+.2f} to {:+.2f})".format(*(100 * p for p in self.points))
-        return (
-            f"{start} {self.bytes:.2f} x | {macs} | {speed} | {opening} "
-            f"| {100 * self.before:.2f} | {100 * self.after:.2f} | {lost} | {self.error:.2g} |"
-        )
+        scores = f"{100 * self.before:.2f} | {100 * self.after:.2f} | {lost} | {self.error:.2g}"
+        return f"{start} {self.bytes:.2f} x | {cost} | {scores} |"
 
 
-HEADER = (
-    "| model | asked | method | bytes | MACs | latency (95 %) | opening, peak | score before | after "
-    "| points (95 %) | output error |\n|---|---|---|---|---|---|---|---|---|---|---|"
-)
+COSTS = {"size": "latency (95 %) | opening, peak", "onnxruntime": "MACs | latency (95 %)"}
+
+
+def header(target: str) -> str:
+    """Of the table of a target: what decoding does not change is left out, MACs or opening."""
+    columns = f"model | asked | method | bytes | {COSTS[target]} | score before | after | points (95 %)"
+    return f"| {columns} | output error |\n" + 10 * "|---" + "|"
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--target", choices=("size", "onnxruntime"), required=True)
+    parser.add_argument("--target", choices=tuple(COSTS), required=True)
     parser.add_argument("--ratios", default="4,8,12")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--pruners", default=",".join(peers.PRUNERS))
@@ -332,13 +333,13 @@ def main() -> None:
     given = parser.parse_args()
     ratios = [float(ratio) for ratio in given.ratios.split(",")]
     tool, methods, rows = peers.onnxsim(), given.pruners.split(","), []
-    print(f"{versions()}\n\n{HEADER}", flush=True)
+    print(f"{versions()}\n\n{header(given.target)}", flush=True)
     for folder in given.folders:
         case = Case.read(folder, given.limit)
         found = size_rows if given.target == "size" else speed_rows
         for row in found(case, ratios, tool, methods):
             rows.append(row)
-            print(row.line, flush=True)
+            print(row.line(given.target), flush=True)
             if given.json is not None:
                 given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if given.target == "size":
