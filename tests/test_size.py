@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import onnx_lrsd
 from onnx_lrsd.cli import main
 from onnx_lrsd.errors import DataError, ModelError, UnsupportedModelError
+from onnx_lrsd.loading import loading
 from onnx_lrsd.model import model_bytes, raised
 from onnx_lrsd.passes import find_layers, read_weight, split
 from onnx_lrsd.runtime import open_session, simplified
@@ -267,3 +268,8 @@ def test_a_plan_in_codes_needs_a_target_that_writes_them() -> None:
     with pytest.raises(DataError, match="stores h in codes"):
         onnx_lrsd.optimize(model_of("Gemm"), {"x": np.ones((8, C), np.float32)}, plan=plan)
     assert TARGETS["size"].curve is not None
+
+
+def test_memory_that_opening_takes_is_not_that_of_the_process_which_asks() -> None:
+    mine = np.ones(50_000_000)
+    assert loading(onnx_lrsd.load(EXAMPLE / "digits.onnx")).peak_bytes < mine.nbytes
