@@ -130,7 +130,8 @@ def stored(source: Model, pruned: onnx.ModelProto, storage: Storage) -> tuple[Mo
         if tensor.name in weights:
             weight = weights[tensor.name]
             rows = weight.rows
-            total += sparse_bytes(np.count_nonzero(rows), *rows.shape, storage) - weight.values.nbytes
+            n, m = rows.shape
+            total += sparse_bytes(int(np.count_nonzero(rows)), n, m, storage) - weight.values.nbytes
             tensor.CopyFrom(numpy_helper.from_array(weight.like(rounded(rows, storage)), tensor.name))
     return Model(proto), total
 
@@ -157,8 +158,11 @@ def _sparsity(source: Model, weights: Mapping[str, Weight], wanted: int, storage
     rest = model_bytes(source) - sum(w.values.nbytes for w in weights.values())
 
     def taken(sparsity: float) -> int:
-        counts = ((round((1 - sparsity) * w.values.size), *w.rows.shape) for w in weights.values())
-        return rest + sum(sparse_bytes(*shape, storage) for shape in counts)
+        def of(weight: Weight) -> int:
+            n, m = weight.rows.shape
+            return sparse_bytes(round((1 - sparsity) * weight.values.size), n, m, storage)
+
+        return rest + sum(map(of, weights.values()))
 
     return bisect(lambda sparsity: taken(sparsity) > wanted)
 

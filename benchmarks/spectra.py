@@ -79,7 +79,7 @@ def main() -> None:
     for name, rows in found.items():
         low, middle, high = np.quantile(rows, (0.25, 0.5, 0.75), axis=0)
         cells = [f"{middle[j]:.2f} ({low[j]:.2f} to {high[j]:.2f})" for j in (0, 1)]
-        along = np.median(smooth[name], axis=0) if name in smooth else []
+        along: list[float] = np.median(smooth[name], axis=0).tolist() if name in smooth else []
         print(
             f"| {name} | {len(rows)} | {cells[0]} | {cells[1]} | {middle[2]:.2f} "
             f"| {', '.join(f'{value:.2f}' for value in along)} |"
