@@ -113,11 +113,11 @@ def test_a_runtime_folds_codes_to_the_weight_that_was_fitted(op: str, form: Form
 
 
 @pytest.mark.parametrize("form", [FORMS[3], FORMS[8], SPATIAL[0], SPATIAL[1]], ids=str)
-def test_what_a_plan_pays_is_what_the_file_takes(form: Form) -> None:
+def test_what_a_plan_pays_is_what_the_file_takes(form: Form) -> None:  # and constants that layers share
     plain = model_of("Conv")
     packed, layer, _, _ = rewritten(plain, form)
     rest = plain.ByteSize() - price(layer, Form()).bytes
-    assert model_bytes(packed) - rest == pytest.approx(price(layer, form).bytes, abs=1300)
+    assert model_bytes(packed) - rest == pytest.approx(price(layer, form).bytes, abs=1500)
 
 
 def test_more_levels_lose_less() -> None:

@@ -27,8 +27,8 @@ from onnx_lrsd.types import (
     Price,
 )
 
-LAYER_BYTES, BLOCK_BYTES, ENTRIES_BYTES = 450, 330, 1250
-"""What the nodes take that decode a weight, each block of codes in one storage, and an S."""
+LAYER_BYTES, FACTORS_BYTES, BLOCK_BYTES, ENTRIES_BYTES = 150, 300, 330, 1250
+"""What the nodes take that decode a weight, the product of factors, each block of one storage, and an S."""
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -151,7 +151,8 @@ def _coded_bytes(layer: Layer, form: Form) -> int:
     groups = layer.kernel[-1] if form.kind == SPATIAL else 1
     width = layer.m if form.kind == DENSE else layer.m // groups + groups * layer.n
     total = sum(STORAGES[name].bytes(count * width) + BLOCK_BYTES for name, count in form.weights)
-    total += LAYER_BYTES + 4 * sum(count for name, count in form.weights if name != FP16.name)
+    total += LAYER_BYTES + (FACTORS_BYTES if form.rank else 0)
+    total += 4 * sum(count for name, count in form.weights if name != FP16.name)
     if form.entries:
         total += entry_bytes(form.pattern.count, layer.n * layer.m, STORAGES[form.entries])
         total += ENTRIES_BYTES + 4 * layer.n
