@@ -8,7 +8,7 @@ import numpy as np
 
 from onnx_lrsd.anatomy import Anatomy
 from onnx_lrsd.calibrate import Calibration, WeightOf
-from onnx_lrsd.run import NO_FORM, Run
+from onnx_lrsd.run import NO_FORM, NO_STORAGE, Run
 from onnx_lrsd.solver.curve import errors
 from onnx_lrsd.solver.whiten import pose
 from onnx_lrsd.targets import Target, price
@@ -27,7 +27,7 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
         forms = run.target.forms(layer, kinds)
         moments = known.moments.get(layer.name)
         if not forms:
-            run.reasons[layer.name] = NO_FORM
+            run.reasons[layer.name] = NO_FORM if run.target.curve is None else NO_STORAGE
         elif moments is not None and not np.isfinite(moments.mean).all():
             run.reasons[layer.name] = "its input is not finite on the calibration data"
             forms = ()

@@ -145,7 +145,7 @@ def optimize(
     forms = candidates[0]
     for forms in candidates if not dry_run else ():
         with run.clock("decompose"):
-            rewritten, factors = fit(forms=forms)
+            rewritten, factors = fit(forms=forms) if forms or settings.int8 else (original, {})
         with run.clock("verify"):
             rewritten, factors, verification = _verify(
                 run, original, known.layers, fit, rewritten, factors, check_on

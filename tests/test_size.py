@@ -273,3 +273,11 @@ def test_a_plan_in_codes_needs_a_target_that_writes_them() -> None:
 def test_memory_that_opening_takes_is_not_that_of_the_process_which_asks() -> None:
     mine = np.ones(50_000_000)
     assert loading(onnx_lrsd.load(EXAMPLE / "digits.onnx")).peak_bytes < mine.nbytes
+
+
+def test_what_cannot_be_smaller_comes_back_to_the_byte_whatever_its_opset() -> None:
+    plain = model_of("Gemm", opset=11)
+    x = np.random.default_rng(0).standard_normal((40, C)).astype(np.float32)
+    found = onnx_lrsd.optimize(plain, {"x": x}, target="size", ratio=50)
+    assert found.model.proto == plain
+    assert found.report.promise is not None and not found.report.promise.kept
