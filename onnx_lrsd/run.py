@@ -13,7 +13,7 @@ from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, processor, thi
 from onnx_lrsd.types import Engine, Int8, Loading, Progress, Score
 
 NO_FORM = "no smaller form is predicted to be faster"
-NO_STORAGE = "no storage makes it smaller, with what decodes it"
+NO_STORAGE = "no storage that the runtime folds makes it smaller"
 OUT_OF_REACH = "the budget is out of reach"
 NOT_NEEDED = "the budget is met at less error without it"
 

@@ -275,6 +275,14 @@ def test_memory_that_opening_takes_is_not_that_of_the_process_which_asks() -> No
     assert loading(onnx_lrsd.load(EXAMPLE / "digits.onnx")).peak_bytes < mine.nbytes
 
 
+def test_a_weight_that_a_runtime_would_not_fold_is_left() -> None:
+    def layer(n: int) -> Layer:
+        return Layer("y", "y", "MatMul", "x", "w", (n, 16_384), "float32", n, 16_384)
+
+    forms = TARGETS["size"].forms
+    assert forms(layer(16_384), ("dense",)) and not forms(layer(16_385), ("dense",))
+
+
 def test_what_cannot_be_smaller_comes_back_to_the_byte_whatever_its_opset() -> None:
     plain = model_of("Gemm", opset=11)
     x = np.random.default_rng(0).standard_normal((40, C)).astype(np.float32)

@@ -12,13 +12,22 @@ from onnx_lrsd.targets.target import Target, price
 from onnx_lrsd.types import DENSE, Form, Layer
 
 
+MOST_FOLDED = 1 << 30
+"""Bytes of a constant up to which ONNX Runtime folds it, unless it is told otherwise."""
+
+
 def cost(layer: Layer, form: Form) -> float:
     """MACs of the dense layer, whatever the form."""
     return float(price(layer, form).macs)
 
 
 def forms(layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
-    """The dense weight in every storage that makes it smaller; other forms take the layer's data."""
+    """The dense weight in every storage that makes it smaller; other forms take the layer's data.
+
+    None for a weight that is too large to be folded: it would be decoded in every run.
+    """
+    if 4 * layer.n * layer.m > MOST_FOLDED:
+        return ()
     stored = [Form(DENSE, weights=((name, layer.n),)) for name in STORAGES]
     dense = price(layer, Form()).bytes
     return tuple(form for form in stored if price(layer, form).bytes < dense)
