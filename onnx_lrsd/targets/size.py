@@ -11,7 +11,6 @@ from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets.target import Target, price
 from onnx_lrsd.types import DENSE, Form, Layer
 
-
 MOST_FOLDED = 1 << 30
 """Bytes of a constant up to which ONNX Runtime folds it, unless it is told otherwise."""
 
