@@ -213,12 +213,21 @@ def test_a_bug_is_one_line_and_a_traceback_with_v(fake: dict[str, Any], folder: 
     assert "Traceback" not in run("optimize", folder / "model.onnx").stderr
 
 
+def _heed_interrupts() -> None:
+    """A shell has what it starts in the background ignore them, and its children too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     output = tmp_path / "out.onnx"
     command = [sys.executable, "-m", "onnx_lrsd", "optimize", DIGITS, "--calib", CALIB, "-o", output]
     for seconds in (2, 8, 30):  # a busy machine may not have begun
         with subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True
+            list(map(str, command)),
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=_heed_interrupts,
         ) as process:
             time.sleep(seconds)
             process.send_signal(signal.SIGINT)
