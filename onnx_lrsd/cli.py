@@ -138,6 +138,12 @@ def _forms(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     return kinds
 
 
+def _output(said: str) -> Callable[[Command], Command]:
+    """Option -o, with its help."""
+    path = click.Path(path_type=Path)
+    return click.option("-o", "--output", type=path, metavar="FILE", help=said)
+
+
 JSON_OPTION = click.option(
     "--json",
     "json_path",
@@ -149,13 +155,7 @@ JSON_OPTION = click.option(
 
 @main.command("optimize")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help=f"Where to write the model.  [default: MODEL{SUFFIX} beside it]",
-)
+@_output(f"Where to write the model.  [default: MODEL{SUFFIX} beside it]")
 @click.option("--calib", metavar="PATH", help="Unlabelled samples to calibrate on: a few hundred are enough.")
 @click.option(
     "--eval", "evaluation", metavar="PATH", help="Samples to verify on; with labels, accuracy is measured."
@@ -334,13 +334,7 @@ def compare_command(
 
 @main.command("unpack")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help=f"Where to write the model.  [default: MODEL{PLAIN} beside it]",
-)
+@_output(f"Where to write the model.  [default: MODEL{PLAIN} beside it]")
 @_loudness
 def unpack_command(model: Path, output: Path | None, verbose: bool, quiet: bool) -> None:
     """Write a plain dense model from one that the target size wrote."""
@@ -353,13 +347,7 @@ def unpack_command(model: Path, output: Path | None, verbose: bool, quiet: bool)
 
 
 @main.command("profile")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write the table elsewhere than where optimize looks for it.  [default: in your folder for caches]",
-)
+@_output("Write the table elsewhere than where optimize looks for it.  [default: in your folder for caches]")
 @_loudness
 def profile_command(output: Path | None, verbose: bool, quiet: bool) -> None:
     """Measure this machine, in about a minute.
