@@ -22,6 +22,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import peers
@@ -33,7 +34,7 @@ from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.loading import loading
 from onnx_lrsd.model import Model, load, model_bytes
 from onnx_lrsd.runtime import inputs_of
-from onnx_lrsd.types import DENSE, Loading
+from onnx_lrsd.types import DENSE, Loading, Verification
 from onnx_lrsd.verify import compare, time_pair, total_price
 
 OURS, QUANTISED, PRUNED = "ours", "quantised only", "pruned only"
@@ -144,22 +145,27 @@ class Case:
         """The row of ``model``. With ``counted`` bytes it is no file of its own: nothing of it is timed."""
         found = compare(self.source, model, self.evaluation, bytes_after=counted, latency=counted is None)
         opened = loading(model) if opens else None
+        macs = counted is None and not opens
+        return self._row(model, found, opened, macs, ratio=ratio, group=group, method=method)
+
+    def _row(
+        self, model: Model, found: Verification, opened: Loading | None, macs: bool, **names: Any
+    ) -> Row:
+        """What was measured of ``model``; with ``macs``, those too."""
         metric = found.metric if self.kind == "top1" else None
         return Row(
             self.folder.name,
-            ratio,
-            group,
-            method,
-            found.before.bytes / found.after.bytes,
-            found.before.macs / found.after.macs if counted is None and not opens else None,
-            found.latency_ratio,
-            found.latency_interval,
-            opened and 1e3 * opened.seconds,
-            opened and opened.peak_bytes / 1e6,
-            metric.before if metric else self.plain,
-            metric.after if metric else self.scored(model),
-            metric.interval if metric else None,
-            max(output.relative_error for output in found.outputs),
+            **names,
+            bytes=found.before.bytes / found.after.bytes,
+            macs=found.before.macs / found.after.macs if macs else None,
+            latency=found.latency_ratio,
+            interval=found.latency_interval,
+            opening_ms=opened and 1e3 * opened.seconds,
+            peak_mb=opened and opened.peak_bytes / 1e6,
+            before=metric.before if metric else self.plain,
+            after=metric.after if metric else self.scored(model),
+            points=metric.interval if metric else None,
+            error=max(output.relative_error for output in found.outputs),
         )
 
     def ours(self, target: str, ratio: float, group: str, **options: object) -> tuple[Row, Model | None]:
@@ -179,24 +185,8 @@ class Case:
         found = report.verification
         assert found is not None
         opened = report.loading and report.loading[1]
-        metric = found.metric if self.kind == "top1" else None
-        row = Row(
-            self.folder.name,
-            ratio,
-            group,
-            "onnx-lrsd",
-            found.before.bytes / found.after.bytes,
-            found.before.macs / found.after.macs if target != "size" else None,
-            found.latency_ratio,
-            found.latency_interval,
-            opened and 1e3 * opened.seconds,
-            opened and opened.peak_bytes / 1e6,
-            metric.before if metric else self.plain,
-            metric.after if metric else self.scored(model),
-            metric.interval if metric else None,
-            max(output.relative_error for output in found.outputs),
-        )
-        return row, model
+        names = {"ratio": ratio, "group": group, "method": "onnx-lrsd"}
+        return self._row(model, found, opened, target != "size", **names), model
 
     def original(self) -> Row:
         """What all others are measured by."""
