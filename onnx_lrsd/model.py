@@ -331,6 +331,15 @@ def _externalise(model: Model, data: Path, location: str) -> onnx.ModelProto:
     return proto
 
 
+def in_memory(model: Model) -> onnx.ModelProto:
+    """A copy of the model with all of its data."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    for tensor in stored_tensors(proto):
+        embed(tensor, model.folder)
+    return proto
+
+
 def raised(model: Model, opset: int, why: str) -> Model:
     """``model`` in ``opset`` at least, all of it in memory if it had to be converted.
 
@@ -339,12 +348,8 @@ def raised(model: Model, opset: int, why: str) -> Model:
     present = max((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), default=opset)
     if present >= opset:
         return model
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    for tensor in stored_tensors(proto):
-        embed(tensor, model.folder)
     try:
-        converted = onnx.version_converter.convert_version(proto, opset)
+        converted = onnx.version_converter.convert_version(in_memory(model), opset)
     except Exception as error:  # the converter raises RuntimeError and more for what it does not know
         raise ModelError(
             f"{why} needs opset {opset} and the model, of opset {present}, cannot be converted: "

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
-from onnx.external_data_helper import load_external_data_for_model
 
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.errors import LrsdError, ModelError
-from onnx_lrsd.model import PROTOBUF_LIMIT, Model, model_bytes, raised
+from onnx_lrsd.model import PROTOBUF_LIMIT, Model, in_memory, model_bytes, raised
 from onnx_lrsd.passes import compute_tensors, macs
 from onnx_lrsd.runtime import Feed, quantization, shapes, simplified
 from onnx_lrsd.sensitivity import final_outputs, movement
@@ -108,12 +107,7 @@ def _ready(model: Model) -> onnx.ModelProto:
         raise ModelError("ONNX Runtime quantises models below 2 GB: leave out --int8 for this one.")
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.proto.graph.node):
         raise ModelError("The model is quantised already: leave out --int8.")
-    model = raised(model, OPSET, "Int8")
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    if model.folder is not None:
-        load_external_data_for_model(proto, str(model.folder))
-    proto = simplified(proto)
+    proto = simplified(in_memory(raised(model, OPSET, "Int8")))
     taken = {node.name for node in proto.graph.node}
     for index, node in enumerate(proto.graph.node):
         if not node.name:
