@@ -83,7 +83,7 @@ class Planner:
         Where another engine runs the result they are predicted to be. Raises BudgetError where the layers
         do not bear it.
         """
-        return self._for_latency(ratio) if self.run.options.cost == "latency" else self._planned(ratio)
+        return self._for_latency(ratio) if self.run.cost == "latency" else self._planned(ratio)
 
     def _for_latency(self, ratio: float) -> Forms:
         """Predictions allocate, measurement decides: the aim is corrected until the whole model meets it."""

@@ -89,7 +89,7 @@ class Run:
         self.target = self.target.on(self.machine)
         if said:
             self.warnings.append(said)
-        elif self.options.cost == "latency" and self.machine.processor != processor():
+        elif self.cost == "latency" and self.machine.processor != processor():
             self.warnings.append(
                 f"Times were predicted with a table measured on {self.machine.processor}: "
                 "run `onnx-lrsd profile` once for a better plan on this machine."

@@ -18,7 +18,7 @@ from onnx_lrsd.arrays import to_numpy
 from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.coded import code_dense
 from onnx_lrsd.solver.decompose import decompose, prepare
-from onnx_lrsd.solver.layout import shared_groups
+from onnx_lrsd.solver.layout import rank_size, shared_groups
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.solver.whiten import Problem
@@ -107,7 +107,7 @@ def _energies(problem: Problem, kind: str) -> tuple[np.ndarray, np.ndarray]:
     weight, metric = problem.weight, problem.metric
     n, m = weight.shape
     groups = shared_groups(problem.layer.kernel, kind)
-    top = min(int(MOST_OF_DENSE * n * m / (m // groups + n * groups)), m // groups, n * groups)
+    top = min(int(MOST_OF_DENSE * n * m / rank_size(problem.layer, kind)), m // groups, n * groups)
     scale = float((metric.apply(weight) * weight).sum()) / max(problem.energy, 1e-30)
     if kind == CHANNEL:
         missed = to_numpy(low_rank(weight, metric).errors)[: top + 1] * scale
@@ -163,7 +163,5 @@ def _with_entries(
 
 def _bits(problem: Problem, form: Form) -> float:
     """Bits for each entry of the weight that factors take."""
-    n, m = problem.weight.shape
-    groups = shared_groups(problem.layer.kernel, form.kind)
     kept = sum(STORAGES[name].bits * count for name, count in form.weights)
-    return float(kept * (m // groups + n * groups) / (n * m))
+    return float(kept * rank_size(problem.layer, form.kind) / (problem.layer.n * problem.layer.m))

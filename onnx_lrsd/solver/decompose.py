@@ -95,8 +95,8 @@ def decompose(
     elif form.pattern == NONE:
         parts = _alone(problem, form, SWEEPS[effort], rectified)
     else:
-        h = resolvent or Resolvent(_formed(problem, form), weight, prod(layer.kernel))
-        parts, channels = _beside_entries(problem, form, effort, seed, h), tuple(range(layer.channels))
+        parts = _beside_entries(problem, form, effort, seed, resolvent)
+        channels = tuple(range(layer.channels))
     approximation = xp.zeros_like(weight)
     kernels: tuple[Array, ...] = ()
     if parts.v is not None and parts.h is not None:
@@ -107,10 +107,7 @@ def decompose(
         approximation = approximation + parts.sparse
         wide = np.reshape(to_numpy(parts.sparse), (layer.n, layer.channels, *layer.kernel))
         sparse = wide[:, list(channels)]
-    bias, error = problem.bias(approximation), problem.error(approximation)
-    if parts.shift is not None:
-        bias = bias + parts.shift
-        error += float(xp.sum(xp.square(parts.shift))) / problem.energy
+    bias, error = _bias_and_error(problem, approximation, parts.shift)
     return Factors(
         form,
         tuple(to_numpy(kernel) for kernel in kernels),
@@ -131,7 +128,7 @@ def _coded(
     rectified: Rectified | None,
 ) -> Factors:
     """A fit in floating point, then in codes; they aim at the weight, or at a fit that knew more."""
-    layer, weight, shift = problem.layer, problem.weight, None
+    weight, shift = problem.weight, None
     if form.kind == DENSE:
         coded = code_dense(problem, form)
     elif form.pattern == NONE:
@@ -141,14 +138,19 @@ def _coded(
         aim = weight if shift is None else ungroup_weight(namespace(weight).matmul(parts.h, parts.v))
         coded = code_factors(problem, form, parts.v, parts.h, None, aim)
     else:
-        h = resolvent or Resolvent(_formed(problem, form), weight, prod(layer.kernel))
-        parts = _beside_entries(problem, form, effort, seed, h)
+        parts = _beside_entries(problem, form, effort, seed, resolvent)
         coded = code_factors(problem, form, parts.v, parts.h, parts.sparse, weight)
-    bias, error = problem.bias(coded.weight), problem.error(coded.weight)
-    if shift is not None:
-        bias = bias + shift
-        error += float(namespace(weight).sum(namespace(weight).square(shift))) / problem.energy
+    bias, error = _bias_and_error(problem, coded.weight, shift)
     return Factors(form, (), to_numpy(bias), error=error, packed=coded.packed)
+
+
+def _bias_and_error(problem: Problem, weight: Array, shift: Array | None) -> tuple[Array, float]:
+    """Of the approximation ``weight`` (n, m), its bias moved off the best one by ``shift`` (n,)."""
+    bias, error = problem.bias(weight), problem.error(weight)
+    if shift is None:
+        return bias, error
+    xp = namespace(shift)
+    return bias + shift, error + float(xp.sum(xp.square(shift))) / problem.energy
 
 
 def _alone(problem: Problem, form: Form, sweeps: int, rectified: Rectified | None) -> _Parts:
@@ -221,11 +223,14 @@ def _beside_channels(problem: Problem, form: Form, chosen: Elimination, sweeps: 
     return _Parts(v, h, chosen.join(columns, xp.zeros_like(part)))
 
 
-def _beside_entries(problem: Problem, form: Form, effort: str, seed: int, h: Resolvent) -> _Parts:
+def _beside_entries(
+    problem: Problem, form: Form, effort: str, seed: int, resolvent: Resolvent | None
+) -> _Parts:
     """Factors and an S of free or N:M entries, found jointly."""
     layer, weight = problem.layer, problem.weight
     xp = namespace(weight)
     taps = prod(layer.kernel)
+    h = resolvent or Resolvent(_formed(problem, form), weight, taps)
     if form.kind == CHANNEL or not form.rank:
         found = low_rank_plus_sparse(
             weight, problem.metric, form.rank, form.pattern, taps=taps, effort=effort, seed=seed, resolvent=h

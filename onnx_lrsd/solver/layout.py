@@ -25,6 +25,12 @@ def shared_groups(kernel: tuple[int, ...], kind: str) -> int:
     raise ValueError(f"form {kind!r} does not fit a kernel of shape {kernel}")
 
 
+def rank_size(layer: Layer, kind: str) -> int:
+    """Numbers that one rank of a two-factor form holds: a row of V, and of every H_b a column."""
+    groups = shared_groups(layer.kernel, kind)
+    return layer.m // groups + groups * layer.n
+
+
 def group_weight(weight: Array, groups: int) -> Array:
     """(n, m) -> (B, n, A): the fastest axis of m, the kernel positions, is the one that is split."""
     xp = namespace(weight)

@@ -14,7 +14,7 @@ from math import prod
 
 from onnx_lrsd.arrays import from_numpy
 from onnx_lrsd.solver.decompose import check_form, decompose
-from onnx_lrsd.solver.layout import expand, shared_groups
+from onnx_lrsd.solver.layout import expand, rank_size, shared_groups
 from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.solver.whiten import Problem
 from onnx_lrsd.types import NONE, TUCKER, UNSTRUCTURED, Form, Layer, Pattern
@@ -44,7 +44,7 @@ def split_forms(
     if kind == TUCKER:
         raise ValueError("a share of the budget does not describe the two ranks of tucker")
     groups = shared_groups(layer.kernel, kind)
-    each = layer.m // groups + layer.n * groups
+    each = rank_size(layer, kind)
     most = min(layer.n * groups, layer.m // groups)
     forms: list[Form] = []
     for share in shares:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
+from onnx_lrsd.solver.layout import rank_size
 from onnx_lrsd.solver.moments import output_size
 from onnx_lrsd.solver.pattern import nonzeros
 from onnx_lrsd.solver.whiten import Problem
@@ -148,8 +149,7 @@ def _positions_before(layer: Layer, later: list[bool]) -> int:
 
 def _coded_bytes(layer: Layer, form: Form) -> int:
     """Bytes of a weight in codes, with the steps of its rows and the nodes that decode it."""
-    groups = layer.kernel[-1] if form.kind == SPATIAL else 1
-    width = layer.m if form.kind == DENSE else layer.m // groups + groups * layer.n
+    width = layer.m if form.kind == DENSE else rank_size(layer, form.kind)
     total = sum(STORAGES[name].bytes(count * width) + BLOCK_BYTES for name, count in form.weights)
     total += LAYER_BYTES + (FACTORS_BYTES if form.rank else 0)
     total += 4 * sum(count for name, count in form.weights if name != FP16.name)
