@@ -2,7 +2,8 @@
 
 A layer behind rewritten layers gets other inputs than in the original network. It is fitted to give
 the *original* outputs on those inputs (asymmetric reconstruction; Zhang, Zou, He, Sun, TPAMI 2016),
-so that errors do not pile up; where a rectifier follows, what it cuts off need not be right. Layers
+so that errors do not pile up; where a rectifier follows, what it cuts off need not be right, and an
+error counts by what the layers that read it make of it. Layers
 are taken in a bounded number of stages, with one run of the rewritten network before each.
 """
 
@@ -10,17 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from onnx_lrsd.calibrate import Calibration, WeightOf, recalibrate
 from onnx_lrsd.model import Model
-from onnx_lrsd.passes import order_sums, rectifiers, split
+from onnx_lrsd.passes import Reading, order_sums, readers, rectifiers, split
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.moments import Rows
 from onnx_lrsd.solver.rectified import Rectified
-from onnx_lrsd.solver.whiten import pose
+from onnx_lrsd.solver.whiten import output_metric, pose
 from onnx_lrsd.types import Factors, Form, Layer, Moments, Progress
 
 STAGES = 16
 """Runs of the network, at most."""
+MOST_OUTPUTS = 4096
+"""Outputs of a layer up to which the errors of them are weighed against each other."""
+
+Values = npt.NDArray[np.float64]
 
 
 def reconstruct(
@@ -40,6 +48,7 @@ def reconstruct(
     graph = model.graph()
     chosen = [layer for layer in layers if layer.name in forms]
     limits = rectifiers(graph, [layer.name for layer in chosen])
+    read = readers(graph, chosen, layers)
     fitted: dict[str, Factors] = {}
     rewritten = model
     for stage in _stages(chosen):
@@ -49,7 +58,8 @@ def reconstruct(
             moments, pairs = recalibrate(rewritten, stage, calibration, weight_of, behind)
         for layer in stage:
             weight, bias = weight_of(layer)
-            problem = pose(layer, weight, bias, moments.get(layer.name), device)
+            outputs = _output_metric(layer, read.get(layer.name, ()), weight_of)
+            problem = pose(layer, weight, bias, moments.get(layer.name), device, outputs)
             seen = Rectified(*pairs[layer.name], *limits[layer.name]) if layer.name in pairs else None
             fitted[layer.name] = decompose(problem, forms[layer.name], rectified=seen)
             split(graph, layer, fitted[layer.name])
@@ -59,6 +69,19 @@ def reconstruct(
     if order_sums(graph, [name for name, factors in fitted.items() if _branched(factors)]):
         rewritten = model.splice(graph)
     return rewritten, fitted
+
+
+def _output_metric(layer: Layer, read: Sequence[Reading], weight_of: WeightOf) -> Values | None:
+    """What an error of the outputs of ``layer`` counts, by the layers that read them; None if unknown."""
+    if not read or layer.n > MOST_OUTPUTS:
+        return None
+    weights = []
+    for reader, last in read:
+        weight = weight_of(reader)[0]
+        places = (len(weight), -1, layer.n) if last else (len(weight), layer.n, -1)
+        apart = weight.reshape(places)
+        weights.append(apart if last else apart.transpose(0, 2, 1))
+    return output_metric(weights)
 
 
 def _branched(factors: Factors) -> bool:

@@ -155,14 +155,16 @@ def _bias_and_error(problem: Problem, weight: Array, shift: Array | None) -> tup
 
 def _alone(problem: Problem, form: Form, sweeps: int, rectified: Rectified | None) -> _Parts:
     """Factors without S; refined for the rectifier behind the layer where they lose enough."""
-    layer, weight, metric = problem.layer, problem.weight, problem.metric
+    layer, metric, outputs = problem.layer, problem.metric, problem.outputs
+    weight = problem.weight if outputs is None else outputs.root @ problem.weight
     shared = None if form.kind == CHANNEL else prepare(layer, weight, metric, form.kind)
-    v, h = factors(layer, weight, metric, form, sweeps, shared)
-    error = problem.error(ungroup_weight(namespace(v).matmul(h, v)))
-    if rectified is None or error < RECTIFIED_FROM:
+    v, weighed = factors(layer, weight, metric, form, sweeps, shared)
+    xp = namespace(v)
+    h = weighed if outputs is None else xp.matmul(outputs.inverse, weighed)
+    if rectified is None or problem.error(ungroup_weight(xp.matmul(h, v))) < RECTIFIED_FROM:
         return _Parts(v, h, None)
     shared = shared or prepare(layer, weight, metric, form.kind)
-    found = refine(problem, shared, v, h, rectified, form.outer)
+    found = refine(problem, shared, v, weighed, rectified, form.outer)
     return _Parts(found.v, found.h, None, shift=found.shift)
 
 

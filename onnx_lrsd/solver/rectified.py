@@ -5,7 +5,8 @@ with a(z) = a(y) take the one nearest to the present p: y itself where it passes
 max(p, high) above. Since |a(y) - a(y~)| <= |z - y~| for every y~, with equality at y~ = p, a
 least-squares step towards z cannot raise the error: majorise, then minimise by one sweep of alternating
 least squares from the present factors. Sources: Zhang, Zou, He, Sun, TPAMI 2016, section 3.2 (there a
-penalty ties z to p); Hunter and Lange, The American Statistician 58 (2004).
+penalty ties z to p); Hunter and Lange, The American Statistician 58 (2004). Where outputs have a
+metric G of their own the step is taken in G, and a round that raises the error in G is undone.
 """
 
 from __future__ import annotations
@@ -56,38 +57,53 @@ def refine(
 ) -> Refined:
     """Refine the linear fit ``v``, ``h`` of ``shared``, which is ``problem`` grouped for its form.
 
-    The error behind the rectifier falls with every round, or the rounds end: the damped metric that
-    ``shared`` is fitted in may see a gain where there is none.
+    ``shared`` and ``h`` are in the metric of the outputs, if they have one; the result is not. The error
+    behind the rectifier falls with every round, or the rounds end: the damped metric that ``shared`` is
+    fitted in may see a gain where there is none.
     """
     xp, single = namespace(v), shared.weight.dtype
     rows, origin = from_numpy(seen.rows, shared.weight), cast(problem.mean, single)
     outputs, mean = from_numpy(seen.outputs, shared.weight), cast(problem.output_mean, single)
     v, h, shift = cast(v, single), cast(h, single), xp.zeros_like(mean)
+    root = None if problem.outputs is None else cast(problem.outputs.root, single)
+    inverse = None if problem.outputs is None else cast(problem.outputs.inverse, single)
     best: Refined | None = None
     for left in reversed(range(ROUNDS + 1)):
-        weight = ungroup_weight(xp.matmul(h, v))
-        error, moved, next_shift = _targets(rows, origin, outputs, weight, mean + shift, seen)
+        plain = _times(inverse, h)
+        weight = ungroup_weight(xp.matmul(plain, v))
+        error, moved, next_shift = _targets(rows, origin, outputs, weight, mean + shift, seen, root)
         if best is not None and error >= best.error:
             break
-        best = Refined(cast(v, xp.float64), cast(h, xp.float64), cast(shift, xp.float64), error)
+        best = Refined(cast(v, xp.float64), cast(plain, xp.float64), cast(shift, xp.float64), error)
         if left:
+            moved = _times(root, moved)
             product, shift = shared.product + group_weight(moved, h.shape[0]), next_shift
             v, h, _ = separable.sweep(replace(shared, product=product), v, h, STEPS, outer)
     assert best is not None
     return best
 
 
+def _times(root: Array | None, right: Array) -> Array:
+    return right if root is None else namespace(right).matmul(root, right)
+
+
 def _targets(
-    rows: Array, origin: Array, outputs: Array, weight: Array, mean: Array, seen: Rectified
+    rows: Array,
+    origin: Array,
+    outputs: Array,
+    weight: Array,
+    mean: Array,
+    seen: Rectified,
+    root: Array | None,
 ) -> tuple[float, Array, Array]:
-    """Sum of |a(y) - a(p)|^2 at the present fit, E[(z - y) x^T] (n, m) and E[z - y] (n,)."""
+    """Sum of |a(y) - a(p)|^2 (in the metric of the outputs), E[(z - y) x^T] (n, m) and E[z - y] (n,)."""
     xp = namespace(rows)
     error, moved, shift = 0.0, xp.zeros_like(weight), xp.zeros_like(mean)
     for start in range(0, rows.shape[0], BLOCK):
         x, y = rows[start : start + BLOCK, :] - origin, outputs[start : start + BLOCK, :]
         p = x @ weight.T + mean
         missed = xp.clip(y, seen.low, seen.high) - xp.clip(p, seen.low, seen.high)
-        error += float(xp.sum(xp.square(missed)))
+        error += float(xp.sum(xp.square(missed if root is None else missed @ root)))
         below, above = y <= seen.low, y >= seen.high
         z = xp.where(below, xp.clip(p, max=seen.low), xp.where(above, xp.clip(p, min=seen.high), y))
         moved = moved + (z - y).T @ x

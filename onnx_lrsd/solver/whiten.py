@@ -6,12 +6,16 @@ W~ is tr((W - W~) C (W - W~)^T). Solvers work in the damped metric H = C + lambd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnx_lrsd.arrays import cast, identity, namespace, to_device, trace
 from onnx_lrsd.types import Array, Layer, Moments
+
+OWN = 2.0
+"""What an error of a layer's outputs counts by itself, beside what its readers make of it on average."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,24 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """The metric G of a layer's outputs as ``root`` (n, n), G^(1/2), and ``inverse``, G^(-1/2); float64.
+
+    Factors that stand alone minimise tr(G D C D^T) in place of tr(D C D^T), D = W - W~.
+    """
+
+    root: Array
+    inverse: Array
+
+
+@dataclass(frozen=True)
 class Problem:
     """Reproduce y = W x + b: ``weight`` (n, m) is what to aim at, float64.
 
     For unchanged inputs that is W. For the inputs that a compressed network feeds, it is the ridge
     regression of the original outputs on them. ``mean`` (m,) and ``output_mean`` (n,) carry the
     bias, ``energy`` is E|y - E y|^2, and ``cross`` (n, m), where outputs and inputs come from
-    different networks, E[(y - E y)(x - E x)^T].
+    different networks, E[(y - E y)(x - E x)^T]. ``outputs`` None: errors of all outputs count alike.
     """
 
     layer: Layer
@@ -65,6 +80,7 @@ class Problem:
     metric: Metric
     energy: float
     cross: Array | None = None
+    outputs: Outputs | None = None
 
     def error(self, weight: Array) -> float:
         """E|y - y~|^2 / E|y - E y|^2 of ``weight`` (n, m) with its best bias; 0 for a constant output."""
@@ -90,13 +106,37 @@ def relative_damping(inputs: int, rows: int, samples: int) -> float:
     Rows of one sample are alike, so that the number of samples counts beside that of rows. The rule
     was found on calibration samples kept apart from the fit (benchmarks/RESULTS.md).
     """
-    return min(0.3, max(0.01, 0.06 * inputs / max(rows, 1), 12 / max(samples, 1)))
+    return min(0.3, max(0.01, 0.06 * inputs / max(rows, 1), 6 / max(samples, 1)))
+
+
+def output_metric(read: Sequence[np.ndarray]) -> np.ndarray:
+    """G (n, n), trace n, for outputs that are read with weights (outputs, places, n) each.
+
+    An error e of the outputs gives a reader the error sum_p R_p e_p; with e alike at all places and
+    independent between them its energy is e^T (sum_p R_p^T R_p) e. Readers count alike, and beside them
+    the error itself. One reader ahead is enough: errors further on are refitted by the layers between.
+    """
+    n = read[0].shape[2]
+    metric: np.ndarray = OWN * np.eye(n)
+    for weight in read:
+        rows = weight.reshape(-1, n).astype(np.float64)
+        seen = rows.T @ rows
+        metric += seen * (n / max(np.trace(seen), 1e-300) / len(read))
+    metric *= n / np.trace(metric)
+    return metric
 
 
 def pose(
-    layer: Layer, weight: np.ndarray, bias: np.ndarray, moments: Moments | None, device: str = "cpu"
+    layer: Layer,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    moments: Moments | None,
+    device: str = "cpu",
+    outputs: np.ndarray | None = None,
 ) -> Problem:
     """The problem of one layer: ``weight`` (n, m), ``bias`` (n,), and the moments of its inputs.
+
+    ``outputs`` is the metric (n, n) of the outputs, positive definite, or None for that of all alike.
 
     With ``moments.cross`` the weight to aim at is (cross + lambda W)(C + lambda I)^-1, which gives
     the original outputs on the new inputs (Zhang, Zou, He, Sun, TPAMI 2016, asymmetric
@@ -109,9 +149,11 @@ def pose(
         )
     w, b = to_device(cast(weight, np.float64), device), to_device(cast(bias, np.float64), device)
     xp = namespace(w)
+    weighed = None if outputs is None else _roots(to_device(outputs, device))
     if moments is None or moments.count == 0:
         metric = Metric(None, None, 0.0)
-        return Problem(layer, w, xp.zeros(layer.m, dtype=w.dtype), b, metric, float(xp.sum(w * w)))
+        energy, mean = float(xp.sum(w * w)), xp.zeros(layer.m, dtype=w.dtype)
+        return Problem(layer, w, mean, b, metric, energy, outputs=weighed)
     second = None if moments.second is None else cast(to_device(moments.second, device), xp.float64)
     rows = None if moments.rows is None else cast(to_device(moments.rows, device), xp.float64)
     mean = to_device(moments.mean, device)
@@ -121,11 +163,19 @@ def pose(
     metric = Metric(second, rows, max(damping, 1e-30))
     if moments.cross is None:
         energy = float(xp.sum(metric.undamped(w) * w))
-        return Problem(layer, w, mean, b + w @ mean, metric, energy)
+        return Problem(layer, w, mean, b + w @ mean, metric, energy, outputs=weighed)
     cross = cast(to_device(moments.cross, device), xp.float64)
     best = _ridge(cross + metric.damping * w, metric)
     energy = float(moments.output_energy or 0.0)
-    return Problem(layer, best, mean, to_device(moments.output_mean, device), metric, energy, cross)
+    middle = to_device(moments.output_mean, device)
+    return Problem(layer, best, mean, middle, metric, energy, cross, weighed)
+
+
+def _roots(metric: Array) -> Outputs:
+    xp = namespace(metric)
+    values, vectors = xp.linalg.eigh(cast(metric, xp.float64))
+    root = xp.sqrt(xp.maximum(values, values[-1] * 1e-12))
+    return Outputs((vectors * root) @ vectors.T, (vectors / root) @ vectors.T)
 
 
 def _ridge(right: Array, metric: Metric) -> Array:
