@@ -36,6 +36,10 @@ SURVEY = 4
 """Every fourth row is enough for the error curves that the plan is made from, where there are many."""
 MOST_INPUTS = 6
 """Inputs are kept instead of outputs where there are at most so many for each output."""
+ORIGINAL = 3
+"""Every third row that a layer behind rewritten ones is fitted to is the original network's, at most."""
+ORIGINAL_BYTES = 512 << 20
+"""What these rows may take; with large layers there are fewer of them."""
 CHUNK = 2048
 """Rows worked on at once, at least: threads of NumPy that wait for those of ONNX Runtime wait less often."""
 FETCHED_BYTES = 64 << 20
@@ -52,13 +56,16 @@ class Calibration:
     ``layers`` know their positions. ``moments`` and ``kept`` are by layer name, for the layers asked
     for: of the sampled positions, either the original outputs (count, n) or, where that takes little
     more memory, the original inputs (count, m), whose product with W is then left to a later run that
-    needs it. ``shapes`` are those of the layers' inputs in the smallest batch, by tensor. A later run
-    with the same ``samples``, ``batch`` and ``seed`` sees the same positions.
+    needs it. ``inputs`` are the original inputs of every ``every``-th position. ``shapes`` are those of
+    the layers' inputs in the smallest batch, by tensor. A later run with the same ``samples``, ``batch``
+    and ``seed`` sees the same positions.
     """
 
     layers: tuple[Layer, ...]
     moments: Mapping[str, Moments]
     kept: Mapping[str, Rows]
+    inputs: Mapping[str, Rows]
+    every: int
     shapes: Mapping[str, tuple[int, ...]]
     samples: Samples
     batch: int
@@ -105,9 +112,12 @@ def calibrate(
     batch = samples.batch_size(bytes_each, FETCHED_BYTES)
     located = locate(layers, shapes, samples)
     watched = [layer for layer in located if asked(layer)]
-    accumulators, kept, weights = {}, {}, {}
+    accumulators, kept, inputs, weights = {}, {}, {}, {}
+    every = _every(watched, samples.count)
     for layer in watched:
         wanted = _wanted(layer, samples.count)
+        if not _keeps_inputs(layer):
+            inputs[layer.name] = np.empty((-(-wanted // every), layer.m), np.float32)
         accumulators[layer.name] = MomentAccumulator(layer, -(-wanted // _stride(wanted)))
         kept[layer.name] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
         if not _keeps_inputs(layer) and layer.op != "Conv":
@@ -119,12 +129,15 @@ def calibrate(
         start, stop = done[layer.name], done[layer.name] + len(rows)
         if layer.name in weights:
             _outputs(rows, weights[layer.name], kept[layer.name][start:stop])
+        if layer.name in inputs:
+            inputs[layer.name][_which(start, stop, every)] = rows[-start % every :: every]
         stride = _stride(len(kept[layer.name]))  # over all rows, wherever the batches end
         accumulators[layer.name].add(rows[-start % stride :: stride])
         done[layer.name] = stop
     kept = {name: values[: done[name]] for name, values in kept.items()}
+    inputs |= {name: kept[name][::every] for name in into}
     moments = _results(accumulators, samples)
-    return Calibration(located, moments, kept, shapes, samples, batch, seed)
+    return Calibration(located, moments, kept, inputs, every, shapes, samples, batch, seed)
 
 
 def recalibrate(
@@ -137,9 +150,11 @@ def recalibrate(
     """Moments of the inputs that the rewritten ``model`` feeds to ``layers``, with the cross moment.
 
     ``layers`` are as ``reference`` has them; what they should give are the original outputs. For the
-    layers named in ``paired`` the rows of both come as well, (count, m) and (count, n).
+    layers named in ``paired`` the rows of both come as well, (count, m) and (count, n). Every
+    ``reference.every``-th row is the original input: the errors of the layers before are smaller on the
+    samples these were fitted to than on others, and a fit to them alone corrects too much.
     """
-    samples, kept = reference.samples, dict(reference.kept)
+    samples, kept, every = reference.samples, dict(reference.kept), reference.every
     done = dict.fromkeys((layer.name for layer in layers), 0)
     for layer in layers:
         if _keeps_inputs(layer):
@@ -150,9 +165,21 @@ def recalibrate(
     into = {la.name: np.empty((len(kept[la.name]), la.m), np.float32) for la in layers if la.name in paired}
     for layer, rows in _observe(model, layers, samples, reference.batch, reference.seed, into, {}):
         start, stop = done[layer.name], done[layer.name] + len(rows)
+        rows[-start % every :: every] = reference.inputs[layer.name][_which(start, stop, every)]
         accumulators[layer.name].add(rows, kept[layer.name][start:stop])
         done[layer.name] = stop
     return _results(accumulators, samples), {name: (rows, kept[name]) for name, rows in into.items()}
+
+
+def _every(layers: Sequence[Layer], samples: int) -> int:
+    """Of how many rows one original input is kept beside the outputs."""
+    whole = sum(4 * layer.m * _wanted(layer, samples) for layer in layers if not _keeps_inputs(layer))
+    return max(ORIGINAL, -(-whole // ORIGINAL_BYTES))
+
+
+def _which(start: int, stop: int, every: int) -> slice:
+    """Among every ``every``-th row, those between the rows ``start`` and ``stop``."""
+    return slice(-(-start // every), -(-stop // every))
 
 
 def _stride(rows: int) -> int:

@@ -200,7 +200,8 @@ def _calibrate(
     """What the samples teach about the layers that a form is worth trying for, or that ``plan`` splits."""
     if fit_on is None:
         shapes = input_shapes(source, layers, check_on)
-        return Calibration(locate(layers, shapes, check_on), {}, {}, shapes, check_on, 1, run.options.seed)
+        located = locate(layers, shapes, check_on)
+        return Calibration(located, {}, {}, {}, 1, shapes, check_on, 1, run.options.seed)
     kinds = run.options.forms or KINDS
     planned = {name for name, choice in plan.choices.items() if not choice.form.dense} if plan else set()
     return calibrate(

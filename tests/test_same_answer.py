@@ -335,3 +335,28 @@ def test_the_outputs_that_calibration_keeps_of_a_convolution_are_its_own() -> No
     weight, bias = read_weight(graph, layers[0])
     assert outputs.shape == (250, 8) and rows.shape == (250, 144)  # every position of so few samples
     np.testing.assert_allclose(outputs, rows @ weight.T + bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("outputs", [8, 40])  # outputs are kept of few, inputs of many
+def test_every_third_row_behind_rewritten_layers_is_the_original_one(outputs: int) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        "v": rng.standard_normal((16, 8, 1, 1)).astype(np.float32),
+        "w": rng.standard_normal((outputs, 16, 3, 3)).astype(np.float32),
+    }
+    nodes = [helper.make_node("Conv", ["x", "v"], ["h"]), helper.make_node("Conv", ["h", "w"], ["y"])]
+    before = make(nodes, [2, 8, 7, 7], tensors)
+    after = make(nodes, [2, 8, 7, 7], tensors | {"v": 2 * tensors["v"]})
+    graph = before.graph()
+    layers, _ = find_layers(graph)
+    data = {"x": rng.standard_normal((200, 8, 7, 7)).astype(np.float32)}
+    samples, weight_of = read_samples(data, inputs_of(before.proto)), partial(read_weight, graph)
+    known = calibrate(before, layers, samples, weight_of)
+    last = known.layers[-1]
+    moments, pairs = recalibrate(after, [last], known, weight_of, [last.name])
+    rows, wanted = pairs[last.name]
+    scale = np.full((len(rows), 1), 2.0)
+    scale[::3] = 1
+    weight, _ = weight_of(last)
+    np.testing.assert_allclose(rows @ weight.T, scale * wanted, atol=1e-3)
+    np.testing.assert_allclose(moments[last.name].mean, rows.mean(axis=0), atol=1e-3)
