@@ -4,9 +4,9 @@
 
 A FOLDER holds model.onnx and calib.npz. Each run leaves one part out; MACs are the same. *Sensitivity*:
 layers weighed by what their error does to the outputs. *Sequential*: layers fitted for the inputs that
-the rewritten layers before them give. *Rectifier*: layers behind a Relu or Clip fitted for what passes. *Readers*: errors of outputs weighed by what
-the layers that read them make of them. *Original rows*: a third of the rows of the sequential fit
-are those of the original network.
+the rewritten layers before them give. *Rectifier*: layers behind a Relu or Clip fitted for what passes.
+*Readers*: errors of outputs weighed by what the layers that read them make of them. *Original rows*: a
+third of the rows of the sequential fit are those of the original network.
 """
 
 from __future__ import annotations
