@@ -51,7 +51,7 @@ def spent(chosen: dict[str, Point]) -> tuple[float, float]:
     return sum(MACS(p) for p in chosen.values()), sum(p.error for p in chosen.values())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(models, st.floats(0.05, 1))
 def test_the_budget_holds_and_the_error_is_near_the_best_of_all_plans(
     curves: list[ErrorCurve], share: float
@@ -72,7 +72,7 @@ def test_the_budget_holds_and_the_error_is_near_the_best_of_all_plans(
     assert min(possible) - 1e-9 <= error <= min(possible) + step + 1e-9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(points)
 def test_the_hull_is_convex_and_below_every_point(given_points: list[tuple[int, float]]) -> None:
     every = curve("l", given_points).points

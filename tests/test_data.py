@@ -375,7 +375,7 @@ def test_samples_that_share_a_label_stay_together() -> None:
         assert part.labels is not None and np.array_equal(part.labels, rows[::2] // 2)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 4), st.integers(2, 12), st.floats(0, 1), st.integers(0, 9))
 def test_a_split_is_disjoint_complete_and_repeatable(each: int, groups: int, share: float, seed: int) -> None:
     x = np.arange(each * groups, dtype=np.float32)[:, None]

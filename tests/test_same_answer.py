@@ -119,7 +119,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Model, list[int]]:
     return make(nodes, shape, tensors), shape
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(convolutions(), st.integers(0, 99), st.sampled_from([0, 0, 2]))
 def test_conv_at_full_rank(drawn: tuple[Model, list[int]], seed: int, channels: int) -> None:
     model, shape = drawn
@@ -139,7 +139,7 @@ def test_conv_at_full_rank(drawn: tuple[Model, list[int]], seed: int, channels: 
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(convolutions(), st.integers(0, 99))
 def test_rows_are_what_the_convolution_reads(drawn: tuple[Model, list[int]], seed: int) -> None:
     model, shape = drawn
@@ -159,7 +159,7 @@ def test_rows_are_what_the_convolution_reads(drawn: tuple[Model, list[int]], see
     np.testing.assert_allclose(rows @ weight.T + bias, given_there, atol=1e-3)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.booleans(),
     st.booleans(),
@@ -207,7 +207,7 @@ def test_gemm_at_full_rank(
     assert_same(model, rewrite(model, lambda layer: full_rank(layer, CHANNEL, channels)), feed)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.booleans(),
     st.lists(st.integers(1, 3), max_size=3),

@@ -125,7 +125,7 @@ def test_more_levels_lose_less() -> None:
     assert errors == sorted(errors)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([3, 4, 16]))
 def test_rounding_looks_at_the_output(seed: int, levels: int) -> None:
     rng = np.random.default_rng(seed)
