@@ -77,10 +77,9 @@ def _output_metric(layer: Layer, read: Sequence[Reading], weight_of: WeightOf) -
         return None
     weights = []
     for reader, last in read:
-        weight = weight_of(reader)[0]
-        places = (len(weight), -1, layer.n) if last else (len(weight), layer.n, -1)
-        apart = weight.reshape(places)
-        weights.append(apart if last else apart.transpose(0, 2, 1))
+        shape = (reader.n, -1, layer.n) if last else (reader.n, layer.n, -1)
+        weight = weight_of(reader)[0].reshape(shape)
+        weights.append(weight if last else weight.transpose(0, 2, 1))
     return output_metric(weights)
 
 
