@@ -13,21 +13,15 @@ tap*: a dense 1 x 1 convolution of the input, found in closed form by regressing
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
-from functools import partial
 from math import prod
 from pathlib import Path
 
 import numpy as np
+from forms import halves
 
-from onnx_lrsd.calibrate import calibrate
-from onnx_lrsd.dataset import read_samples
-from onnx_lrsd.model import load
-from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.solver.decompose import SWEEPS, factors
 from onnx_lrsd.solver.layout import ungroup_weight
-from onnx_lrsd.solver.whiten import Metric, Problem, pose
+from onnx_lrsd.solver.whiten import Metric, Problem
 from onnx_lrsd.targets import TARGETS, built_in
 from onnx_lrsd.targets.target import Node
 from onnx_lrsd.types import SPATIAL, Array, Form, Layer
@@ -90,24 +84,14 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--samples", type=int)
     given = parser.parse_args()
-    model = load(given.folder / "model.onnx")
-    graph = model.graph()
-    layers = [
-        x for x in find_layers(graph)[0] if len(x.kernel) == 2 and min(x.kernel) > 1 and x.channels > 16
-    ]
-    samples = read_samples(given.folder / "calib.npz", inputs_of(model.proto), limit=given.samples)
-    weight_of = partial(read_weight, graph)
-    fit, held = (calibrate(model, layers, half, weight_of) for half in samples.split(0.5, 0))
     print(
         "| layer | spatial | + centre tap | + depthwise | centre tap / alone | depthwise / alone |\n"
         + "|---" * 6
         + "|"
     )
     ratios: dict[str, list[float]] = {"centre tap": [], "depthwise": []}
-    for layer in fit.layers:
-        weight, bias = read_weight(graph, layer)
-        posed = pose(layer, weight, bias, fit.moments[layer.name])
-        judge = replace(pose(layer, weight, bias, held.moments[layer.name]), cross=None)
+    for posed, judge in halves(given.folder, given.samples):
+        layer = posed.layer
         budget = given.share * TARGET.cost(layer, Form())
         tap = MACHINE.seconds(Node(layer.n, layer.channels, (1, 1), layer.positions))
         channelwise = MACHINE.seconds(Node(layer.n, MACHINE.block, (1, 1), layer.positions))

@@ -12,7 +12,7 @@ of its two ranks.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -66,6 +66,21 @@ def published_tucker(posed: Problem, share: float) -> tuple[tuple[int, int], Arr
     return ranks, tried[ranks]
 
 
+def halves(folder: Path, count: int | None) -> Iterator[tuple[Problem, Problem]]:
+    """Each k x k convolution as posed by half of the samples, and by the other half, to judge."""
+    model = load(folder / "model.onnx")
+    graph = model.graph()
+    layers = [
+        x for x in find_layers(graph)[0] if len(x.kernel) == 2 and min(x.kernel) > 1 and x.channels > 16
+    ]
+    samples = read_samples(folder / "calib.npz", inputs_of(model.proto), limit=count)
+    weight_of = partial(read_weight, graph)
+    fit, held = (calibrate(model, layers, half, weight_of) for half in samples.split(0.5, 0))
+    for layer in fit.layers:
+        affine = read_weight(graph, layer)
+        yield pose(layer, *affine, fit.moments[layer.name]), pose(layer, *affine, held.moments[layer.name])
+
+
 def main() -> None:
     """Print a row for each layer and the geometric means."""
     parser = argparse.ArgumentParser(
@@ -75,22 +90,12 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--samples", type=int)
     given = parser.parse_args()
-    model = load(given.folder / "model.onnx")
-    graph = model.graph()
-    layers = [
-        x for x in find_layers(graph)[0] if len(x.kernel) == 2 and min(x.kernel) > 1 and x.channels > 16
-    ]
-    samples = read_samples(given.folder / "calib.npz", inputs_of(model.proto), limit=given.samples)
-    weight_of = partial(read_weight, graph)
-    fit, held = (calibrate(model, layers, half, weight_of) for half in samples.split(0.5, 0))
     titles = [f"{kind}{' + S 8' * bool(channels)}" for kind, channels in TRIED]
     titles += ["Tucker-2", "spatial / channel", "spatial / Tucker-2"]
     print(f"| layer | {' | '.join(titles)} |\n|---|{'---|' * len(titles)}")
     ratios: list[tuple[float, float]] = []
-    for layer in fit.layers:
-        weight, bias = read_weight(graph, layer)
-        posed = pose(layer, weight, bias, fit.moments[layer.name])
-        judge = replace(pose(layer, weight, bias, held.moments[layer.name]), cross=None)
+    for posed, judge in halves(given.folder, given.samples):
+        layer = posed.layer
         found = []
         for kind, channels in TRIED:
             form = largest(layer, kind, channels, given.share)

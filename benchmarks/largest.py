@@ -13,8 +13,6 @@ correlation.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
 from functools import partial
 from math import prod, sqrt
 from pathlib import Path
@@ -23,19 +21,16 @@ from typing import Any
 import numpy as np
 
 import onnx_lrsd
-from models import Values, outputs, score, uniform
-from onnx_lrsd.calibrate import Calibration, calibrate
+from models import Uniform, Values, fitted, kind_of, outputs, score, uniform
+from onnx_lrsd.calibrate import calibrate
 from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.model import Model, load
-from onnx_lrsd.passes import find_layers, read_weight, split
+from onnx_lrsd.passes import find_layers, read_weight
 from onnx_lrsd.runtime import inputs_of
-from onnx_lrsd.solver.decompose import decompose
-from onnx_lrsd.solver.whiten import pose
 from onnx_lrsd.trial import whole_speedup
 from onnx_lrsd.types import TUCKER, Form, Layer
 from onnx_lrsd.verify import compare
 
-Uniform = Callable[[Layer, float], Form | None]
 STEPS = 7
 """Bisections of a keep rate."""
 SECONDS = 2.0
@@ -80,21 +75,9 @@ def as_fast(source: Model, layers: list[Layer], form_of: Uniform, aim: float, sa
     return low or high
 
 
-def fitted(source: Model, known: Calibration, form_of: Uniform, keep: float, whitened: bool) -> Model:
-    """Every layer in its form, one by one, biases refitted where the data are known."""
-    graph = source.graph()
-    for layer in known.layers:
-        form = form_of(layer, keep)
-        if form is not None:
-            moments = known.moments[layer.name] if whitened else None
-            split(graph, layer, decompose(pose(layer, *read_weight(graph, layer), moments), form))
-    return source.splice(graph)
-
-
 def rows(folder: Path, drop: float, count: int | None) -> list[str]:
     """Markdown rows: ours, then the baselines."""
-    about = folder / "about.json"
-    kind = json.loads(about.read_text()).get("score", "top1") if about.exists() else "top1"
+    kind = kind_of(folder)
     source = load(folder / "model.onnx")
     calibration, evaluation = (
         read_samples(folder / f"{part}.npz", inputs_of(source.proto)) for part in ("calib", "eval")

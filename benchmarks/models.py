@@ -18,6 +18,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from onnx_lrsd.types import CHANNEL, Form, Layer, Verification
 from onnx_lrsd.verify import compare, total_price
 
 Values = npt.NDArray[Any]
+Uniform = Callable[[Layer, float], Form | None]
+"""A layer's form by keep rate."""
 
 
 def outputs(model: Model, samples: Samples) -> Values:
@@ -70,16 +73,31 @@ def ranks(values: Values) -> Values:
     return np.asarray(((end - count + end - 1) / 2)[inverse])
 
 
+def kind_of(folder: Path) -> str:
+    """How a folder's model is scored: 'top1', or what its about.json says."""
+    about = folder / "about.json"
+    return str(json.loads(about.read_text()).get("score", "top1")) if about.exists() else "top1"
+
+
 def uniform(layer: Layer, keep: float) -> Form | None:
     """The channel form that keeps this share of a layer's MACs; None where that is no gain."""
     rank = round(keep * layer.n * layer.m / (layer.n + layer.m))
     return Form(CHANNEL, rank) if 0 < rank < min(layer.n, layer.m) else None
 
 
+def fitted(source: Model, known: Calibration, form_of: Uniform, keep: float, whitened: bool) -> Model:
+    """Every layer in its form, one by one, biases refitted where the data are known."""
+    graph = source.graph()
+    for layer in known.layers:
+        form = form_of(layer, keep)
+        if form is not None:
+            moments = known.moments[layer.name] if whitened else None
+            split(graph, layer, decompose(pose(layer, *read_weight(graph, layer), moments), form))
+    return source.splice(graph)
+
+
 def baseline(source: Model, known: Calibration, samples: Samples, most_macs: float, whitened: bool) -> Model:
-    """Truncated SVD of every layer at one keep rate, as large as ``most_macs`` allows; biases refitted
-    only where the method knows the data.
-    """  # noqa: D205
+    """Truncated SVD of every layer at one keep rate, as large as ``most_macs`` allows."""
     total = total_price(source, samples).macs
     rest = total - sum(layer.n * layer.m * layer.positions for layer in known.layers)
 
@@ -91,13 +109,7 @@ def baseline(source: Model, known: Calibration, samples: Samples, most_macs: flo
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) <= most_macs else (low, middle)
-    graph = source.graph()
-    for layer in known.layers:
-        form = uniform(layer, low)
-        if form is not None:
-            moments = known.moments[layer.name] if whitened else None
-            split(graph, layer, decompose(pose(layer, *read_weight(graph, layer), moments), form))
-    return source.splice(graph)
+    return fitted(source, known, uniform, low, whitened)
 
 
 def facts(folder: Path, method: str, ratio: float | None, found: Verification) -> dict[str, Any]:
@@ -116,8 +128,7 @@ def run(
     folder: Path, ratio: float | None, cost: str, count: int | None, int8: bool, with_baselines: bool
 ) -> list[dict[str, Any]]:
     """One row for the tool, one for each step of int8, and one for each baseline."""
-    about = folder / "about.json"
-    kind = json.loads(about.read_text()).get("score", "top1") if about.exists() else "top1"
+    kind = kind_of(folder)
     source = load(folder / "model.onnx")
     with np.load(folder / "eval.npz") as stored:
         arrays = {name: stored[name] for name in stored.files}

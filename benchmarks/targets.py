@@ -28,7 +28,7 @@ import numpy as np
 import peers
 
 import onnx_lrsd
-from models import Values, outputs, score
+from models import Values, kind_of, outputs, score
 from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.loading import loading
@@ -109,8 +109,7 @@ class Case:
     @classmethod
     def read(cls, folder: Path, limit: int | None) -> Case:
         """As models.py reads it."""
-        about = folder / "about.json"
-        kind = json.loads(about.read_text()).get("score", "top1") if about.exists() else "top1"
+        kind = kind_of(folder)
         source = load(folder / "model.onnx")
         with np.load(folder / "eval.npz") as stored:
             arrays = {name: stored[name] for name in stored.files}
