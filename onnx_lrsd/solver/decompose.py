@@ -155,13 +155,11 @@ def _bias_and_error(problem: Problem, weight: Array, shift: Array | None) -> tup
 
 def _alone(problem: Problem, form: Form, sweeps: int, rectified: Rectified | None) -> _Parts:
     """Factors without S; refined for the rectifier behind the layer where they lose enough."""
-    layer, metric, outputs = problem.layer, problem.metric, problem.outputs
-    weight = problem.weight if outputs is None else outputs.root @ problem.weight
+    layer, weight, metric = problem.layer, problem.weigh(problem.weight), problem.metric
     shared = None if form.kind == CHANNEL else prepare(layer, weight, metric, form.kind)
     v, weighed = factors(layer, weight, metric, form, sweeps, shared)
-    xp = namespace(v)
-    h = weighed if outputs is None else xp.matmul(outputs.inverse, weighed)
-    if rectified is None or problem.error(ungroup_weight(xp.matmul(h, v))) < RECTIFIED_FROM:
+    h = problem.unweigh(weighed)
+    if rectified is None or problem.error(ungroup_weight(namespace(v).matmul(h, v))) < RECTIFIED_FROM:
         return _Parts(v, h, None)
     shared = shared or prepare(layer, weight, metric, form.kind)
     found = refine(problem, shared, v, weighed, rectified, form.outer)

@@ -65,36 +65,30 @@ def refine(
     rows, origin = from_numpy(seen.rows, shared.weight), cast(problem.mean, single)
     outputs, mean = from_numpy(seen.outputs, shared.weight), cast(problem.output_mean, single)
     v, h, shift = cast(v, single), cast(h, single), xp.zeros_like(mean)
-    root = None if problem.outputs is None else cast(problem.outputs.root, single)
-    inverse = None if problem.outputs is None else cast(problem.outputs.inverse, single)
     best: Refined | None = None
     for left in reversed(range(ROUNDS + 1)):
-        plain = _times(inverse, h)
+        plain = problem.unweigh(h)
         weight = ungroup_weight(xp.matmul(plain, v))
-        error, moved, next_shift = _targets(rows, origin, outputs, weight, mean + shift, seen, root)
+        error, moved, next_shift = _targets(problem, rows, origin, outputs, weight, mean + shift, seen)
         if best is not None and error >= best.error:
             break
         best = Refined(cast(v, xp.float64), cast(plain, xp.float64), cast(shift, xp.float64), error)
         if left:
-            moved = _times(root, moved)
-            product, shift = shared.product + group_weight(moved, h.shape[0]), next_shift
+            product = shared.product + group_weight(problem.weigh(moved), h.shape[0])
+            shift = next_shift
             v, h, _ = separable.sweep(replace(shared, product=product), v, h, STEPS, outer)
     assert best is not None
     return best
 
 
-def _times(root: Array | None, right: Array) -> Array:
-    return right if root is None else namespace(right).matmul(root, right)
-
-
 def _targets(
+    problem: Problem,
     rows: Array,
     origin: Array,
     outputs: Array,
     weight: Array,
     mean: Array,
     seen: Rectified,
-    root: Array | None,
 ) -> tuple[float, Array, Array]:
     """Sum of |a(y) - a(p)|^2 (in the metric of the outputs), E[(z - y) x^T] (n, m) and E[z - y] (n,)."""
     xp = namespace(rows)
@@ -103,7 +97,7 @@ def _targets(
         x, y = rows[start : start + BLOCK, :] - origin, outputs[start : start + BLOCK, :]
         p = x @ weight.T + mean
         missed = xp.clip(y, seen.low, seen.high) - xp.clip(p, seen.low, seen.high)
-        error += float(xp.sum(xp.square(missed if root is None else missed @ root)))
+        error += float(xp.sum(xp.square(problem.weigh(missed.T))))
         below, above = y <= seen.low, y >= seen.high
         z = xp.where(below, xp.clip(p, max=seen.low), xp.where(above, xp.clip(p, min=seen.high), y))
         moved = moved + (z - y).T @ x

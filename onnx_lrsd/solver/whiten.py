@@ -95,6 +95,14 @@ class Problem:
             missed = self.energy - 2 * float(xp.sum(weight * self.cross)) + own
         return max(missed, 0.0) / self.energy
 
+    def weigh(self, right: Array) -> Array:
+        """``right`` (n, ...) as the metric of the outputs has it: G^(1/2) times it, or itself."""
+        return right if self.outputs is None else _times(self.outputs.root, right)
+
+    def unweigh(self, right: Array) -> Array:
+        """What ``weigh`` makes ``right`` of."""
+        return right if self.outputs is None else _times(self.outputs.inverse, right)
+
     def bias(self, weight: Array) -> Array:
         """The best bias (n,) of ``weight`` (n, m)."""
         return self.output_mean - weight @ self.mean
@@ -169,6 +177,11 @@ def pose(
     energy = float(moments.output_energy or 0.0)
     middle = to_device(moments.output_mean, device)
     return Problem(layer, best, mean, middle, metric, energy, cross, weighed)
+
+
+def _times(left: Array, right: Array) -> Array:
+    xp = namespace(right)
+    return xp.matmul(cast(left, right.dtype), right)
 
 
 def _roots(metric: Array) -> Outputs:
