@@ -8,6 +8,7 @@ from onnx_lrsd.model import Model, check
 from onnx_lrsd.planner import Fit, Forms
 from onnx_lrsd.quantise import Quantised, quantise
 from onnx_lrsd.run import Run
+from onnx_lrsd.runtime import saturates
 from onnx_lrsd.types import Factors, Int8, Progress, Verification
 from onnx_lrsd.verify import compare
 
@@ -60,5 +61,10 @@ class Int8Fit:
                 )
         best = max(found, key=lambda name: found[name].latency_ratio or 0.0)
         kept = made.get(best)
+        if kept and kept.nodes and saturates():
+            run.warnings.append(
+                "Sums of int8 products saturate on this processor, so weights take 7 bits of their 8. "
+                "The result is right on any; one made on a processor with VNNI would be a little closer."
+            )
         report = Int8(best, kept.nodes if kept else 0, kept.left if kept else {}, found)
         return best, models[best], found[best], report

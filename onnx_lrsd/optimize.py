@@ -33,6 +33,7 @@ from onnx_lrsd.sensitivity import sensitivities
 from onnx_lrsd.shares import fit_and_check, search_and_confirm
 from onnx_lrsd.targets import TARGETS, price
 from onnx_lrsd.targets.tensorrt import TENSORRT
+from onnx_lrsd.trial import CLEARLY
 from onnx_lrsd.trtexec import engine
 from onnx_lrsd.types import (
     KINDS,
@@ -283,9 +284,9 @@ def _verify(
             factors = {}
         elif kept == LOW_RANK:
             run.warnings.append("Int8 is not faster on this machine: it was left out.")
-    if rewritten is not source and _worse(found, run.target.timed_here):
-        run.warnings.append("The rewritten model was not better as a whole: the original is handed back.")
-        run.reasons.update(dict.fromkeys(factors, "the whole model was not better for it"))
+    if rewritten is not source and (said := _no_gain(run, found)):
+        run.warnings.append(f"The rewritten model {said}: the original is handed back.")
+        run.reasons.update(dict.fromkeys(factors, "the whole model gained nothing by it"))
         rewritten, factors, run.int8 = source, {}, None
         found = compare(source, source, check_on, metric=metric)
     worst = max((output.relative_error for output in found.outputs), default=0.0)
@@ -305,8 +306,18 @@ def _held(found: Verification, layers: Sequence[Layer], factors: Mapping[str, Fa
     return found.before.parameters - sum(price(x, Form()).parameters - held[x.name] for x in rewritten)
 
 
-def _worse(found: Verification, timed_here: bool) -> bool:
-    """Larger, or slower beyond what the measurement leaves open where that is what counts."""
-    larger = found.after.bytes > found.before.bytes
-    slower = timed_here and found.latency_interval is not None and found.latency_interval[1] < 1
-    return larger or slower
+def _no_gain(run: Run, found: Verification) -> str:
+    """In what the result is no better than the original; empty where it is.
+
+    Where time is what counts it must be clearly gained; elsewhere none may be lost beyond what the
+    measurement leaves open.
+    """
+    if found.after.bytes > found.before.bytes:
+        return "is larger as a whole"
+    if not run.target.timed_here or found.latency_ratio is None or found.latency_interval is None:
+        return ""
+    ratio, (low, high) = found.latency_ratio, found.latency_interval
+    counts = run.cost in ("macs", "latency")
+    if (low < 1 or ratio < CLEARLY) if counts else high < 1:
+        return f"runs {ratio:.2f} times as fast as a whole ({low:.2f} to {high:.2f})"
+    return ""

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from onnx_lrsd.errors import DataError, DeviceError, ModelError
@@ -62,6 +62,17 @@ def quantization() -> Iterator[ModuleType]:
     finally:
         ort.set_default_logger_severity(WARNINGS)
         logging.disable(level)
+
+
+@cache
+def saturates() -> bool:
+    """Whether sums of two products uint8 x int8 are cut off at 16 bits here, as without VNNI they are."""
+    weight = numpy_helper.from_array(np.full((32, 16), 127, np.int8), "w")
+    graph = onnx.parser.parse_graph("g (uint8[1, 32] x) => (int32[1, 16] y) { y = MatMulInteger (x, w) }")
+    graph.initializer.append(weight)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    found = open_session(proto).run({"x": np.full((1, 32), 255, np.uint8)})["y"]
+    return bool(np.any(found != 255 * 127 * 32))
 
 
 class Kernel(NamedTuple):

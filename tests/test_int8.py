@@ -57,6 +57,16 @@ def test_within_a_wide_tolerance_every_layer_is_int8_and_the_file_a_quarter() ->
     assert found.model.proto.graph.input == model.proto.graph.input
 
 
+def test_where_products_saturate_weights_take_seven_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, widest = load(MODEL), {}
+    for saturating in (False, True):
+        monkeypatch.setattr("onnx_lrsd.quantise.saturates", lambda found=saturating: found)
+        found = quantise(model, samples_of(model, CALIB), tolerance=0.5)
+        weights = [numpy_helper.to_array(t) for t in found.model.proto.graph.initializer]
+        widest[saturating] = max(abs(w.astype(int)).max() for w in weights if w.dtype == np.int8)
+    assert widest == {False: 127, True: 64}
+
+
 def test_a_narrow_tolerance_keeps_in_float_what_would_break_it() -> None:
     model = load(MODEL)
     samples = samples_of(model, CALIB)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,12 @@ from click.testing import CliRunner
 
 import onnx_lrsd
 from onnx_lrsd.cli import main
+from onnx_lrsd.dataset import Samples
 from onnx_lrsd.errors import DataError
+from onnx_lrsd.model import Model
 from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.types import Verification
+from onnx_lrsd.verify import compare
 
 MODELS = Path(__file__).parents[1] / "models"
 MODEL, CALIB, EVAL = (MODELS / name for name in ("digits.onnx", "digits_calib.npz", "digits_eval.npz"))
@@ -58,6 +64,24 @@ def test_a_drop_that_nothing_is_sure_to_keep_hands_back_the_original() -> None:
     assert found.report.promise is not None and not found.report.promise.kept
     assert found.model.proto == onnx_lrsd.load(MODEL).proto
     assert "the best one lost" in found.report.warnings[-1]
+
+
+@pytest.mark.parametrize(("cost", "back"), [("macs", True), ("parameters", False)])
+def test_a_model_that_gains_no_time_as_a_whole_is_handed_back_where_time_counts(
+    monkeypatch: pytest.MonkeyPatch, cost: str, back: bool
+) -> None:
+    def timed(before: Model, after: Model, samples: Samples, **options: Any) -> Verification:
+        found = compare(before, after, samples, latency=False)
+        return replace(found, latency_ratio=1.01, latency_interval=(0.99, 1.03))
+
+    monkeypatch.setattr(sys.modules["onnx_lrsd.optimize"], "compare", timed)
+    found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, ratio=1.5, cost=cost, samples=80)
+    assert (found.model.proto == onnx_lrsd.load(MODEL).proto) is back
+    assert (
+        any("runs 1.01 times as fast as a whole (0.99 to 1.03)" in said for said in found.report.warnings)
+        is back
+    )
+    assert found.report.promise is not None and found.report.promise.kept is not back
 
 
 def test_a_drop_without_labels_is_refused_with_the_remedy(tmp_path: Path) -> None:
