@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from math import prod
 
 import numpy as np
 
-from onnx_lrsd.arrays import to_numpy
+from onnx_lrsd.arrays import indices, namespace, to_numpy
 from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.coded import code_dense
 from onnx_lrsd.solver.decompose import decompose, prepare
@@ -22,7 +23,7 @@ from onnx_lrsd.solver.layout import rank_size, shared_groups
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.solver.whiten import Problem
-from onnx_lrsd.storage import INT2, INT3, INT4, INT6, STORAGES, TERNARY, UINT8, Storage
+from onnx_lrsd.storage import FP16, INT2, INT3, INT4, INT6, STORAGES, TERNARY, UINT8, Storage
 from onnx_lrsd.types import CHANNEL, DENSE, SPATIAL, UNSTRUCTURED, Form, Pattern
 
 MEASURED = (INT4, INT3, INT2, TERNARY)
@@ -36,10 +37,19 @@ MOST_OF_DENSE = 0.6
 DENSITIES = (0.05, 0.12, 0.25)
 BESIDE = (0.7,)
 """Bits a weight for factors, beside an S of about as many bytes."""
+SHARES = (0.02, 0.045, 0.1, 0.22, 0.5)
+"""Parts of a weight's numbers that are left where bits do not count; errors between them follow a power."""
+OF_FACTORS = 0.3
+"""Of what is left beside an S: its share, found on convolutions of VGG-16 (benchmarks/RESULTS.md)."""
+BETWEEN = 4
+"""Steps from one share to the next."""
 GAP_BITS = 4.3
 """Of the distance to the next entry, with what bridges the long ones."""
 MOST_WORK = 3e9
 """n m^2 up to which an S is tried: its search takes some forty such products."""
+FEWEST_ROWS, WORK, WORK_BESIDE = 64, 1e9, 4e8
+"""Where bits do not count, so many rows at least stand for a weight whose n m^2 is above WORK; up to
+WORK_BESIDE an S is also tried beside factors, which takes longer and gains less the larger a weight is."""
 
 
 def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) -> dict[Form, float]:
@@ -53,9 +63,11 @@ def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) ->
             for form, missed, noise in _factors(problem, kind, weights):
                 found[form], noises[form] = missed + noise, noise
     n, m = problem.weight.shape
-    if n * m**2 <= MOST_WORK and problem.metric.rows is None:
-        found |= _with_entries(problem, found, noises, weights)
-    return found
+    if problem.metric.rows is not None:
+        return found
+    if weights == FP16.name:
+        return found | _in_numbers(problem, kinds)
+    return found | _with_entries(problem, found, noises, weights) if n * m**2 <= MOST_WORK else found
 
 
 def _fits(problem: Problem, kind: str) -> bool:
@@ -128,6 +140,56 @@ def _mix(energies: np.ndarray, last: int, offered: Sequence[Storage]) -> list[in
     chosen = costs.argmin(axis=0)
     kept = (falling > costs.min(axis=0)) | (np.arange(len(falling)) < last)
     return [int(np.sum(chosen[kept] == index)) for index in range(len(offered))]
+
+
+def _in_numbers(problem: Problem, kinds: Sequence[str]) -> dict[Form, float]:
+    """S as fp16, alone and beside factors, over the numbers that are left."""
+    n, m = problem.weight.shape
+    rows = min(max(int(WORK / m**2), FEWEST_ROWS), n)
+    if rows * m**2 > MOST_WORK:
+        return {}
+    sampled = problem if rows == n else _some_rows(problem, rows)
+    resolvent = Resolvent(problem.metric, sampled.weight, prod(problem.layer.kernel))
+
+    def error(form: Form) -> float:
+        of_rows = replace(
+            form, weights=(), entries="", pattern=Pattern(UNSTRUCTURED, form.pattern.count * rows // n)
+        )
+        return float(decompose(sampled, of_rows, effort="brief", resolvent=resolvent).error)
+
+    kind = next((kind for kind in (SPATIAL, CHANNEL) if kind in kinds and _fits(problem, kind)), None)
+    found = {}
+    for part in (0.0, OF_FACTORS) if kind is not None and n * m**2 <= WORK_BESIDE else (0.0,):
+        forms = {share: _numbers_left(problem, kind or CHANNEL, share, part) for share in SHARES}
+        errors = [max(error(form), 1e-12) for form in forms.values()]
+        for low, high in pairwise(SHARES):
+            for share in np.geomspace(low, high, BETWEEN, endpoint=False):
+                form = _numbers_left(problem, kind or CHANNEL, float(share), part)
+                found[form] = float(np.exp(np.interp(np.log(share), np.log(SHARES), np.log(errors))))
+    return found
+
+
+def _numbers_left(problem: Problem, kind: str, share: float, part: float) -> Form:
+    """Factors and S that hold ``share`` of the weight's numbers, factors ``part`` of them."""
+    n, m = problem.weight.shape
+    each = rank_size(problem.layer, kind)
+    rank = round(part * share * n * m / each)
+    left = Pattern(UNSTRUCTURED, round(share * n * m) - rank * each)
+    weights = ((FP16.name, rank),) if rank else ()
+    return Form(kind if rank else CHANNEL, rank, left, weights=weights, entries=FP16.name)
+
+
+def _some_rows(problem: Problem, rows: int) -> Problem:
+    """The problem of so many outputs, evenly over all as their energies have it."""
+    xp = namespace(problem.weight)
+    energies = xp.sum(problem.metric.undamped(problem.weight) * problem.weight, axis=1)
+    order = np.argsort(to_numpy(energies))
+    chosen = order[(np.arange(rows) + 0.5).astype(int) * len(order) // rows]
+    kept = indices(np.sort(chosen), problem.weight)
+    weight, own = (xp.take(x, kept, axis=0) for x in (problem.weight, problem.output_mean))
+    layer = replace(problem.layer, n=rows, shape=(rows, *problem.layer.shape[1:]))
+    energy = float(xp.sum(xp.take(energies, kept, axis=0)))
+    return Problem(layer, weight, problem.mean, own, problem.metric, energy)
 
 
 def _with_entries(

@@ -19,6 +19,9 @@ from onnx_lrsd.types import Array
 SCALING = 0.2
 """Between 0 (none) and 1/2 (unit diagonal): found on calibration errors (benchmarks/RESULTS.md)."""
 
+THIN = 8
+"""Times wider than high is a weight for whose few products an inverse is not worth forming."""
+
 Operator = Callable[[Array], Array]
 
 
@@ -34,6 +37,7 @@ class Resolvent:
     def __init__(self, metric: Metric, like: Array, taps: int = 1) -> None:
         xp = namespace(like)
         self._rows = self.matrix = None
+        self._thin = THIN * like.shape[0] < like.shape[1]
         if metric.rows is not None:
             energy = xp.sum(metric.rows**2) / (metric.rows.shape[0] * like.shape[1]) + metric.damping
             self.columns = xp.sqrt(energy) * xp.ones_like(like[0, :])
@@ -60,7 +64,10 @@ class Resolvent:
     def shifted_inverse(self, rho: float) -> Operator:
         """x (n, m) -> x (H + rho I)^-1."""
         rows, shift = self._rows, rho + (self.damping if self._rows is not None else 0.0)
-        root = self._vectors / (self._values + shift) ** 0.5
+        vectors, values = self._vectors, self._values + shift
+        if rows is None and self._thin:
+            return lambda x: ((x @ vectors) / values) @ vectors.T
+        root = vectors / values**0.5
         inverse = root @ root.T
         if rows is None:
             return lambda x: x @ inverse
