@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from onnx_lrsd.dataset import Samples, as_fed
 from onnx_lrsd.model import Model
-from onnx_lrsd.runtime import Feed, open_session
+from onnx_lrsd.relay import Relay
+from onnx_lrsd.runtime import Feed, frontier, open_session
 from onnx_lrsd.solver.moments import (
     MomentAccumulator,
     Rows,
@@ -125,14 +126,15 @@ def calibrate(
     done = dict.fromkeys(accumulators, 0)
     into = {layer.name: kept[layer.name] for layer in watched if _keeps_inputs(layer)}
     outputs = {name: rows for name, rows in kept.items() if name not in into and name not in weights}
-    for layer, rows in _observe(model, watched, samples, batch, seed, into, outputs, progress):
+    runs = _runs(model, watched, samples, batch, outputs, Relay(), ())
+    for layer, rows in _observe(runs, watched, samples, seed, into, outputs, progress):
         start, stop = done[layer.name], done[layer.name] + len(rows)
         if layer.name in weights:
             _outputs(rows, weights[layer.name], kept[layer.name][start:stop])
         if layer.name in inputs:
-            inputs[layer.name][_which(start, stop, every)] = rows[-start % every :: every]
+            inputs[layer.name][_which(start, stop, every)] = _nth(rows, start, every)
         stride = _stride(len(kept[layer.name]))  # over all rows, wherever the batches end
-        accumulators[layer.name].add(rows[-start % stride :: stride])
+        accumulators[layer.name].add(_nth(rows, start, stride))
         done[layer.name] = stop
     kept = {name: values[: done[name]] for name, values in kept.items()}
     inputs |= {name: kept[name][::every] for name in into}
@@ -146,6 +148,8 @@ def recalibrate(
     reference: Calibration,
     weight_of: WeightOf,
     paired: Collection[str] = (),
+    relay: Relay | None = None,
+    later: Sequence[Layer] = (),
 ) -> tuple[dict[str, Moments], dict[str, tuple[Rows, Rows]]]:
     """Moments of the inputs that the rewritten ``model`` feeds to ``layers``, with the cross moment.
 
@@ -153,6 +157,9 @@ def recalibrate(
     layers named in ``paired`` the rows of both come as well, (count, m) and (count, n). Every
     ``reference.every``-th row is the original input: the errors of the layers before are smaller on the
     samples these were fitted to than on others, and a fit to them alone corrects too much.
+
+    With ``relay`` the run starts where an earlier one left off, and leaves there what is settled as long as
+    ``layers`` and ``later`` ones may change.
     """
     samples, kept, every = reference.samples, dict(reference.kept), reference.every
     done = dict.fromkeys((layer.name for layer in layers), 0)
@@ -163,9 +170,12 @@ def recalibrate(
             kept[layer.name] = _outputs(rows, _single(weight_of(layer)), outputs)
     accumulators = {layer.name: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in layers}
     into = {la.name: np.empty((len(kept[la.name]), la.m), np.float32) for la in layers if la.name in paired}
-    for layer, rows in _observe(model, layers, samples, reference.batch, reference.seed, into, {}):
+    changing = {name for layer in (*layers, *later) for name in (layer.name, layer.weight)}
+    handed = [] if relay is None else frontier(model.proto, changing)
+    runs = _runs(model, layers, samples, reference.batch, (), relay or Relay(), handed)
+    for layer, rows in _observe(runs, layers, samples, reference.seed, into, {}):
         start, stop = done[layer.name], done[layer.name] + len(rows)
-        rows[-start % every :: every] = reference.inputs[layer.name][_which(start, stop, every)]
+        _nth(rows, start, every)[:] = reference.inputs[layer.name][_which(start, stop, every)]
         accumulators[layer.name].add(rows, kept[layer.name][start:stop])
         done[layer.name] = stop
     return _results(accumulators, samples), {name: (rows, kept[name]) for name, rows in into.items()}
@@ -175,6 +185,11 @@ def _every(layers: Sequence[Layer], samples: int) -> int:
     """Of how many rows one original input is kept beside the outputs."""
     whole = sum(4 * layer.m * _wanted(layer, samples) for layer in layers if not _keeps_inputs(layer))
     return max(ORIGINAL, -(-whole // ORIGINAL_BYTES))
+
+
+def _nth(rows: Rows, start: int, every: int) -> Rows:
+    """A view of those of ``rows``, which are numbered from ``start``, whose number ``every`` divides."""
+    return rows[-start % every :: every]
 
 
 def _which(start: int, stop: int, every: int) -> slice:
@@ -208,28 +223,44 @@ def _results(accumulators: Mapping[str, MomentAccumulator], samples: Samples) ->
     }
 
 
-def _observe(
+def _runs(
     model: Model,
     layers: Sequence[Layer],
     samples: Samples,
     batch: int,
+    also: Collection[str],
+    relay: Relay,
+    handed: Sequence[str],
+) -> Iterator[tuple[int, Feed]]:
+    """Size of each batch, the inputs of ``layers`` in it and tensors ``also``; ``handed`` go to ``relay``."""
+    watch = _watcher(model, layers, samples, {*also, *handed}, relay.types)
+    batches = -(-samples.count // batch)
+    for index, feed in enumerate(samples.batches(batch)):
+        values = watch({**feed, **relay.feed(index)})
+        relay.offer(index, batches, values, handed)
+        yield samples.size_of(feed), values
+
+
+def _observe(
+    runs: Iterator[tuple[int, Feed]],
+    layers: Sequence[Layer],
+    samples: Samples,
     seed: int,
     into: Mapping[str, Rows],
     outputs: Mapping[str, Rows],
     progress: Progress | None = None,
 ) -> Iterator[tuple[Layer, Rows]]:
-    """Each layer with its sampled rows, some thousand at a time; the same for the same seed and batch.
+    """Each layer with its sampled rows in ``runs``, some thousand at a time; the same for one seed and batch.
 
     Rows of the layers in ``into`` are gathered there, one after the other; those of others are
     overwritten by the next ones. Outputs of the convolutions in ``outputs`` are gathered there.
     """
-    watch = _watcher(model, layers, samples, outputs)
     seen = dict.fromkeys(outputs, 0)
     buffers = {layer.name: into.get(layer.name, np.empty((0, layer.m), np.float32)) for layer in layers}
     given = dict.fromkeys(buffers, 0)
     filled = dict.fromkeys(buffers, 0)
     first = 0
-    for count, activations in _ahead((samples.size_of(feed), watch(feed)) for feed in samples.batches(batch)):
+    for count, activations in _ahead(runs):
         last = first + count == samples.count
         for layer in layers:
             name, values = layer.name, activations[layer.input]
@@ -302,13 +333,19 @@ def _shapes(activations: Feed) -> dict[str, tuple[int, ...]]:
 
 
 def _watcher(
-    model: Model, layers: Sequence[Layer], samples: Samples, also: Collection[str] = ()
+    model: Model,
+    layers: Sequence[Layer],
+    samples: Samples,
+    also: Collection[str] = (),
+    given: Mapping[str, npt.DTypeLike] | None = None,
 ) -> Callable[[Feed], Feed]:
-    """A function from a feed to the inputs of ``layers``; what is fed needs no run."""
+    """A function from a feed to the inputs of ``layers``; what is fed or ``given`` needs no run."""
     names = {layer.input for layer in layers} | {*also}
-    fed = names & {*samples.arrays, *samples.constants}
+    fed = names & {*samples.arrays, *samples.constants, *(given or ())}
     computed = sorted(names - fed)
-    session = open_session(model.proto, folder=model.folder, outputs=computed) if computed else None
+    session = None
+    if computed:
+        session = open_session(model.proto, folder=model.folder, outputs=computed, given=given)
 
     def watch(feed: Feed) -> Feed:
         return {name: feed[name] for name in fed} | (session.run(feed) if session is not None else {})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import log
+from math import inf, log
 from statistics import median
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from onnx_lrsd.allocate import COSTS, allocate, by_time, spend
 from onnx_lrsd.dataset import Samples
@@ -14,7 +14,7 @@ from onnx_lrsd.model import Model
 from onnx_lrsd.run import Run
 from onnx_lrsd.targets import price
 from onnx_lrsd.trial import CLEARLY, speedups, whole_speedup
-from onnx_lrsd.types import DENSE, N_OF_M, ErrorCurve, Factors, Form, Point, Price
+from onnx_lrsd.types import DENSE, N_OF_M, ErrorCurve, Factors, Form, Point, Price, Verification
 from onnx_lrsd.verify import compare
 
 ROUNDS = 4
@@ -25,11 +25,39 @@ MODERATE = 0.03
 """Relative error of a layer at which its sensitivity is measured first."""
 SEARCHES = 6
 """Fits of the whole model that a search may take."""
+STEP, NEAR = 1.5, 1.05
+"""By how much a search raises a ratio that is kept, and how near it comes to the best."""
 
 SPARE, LAVISH = 1.01, 1.05
 """A plan for latency is measured to be faster than asked by between these factors, so that it stays so."""
 WHOLE_SECONDS = 3.0
 """How long the whole model is timed in a trial of a plan for latency."""
+
+
+class Drop(NamedTuple):
+    """What a model did on labelled samples: its output error, the fall of its score and its deviation."""
+
+    error: float
+    drop: float
+    deviation: float
+
+
+def bearable(drops: Sequence[Drop], most: float) -> float:
+    """The output error at which the score is expected to fall by ``most``, with one standard error to spare.
+
+    A small change of the outputs costs score in proportion to its square, the output error: as many samples
+    cross a boundary in one direction as in the other to first order. So one factor is fitted to all models
+    tried, by least squares weighted with their variances, and the large falls, which stand out of the noise
+    of few samples, tell what small ones are to be expected (benchmarks/RESULTS.md).
+    """
+    weights = [entry.error / max(entry.deviation, 1e-12) ** 2 for entry in drops]
+    precision = sum(w * entry.error for w, entry in zip(weights, drops, strict=True))
+    if precision <= 0:
+        return inf if drops else 0.0
+    slope = sum(w * entry.drop for w, entry in zip(weights, drops, strict=True)) / precision
+    careful = slope + precision**-0.5
+    return most / careful if careful > 0 else inf
+
 
 Forms: TypeAlias = dict[str, Form]
 Fit: TypeAlias = Callable[..., tuple[Model, dict[str, Factors]]]
@@ -122,56 +150,57 @@ class Planner:
         A tenth is left as margin, since other samples confirm.
         """
 
-        def keeps(rewritten: Model) -> bool:
-            outputs = compare(self.source, rewritten, samples, latency=False).outputs
-            return max(output.relative_error for output in outputs) <= MARGIN * most
+        def error(rewritten: Model) -> float:
+            return _worst(compare(self.source, rewritten, samples, latency=False))
 
-        return self._search(keeps, fit)[0]
+        return self._search(error, lambda: MARGIN * most, fit)[0]
 
     def for_drop(self, most: float, fit: Fit, samples: Samples) -> list[Forms]:
-        """Forms whose score, with one standard error to spare, falls by at most ``most`` on ``samples``.
+        """Forms whose score is expected to fall by at most ``most``, with one standard error to spare.
 
         The cheapest ones first, for other samples to confirm; the last are none at all.
         """
-        tried = []
+        drops: list[Drop] = []
 
-        def keeps(rewritten: Model) -> bool:
+        def error(rewritten: Model) -> float:
             metric = self.run.options.metric
-            found = compare(self.source, rewritten, samples, latency=False, metric=metric).metric
-            assert found is not None
-            tried.append(found.before - found.after)
-            deviation = (found.interval[1] - found.interval[0]) / (2 * 1.96)
-            return tried[-1] + deviation <= most
+            found = compare(self.source, rewritten, samples, latency=False, metric=metric)
+            assert found.metric is not None
+            low, high = found.metric.interval
+            drop = found.metric.before - found.metric.after
+            drops.append(Drop(_worst(found), drop, (high - low) / (2 * 1.96)))
+            return drops[-1].error
 
-        candidates = self._search(keeps, fit)
-        if len(candidates) == 1 and tried:
+        candidates = self._search(error, lambda: bearable(drops, most), fit)
+        if len(candidates) == 1 and drops:
             self.run.warnings.append(
                 "No smaller model was sure to keep the score: the best one lost "
-                f"{100 * min(tried):.2f} points on {samples.count} samples; "
+                f"{100 * min(drop.drop for drop in drops):.2f} points on {samples.count} samples; "
                 "allow more with --max-drop, or give more samples."
             )
         return candidates
 
-    def _search(self, keeps: Callable[[Model], bool], fit: Fit) -> list[Forms]:
-        """All forms found that keep a promise, the cheapest first; the last are none. Brackets the ratio."""
-        low, high, found = 1.0, 0.0, [Forms()]
+    def _search(self, error: Callable[[Model], float], limit: Callable[[], float], fit: Fit) -> list[Forms]:
+        """All forms found whose output error is within the limit, the cheapest first; the last are none.
+
+        The limit may move with each error that is measured.
+        """
+        tried: list[tuple[float, float, Forms]] = []  # ratio, output error, forms
+        beyond = inf  # ratios out of reach
         ratio = self.run.target.first_ratio
         for _ in range(SEARCHES):
             try:
                 chosen = self.for_ratio(ratio)
             except BudgetError:
-                high = ratio
+                beyond = ratio
             else:
-                rewritten, _ = fit(forms=chosen, progress=None)
-                if keeps(rewritten):
-                    low = ratio
-                    found.insert(0, chosen)
-                else:
-                    high = ratio
-            ratio = ratio * 1.5 if not high else low + (high - low) / 2
-            if high and high / low < 1.05:
+                tried.append((ratio, error(fit(forms=chosen, progress=None)[0]), chosen))
+            found = _next_ratio([entry[:2] for entry in tried], beyond, limit())
+            if found is None:
                 break
-        return found
+            ratio = found
+        kept = [entry for entry in tried if entry[1] <= limit()]
+        return [chosen for _, _, chosen in sorted(kept, key=_first, reverse=True)] + [Forms()]
 
     def _allocate(self, ratio: float) -> dict[str, Point]:
         points = allocate(self.curves, self.whole / ratio, self.rest, self.cost, self.sensitivity)
@@ -219,8 +248,33 @@ def _far_from_moderate(point: Point) -> tuple[bool, float]:
     return point.form.pattern.kind == N_OF_M, abs(log(point.error / MODERATE))
 
 
-def _first(entry: tuple[float, Forms]) -> float:
+def _first(entry: tuple[float, *tuple[object, ...]]) -> float:
     return entry[0]
+
+
+def _worst(found: Verification) -> float:
+    """Error of the output that changed most."""
+    return max(output.relative_error for output in found.outputs)
+
+
+def _next_ratio(tried: Sequence[tuple[float, float]], beyond: float, limit: float) -> float | None:
+    """Where the output error should meet ``limit``, from the (ratio, error) ``tried``; None if near enough.
+
+    Between two of them the error is taken as a power of what is saved, ratio - 1; below all as its square.
+    """
+    low, least = max((entry for entry in tried if entry[1] <= limit), default=(1.0, 0.0))
+    high, most = min((entry for entry in tried if entry[0] > low), default=(beyond, inf))
+    if high == inf:
+        return low * STEP
+    if high / low < NEAR:
+        return None
+    part = 0.5
+    if most < inf and limit > 0:
+        power = 2.0
+        if least > 0:
+            power = max(log(most / least) / log((high - 1) / (low - 1)), 0.5)
+        part = (1 + (high - 1) * (limit / most) ** (1 / power) - low) / (high - low)
+    return low + (high - low) * min(max(part, 0.2), 0.8)
 
 
 def _macs(curve: ErrorCurve, form: Form) -> int:

@@ -4,7 +4,8 @@ A layer behind rewritten layers gets other inputs than in the original network. 
 the *original* outputs on those inputs (asymmetric reconstruction; Zhang, Zou, He, Sun, TPAMI 2016),
 so that errors do not pile up; where a rectifier follows, what it cuts off need not be right, and an
 error counts by what the layers that read it make of it. Layers
-are taken in a bounded number of stages, with one run of the rewritten network before each.
+are taken in a bounded number of stages, with one run of the rewritten network before each, which starts
+where what is settled ends.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from onnx_lrsd.calibrate import Calibration, WeightOf, recalibrate
 from onnx_lrsd.model import Model
 from onnx_lrsd.passes import Reading, order_sums, readers, rectifiers, split
+from onnx_lrsd.relay import Relay
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.moments import Rows
 from onnx_lrsd.solver.rectified import Rectified
@@ -51,11 +53,13 @@ def reconstruct(
     read = readers(graph, chosen, layers)
     fitted: dict[str, Factors] = {}
     rewritten = model
+    relay = Relay()
     for stage in _stages(chosen):
         moments, pairs = dict[str, Moments](), dict[str, tuple[Rows, Rows]]()
         if calibration is not None:
             behind = [layer.name for layer in stage if layer.name in limits]
-            moments, pairs = recalibrate(rewritten, stage, calibration, weight_of, behind)
+            later = [layer for layer in chosen if layer.name not in fitted]
+            moments, pairs = recalibrate(rewritten, stage, calibration, weight_of, behind, relay, later)
         for layer in stage:
             weight, bias = weight_of(layer)
             outputs = _output_metric(layer, read.get(layer.name, ()), weight_of)

@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -193,13 +193,14 @@ def open_session(
     spinning: bool = False,
     optimise: bool = True,
     device: str = "cpu",
+    given: Mapping[str, npt.DTypeLike] | None = None,
 ) -> Session:
     """Open ``proto``, whose external data lies in ``folder``, to give ``outputs``.
 
     ``outputs`` may name any tensor of the main graph, inputs and initializers included; nodes that none
-    of them needs are left out. ``threads`` None leaves the number to ONNX Runtime; ``spinning`` True,
-    its own default, has idle threads burn the time that NumPy or a second model beside this one could
-    use. ``proto`` is not
+    of them needs are left out. ``given`` are tensors, with their types, that are fed instead of computed.
+    ``threads`` None leaves the number to ONNX Runtime; ``spinning`` True, its own default, has idle
+    threads burn the time that NumPy or a second model beside this one could use. ``proto`` is not
     changed, nor are its large weights copied into a message. Raises ModelError when ONNX Runtime refuses
     the model, DeviceError when ``device`` 'cuda' is not there, ValueError for an output nobody computes.
     """
@@ -207,7 +208,12 @@ def open_session(
     providers = _providers(ort, device)
     names = [output.name for output in proto.graph.output] if outputs is None else list(outputs)
     options = _options(ort, folder, threads, spinning, optimise)
-    opened, weights = _cut(proto, _needed(proto, names), names)
+    given = given or {}
+    opened, weights = _cut(proto, _needed(proto, names, given), names)
+    opened.graph.input.extend(
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(kind)), None)
+        for name, kind in given.items()
+    )
     session = _start(ort, opened, weights, options, providers)
     if providers[0] not in session.get_providers():  # a CUDA that does not load is passed over in silence
         raise DeviceError("ONNX Runtime cannot use the GPU here: run `onnx-lrsd doctor`, or choose the CPU.")
@@ -285,8 +291,10 @@ def _providers(ort: ModuleType, device: str) -> list[str]:
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
-def _needed(proto: onnx.ModelProto, names: Sequence[str]) -> list[onnx.NodeProto]:
-    """The nodes that ``names`` depend on, in the order of the graph."""
+def _needed(
+    proto: onnx.ModelProto, names: Sequence[str], given: Collection[str] = ()
+) -> list[onnx.NodeProto]:
+    """The nodes that ``names`` depend on, but for what is ``given``, in the order of the graph."""
     producers = {name: index for index, node in enumerate(proto.graph.node) for name in node.output if name}
     known = {value.name for value in proto.graph.input} | {tensor.name for tensor in proto.graph.initializer}
     known |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
@@ -296,7 +304,8 @@ def _needed(proto: onnx.ModelProto, names: Sequence[str]) -> list[onnx.NodeProto
     kept: set[int] = set()
     waiting = list(names)
     while waiting:
-        index = producers.get(waiting.pop())
+        name = waiting.pop()
+        index = None if name in given else producers.get(name)
         if index is not None and index not in kept:
             kept.add(index)
             waiting.extend(uses(proto.graph.node[index]))
@@ -339,6 +348,24 @@ def _is_shared(tensor: onnx.TensorProto) -> bool:
         return False
     item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return bool(math.prod(tensor.dims) * item >= SHARED_BYTES)
+
+
+def frontier(proto: onnx.ModelProto, changing: Collection[str]) -> list[str]:
+    """Tensors that what depends on ``changing`` reads, but do not depend on it themselves.
+
+    ``changing`` are names of tensors. Inputs of the model and what reads constants alone are left out.
+    """
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    inputs = {value.name for value in proto.graph.input} - constants
+    varying, late, found = set(inputs), set(changing), dict[str, None]()
+    for node in proto.graph.node:
+        read = uses(node)
+        if not late.isdisjoint(read) or not late.isdisjoint(node.output):
+            late.update(name for name in node.output if name)
+            found |= dict.fromkeys(name for name in read if name in varying)
+        elif not varying.isdisjoint(read):
+            varying.update(node.output)
+    return [name for name in found if name not in inputs]
 
 
 def uses(node: onnx.NodeProto) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from onnx_lrsd.cli import main
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.model import Model
+from onnx_lrsd.planner import SEARCHES, Drop, _next_ratio, bearable
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.types import Verification
 from onnx_lrsd.verify import compare
@@ -64,6 +66,33 @@ def test_a_drop_that_nothing_is_sure_to_keep_hands_back_the_original() -> None:
     assert found.report.promise is not None and not found.report.promise.kept
     assert found.model.proto == onnx_lrsd.load(MODEL).proto
     assert "the best one lost" in found.report.warnings[-1]
+
+
+def test_one_model_is_judged_by_its_own_fall_and_one_standard_error() -> None:
+    for drop, kept in ((0.004, True), (0.006, False)):
+        assert (bearable([Drop(0.02, drop, 0.005)], 0.01) >= 0.02) is kept
+
+
+def test_a_fall_that_stands_out_tells_what_small_ones_are_to_be_expected() -> None:
+    clear, unlucky = Drop(0.1, 0.10, 0.01), Drop(0.01, 0.02, 0.01)
+    assert bearable([unlucky], 0.015) < 0.01 < bearable([unlucky, clear], 0.015)
+    lucky = Drop(0.03, 0.0, 0.005)
+    assert bearable([lucky, clear], 0.015) < 0.03 < bearable([lucky], 0.015)
+    assert bearable([Drop(0.01, -0.02, 0.005)], 0.0) == inf  # nothing is lost
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.5])
+@pytest.mark.parametrize("best", [1.12, 1.7, 2.0, 5.0])
+def test_a_search_comes_within_a_tenth_of_the_best_ratio(power: float, best: float) -> None:
+    tried, ratio = list[tuple[float, float]](), 2.0
+    for _ in range(SEARCHES):
+        tried.append((ratio, 0.01 * ((ratio - 1) / (best - 1)) ** power))
+        following = _next_ratio(tried, inf, 0.01)
+        if following is None:
+            break
+        ratio = following
+    kept = max((ratio for ratio, error in tried if error <= 0.01), default=1.0)
+    assert best / 1.1 <= kept <= best
 
 
 @pytest.mark.parametrize(("cost", "back"), [("macs", True), ("parameters", False)])
