@@ -74,6 +74,26 @@ def test_a_fit_that_loses_next_to_nothing_is_left_as_it_is() -> None:
     np.testing.assert_array_equal(refined.bias, decompose(posed, form).bias)
 
 
+def test_a_wide_layer_of_few_rows_is_never_given_a_matrix_of_its_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("an (m, m) matrix of a layer with few rows")
+
+    monkeypatch.setattr("onnx_lrsd.solver.whiten.Metric.matrix", refuse)
+    n, m, count = 12, 3000, 40
+    layer = Layer("y", "dense", "Gemm", "x", "w", (n, m), "float32", n, m)
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((count, m))
+    weight = rng.standard_normal((n, m)) / m**0.5
+    outputs = rows @ weight.T
+    moments = Moments("y", count, np.zeros(m), rows=rows.astype(np.float32))
+    seen = Rectified(rows.astype(np.float32), outputs.astype(np.float32), 0.0, inf)
+    posed = pose(layer, weight, np.zeros(n), moments)
+    for form in (Form(CHANNEL, 3), Form(CHANNEL, 3, weights=(("fp16", 3),))):
+        assert 0 < decompose(posed, form, rectified=seen).error < 1
+
+
 def test_only_a_rectifier_that_alone_reads_the_tensor_counts() -> None:
     model = onnx.parser.parse_model(
         """<ir_version: 8, opset_import: ["" : 17]>
