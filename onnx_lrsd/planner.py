@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import inf, log
+from math import log
 from statistics import median
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from onnx_lrsd.allocate import COSTS, allocate, by_time, spend
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.model import Model
 from onnx_lrsd.run import Run
+from onnx_lrsd.search import Drop, bearable, search
 from onnx_lrsd.targets import price
 from onnx_lrsd.trial import CLEARLY, speedups, whole_speedup
 from onnx_lrsd.types import DENSE, N_OF_M, ErrorCurve, Factors, Form, Point, Price, Verification
@@ -23,41 +24,10 @@ MARGIN = 0.9
 """What a search for --max-error aims at, as a share of what was asked: other samples must confirm it."""
 MODERATE = 0.03
 """Relative error of a layer at which its sensitivity is measured first."""
-SEARCHES = 6
-"""Fits of the whole model that a search may take."""
-STEP, NEAR = 1.5, 1.05
-"""By how much a search raises a ratio that is kept, and how near it comes to the best."""
-
 SPARE, LAVISH = 1.01, 1.05
 """A plan for latency is measured to be faster than asked by between these factors, so that it stays so."""
 WHOLE_SECONDS = 3.0
 """How long the whole model is timed in a trial of a plan for latency."""
-
-
-class Drop(NamedTuple):
-    """What a model did on labelled samples: its output error, the fall of its score and its deviation."""
-
-    error: float
-    drop: float
-    deviation: float
-
-
-def bearable(drops: Sequence[Drop], most: float) -> float:
-    """The output error at which the score is expected to fall by ``most``, with one standard error to spare.
-
-    A small change of the outputs costs score in proportion to its square, the output error: as many samples
-    cross a boundary in one direction as in the other to first order. So one factor is fitted to all models
-    tried, by least squares weighted with their variances, and the large falls, which stand out of the noise
-    of few samples, tell what small ones are to be expected (benchmarks/RESULTS.md).
-    """
-    weights = [entry.error / max(entry.deviation, 1e-12) ** 2 for entry in drops]
-    precision = sum(w * entry.error for w, entry in zip(weights, drops, strict=True))
-    if precision <= 0:
-        return inf if drops else 0.0
-    slope = sum(w * entry.drop for w, entry in zip(weights, drops, strict=True)) / precision
-    careful = slope + precision**-0.5
-    return most / careful if careful > 0 else inf
-
 
 Forms: TypeAlias = dict[str, Form]
 Fit: TypeAlias = Callable[..., tuple[Model, dict[str, Factors]]]
@@ -181,26 +151,10 @@ class Planner:
         return candidates
 
     def _search(self, error: Callable[[Model], float], limit: Callable[[], float], fit: Fit) -> list[Forms]:
-        """All forms found whose output error is within the limit, the cheapest first; the last are none.
+        def missed(forms: Forms) -> float:
+            return error(fit(forms=forms, progress=None)[0])
 
-        The limit may move with each error that is measured.
-        """
-        tried: list[tuple[float, float, Forms]] = []  # ratio, output error, forms
-        beyond = inf  # ratios out of reach
-        ratio = self.run.target.first_ratio
-        for _ in range(SEARCHES):
-            try:
-                chosen = self.for_ratio(ratio)
-            except BudgetError:
-                beyond = ratio
-            else:
-                tried.append((ratio, error(fit(forms=chosen, progress=None)[0]), chosen))
-            found = _next_ratio([entry[:2] for entry in tried], beyond, limit())
-            if found is None:
-                break
-            ratio = found
-        kept = [entry for entry in tried if entry[1] <= limit()]
-        return [chosen for _, _, chosen in sorted(kept, key=_first, reverse=True)] + [Forms()]
+        return [*search(self.run.target.first_ratio, self.for_ratio, missed, limit), Forms()]
 
     def _allocate(self, ratio: float) -> dict[str, Point]:
         points = allocate(self.curves, self.whole / ratio, self.rest, self.cost, self.sensitivity)
@@ -255,26 +209,6 @@ def _first(entry: tuple[float, *tuple[object, ...]]) -> float:
 def _worst(found: Verification) -> float:
     """Error of the output that changed most."""
     return max(output.relative_error for output in found.outputs)
-
-
-def _next_ratio(tried: Sequence[tuple[float, float]], beyond: float, limit: float) -> float | None:
-    """Where the output error should meet ``limit``, from the (ratio, error) ``tried``; None if near enough.
-
-    Between two of them the error is taken as a power of what is saved, ratio - 1; below all as its square.
-    """
-    low, least = max((entry for entry in tried if entry[1] <= limit), default=(1.0, 0.0))
-    high, most = min((entry for entry in tried if entry[0] > low), default=(beyond, inf))
-    if high == inf:
-        return low * STEP
-    if high / low < NEAR:
-        return None
-    part = 0.5
-    if most < inf and limit > 0:
-        power = 2.0
-        if least > 0:
-            power = max(log(most / least) / log((high - 1) / (low - 1)), 0.5)
-        part = (1 + (high - 1) * (limit / most) ** (1 / power) - low) / (high - low)
-    return low + (high - low) * min(max(part, 0.2), 0.8)
 
 
 def _macs(curve: ErrorCurve, form: Form) -> int:

@@ -19,8 +19,8 @@ from onnx_lrsd.cli import main
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.model import Model
-from onnx_lrsd.planner import SEARCHES, Drop, _next_ratio, bearable
 from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.search import Drop, bearable, search
 from onnx_lrsd.types import Verification
 from onnx_lrsd.verify import compare
 
@@ -84,14 +84,10 @@ def test_a_fall_that_stands_out_tells_what_small_ones_are_to_be_expected() -> No
 @pytest.mark.parametrize("power", [1.0, 2.0, 3.5])
 @pytest.mark.parametrize("best", [1.12, 1.7, 2.0, 5.0])
 def test_a_search_comes_within_a_tenth_of_the_best_ratio(power: float, best: float) -> None:
-    tried, ratio = list[tuple[float, float]](), 2.0
-    for _ in range(SEARCHES):
-        tried.append((ratio, 0.01 * ((ratio - 1) / (best - 1)) ** power))
-        following = _next_ratio(tried, inf, 0.01)
-        if following is None:
-            break
-        ratio = following
-    kept = max((ratio for ratio, error in tried if error <= 0.01), default=1.0)
+    def error(ratio: float) -> float:
+        return float(0.01 * ((ratio - 1) / (best - 1)) ** power)
+
+    kept = search(2.0, lambda ratio: ratio, error, lambda: 0.01)[0]
     assert best / 1.1 <= kept <= best
 
 
