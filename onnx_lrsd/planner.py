@@ -15,7 +15,17 @@ from onnx_lrsd.run import Run
 from onnx_lrsd.search import Drop, bearable, search
 from onnx_lrsd.targets import price
 from onnx_lrsd.trial import CLEARLY, speedups, whole_speedup
-from onnx_lrsd.types import DENSE, N_OF_M, ErrorCurve, Factors, Form, Point, Price, Verification
+from onnx_lrsd.types import (
+    DENSE,
+    N_OF_M,
+    UNSTRUCTURED,
+    ErrorCurve,
+    Factors,
+    Form,
+    Point,
+    Price,
+    Verification,
+)
 from onnx_lrsd.verify import compare
 
 ROUNDS = 4
@@ -198,8 +208,8 @@ class Planner:
 
 
 def _far_from_moderate(point: Point) -> tuple[bool, float]:
-    """How ill a point suits a first sensitivity; N:M takes far longer to fit than factors alone."""
-    return point.form.pattern.kind == N_OF_M, abs(log(point.error / MODERATE))
+    """How ill a point suits a first sensitivity; single entries take far longer to fit than factors alone."""
+    return point.form.pattern.kind in (N_OF_M, UNSTRUCTURED), abs(log(point.error / MODERATE))
 
 
 def _first(entry: tuple[float, *tuple[object, ...]]) -> float:
