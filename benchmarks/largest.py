@@ -94,7 +94,7 @@ def rows(folder: Path, drop: float, count: int | None) -> list[str]:
     def row(method: str, model: Model, ratio: float, interval: tuple[float, float] | None) -> str:
         after = score(kind, outputs(model, held), labels)
         low, high = interval or (ratio, ratio)
-        error = max(o.relative_error for o in compare(source, model, held, latency=False).outputs)
+        error = compare(source, model, held, latency=False).error
         return (
             f"| {folder.name} | {method} | {ratio:.2f} x ({low:.2f} to {high:.2f}) | {100 * before:.2f} "
             f"| {100 * after:.2f} | {100 * (after - before):+.2f} | {error:.4f} |"

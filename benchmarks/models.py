@@ -164,7 +164,7 @@ def run(
             "score": kind,
             "before": before,
             "after": after,
-            "output_error": max(o.relative_error for o in found.outputs),
+            "output_error": found.error,
             "samples": len(labels),
             "seconds": round(seconds, 1),
             "stages": {stage: round(value, 1) for stage, value in result.report.seconds.items()},
@@ -182,7 +182,7 @@ def run(
                     "bytes": step.before.bytes / step.after.bytes,
                     "before": before,
                     "after": step.metric.after if step.metric is not None else float("nan"),
-                    "output_error": max(o.relative_error for o in step.outputs),
+                    "output_error": step.error,
                 }
             )
     if with_baselines:

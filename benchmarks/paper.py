@@ -253,7 +253,7 @@ def run_networks(given: argparse.Namespace) -> None:
                 metric = None if judge_by.labels is None else "top1"
                 measured = compare(model, model.splice(edited), judge_by, metric=metric, latency=False)
                 unseen, own = (geometric(column) for column in zip(*errors, strict=True))
-                outputs = max(output.relative_error for output in measured.outputs)
+                outputs = measured.error
                 scores = ["", ""]
                 if measured.metric is not None:
                     scores = [f"{100 * x:.2f}" for x in (measured.metric.before, measured.metric.after)]

@@ -17,19 +17,12 @@ from pathlib import Path
 from forms import halves
 
 from onnx_lrsd.solver.decompose import decompose
-from onnx_lrsd.solver.layout import expand, rank_size
+from onnx_lrsd.solver.layout import expand
 from onnx_lrsd.solver.resolvent import Resolvent
-from onnx_lrsd.types import CHANNEL, NONE, SPATIAL, UNSTRUCTURED, Form, Layer, Pattern
+from onnx_lrsd.solver.share import split_forms
+from onnx_lrsd.types import CHANNEL, NONE, SPATIAL
 
 SHARES, PARTS = (0.067, 0.125, 0.25), (0.0, 0.3, 0.6, 1.0)
-
-
-def split(layer: Layer, kind: str, share: float, part: float) -> Form:
-    """Factors with ``part`` of ``share`` of the weight's numbers, and S with the rest."""
-    numbers, each = round(share * layer.n * layer.m), rank_size(layer, kind)
-    rank = round(part * numbers / each)
-    entries = numbers - rank * each if part < 1 else 0
-    return Form(kind if rank else CHANNEL, rank, Pattern(UNSTRUCTURED, entries) if entries else NONE)
 
 
 def main() -> None:
@@ -52,8 +45,7 @@ def main() -> None:
         for kind in (SPATIAL, CHANNEL):
             for share in SHARES:
                 errors = []
-                for part in PARTS:
-                    form = split(layer, kind, share, part)
+                for form in split_forms(layer, kind, share * layer.n * layer.m, shares=PARTS):
                     effort = "standard" if form.pattern == NONE else "brief"
                     fitted = decompose(posed, form, effort=effort, resolvent=resolvent)
                     errors.append(judge.error(expand(layer, fitted)))

@@ -164,7 +164,7 @@ class Case:
             before=metric.before if metric else self.plain,
             after=metric.after if metric else self.scored(model),
             points=metric.interval if metric else None,
-            error=max(output.relative_error for output in found.outputs),
+            error=found.error,
         )
 
     def ours(self, target: str, ratio: float, group: str, **options: object) -> tuple[Row, Model | None]:

@@ -100,7 +100,7 @@ def _promise(run: Run, plan: Plan, found: Verification, smaller: bool) -> Promis
         got = 100 * (found.metric.before - found.metric.after)
         return Promise("max_drop", options.max_drop, got, smaller and got <= options.max_drop)
     if options.max_error is not None:
-        got = max((output.relative_error for output in found.outputs), default=0.0)
+        got = found.error
         return Promise("max_error", options.max_error, got, got <= options.max_error)
     return None
 

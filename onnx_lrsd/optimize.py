@@ -289,7 +289,7 @@ def _verify(
         run.reasons.update(dict.fromkeys(factors, "the whole model gained nothing by it"))
         rewritten, factors, run.int8 = source, {}, None
         found = compare(source, source, check_on, metric=metric)
-    worst = max((output.relative_error for output in found.outputs), default=0.0)
+    worst = found.error
     ratio = run.options.ratio
     if ratio is not None and worst > MUCH:
         run.warnings.append(

@@ -24,7 +24,6 @@ from onnx_lrsd.types import (
     Form,
     Point,
     Price,
-    Verification,
 )
 from onnx_lrsd.verify import compare
 
@@ -131,7 +130,7 @@ class Planner:
         """
 
         def error(rewritten: Model) -> float:
-            return _worst(compare(self.source, rewritten, samples, latency=False))
+            return compare(self.source, rewritten, samples, latency=False).error
 
         return self._search(error, lambda: MARGIN * most, fit)[0]
 
@@ -148,7 +147,7 @@ class Planner:
             assert found.metric is not None
             low, high = found.metric.interval
             drop = found.metric.before - found.metric.after
-            drops.append(Drop(_worst(found), drop, (high - low) / (2 * 1.96)))
+            drops.append(Drop(found.error, drop, (high - low) / (2 * 1.96)))
             return drops[-1].error
 
         candidates = self._search(error, lambda: bearable(drops, most), fit)
@@ -214,11 +213,6 @@ def _far_from_moderate(point: Point) -> tuple[bool, float]:
 
 def _first(entry: tuple[float, *tuple[object, ...]]) -> float:
     return entry[0]
-
-
-def _worst(found: Verification) -> float:
-    """Error of the output that changed most."""
-    return max(output.relative_error for output in found.outputs)
 
 
 def _macs(curve: ErrorCurve, form: Form) -> int:

@@ -385,6 +385,11 @@ class Verification:
     samples: int
     metric: Metric | None = None
 
+    @property
+    def error(self) -> float:
+        """Relative error of the output that changed most."""
+        return max((output.relative_error for output in self.outputs), default=0.0)
+
 
 @dataclass(frozen=True)
 class Int8:

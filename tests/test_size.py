@@ -235,10 +235,10 @@ def test_one_storage_for_all_weights(tmp_path: Path) -> None:
 
 
 def test_parameters_count_numbers_not_bytes(tmp_path: Path) -> None:
-    asked = ("--cost", "params", "--ratio", 1.8, "--exclude", "conv5|conv6|dense2")
+    asked = ("--cost", "params", "--ratio", 3, "--forms", "dense,channel")  # a spatial one beside S is slow
     result, _ = optimised(tmp_path, *asked, "--json", tmp_path / "r.json")
     assert result.exit_code == 0, result.stderr
-    assert json.loads((tmp_path / "r.json").read_text())["ratio"]["parameters"] >= 1.8 * 0.995
+    assert json.loads((tmp_path / "r.json").read_text())["ratio"]["parameters"] >= 3 * 0.995
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,7 @@ def _int8(int8: Int8, ink: _Ink) -> str:
     """What either step does alone, and which layers stay in float."""
     rows: list[Row] = []
     for name, step in int8.steps.items():
-        worst = max((output.relative_error for output in step.outputs), default=0.0)
+        worst = step.error
         latency = "" if step.latency_ratio is None else f"{_down(step.latency_ratio):.2f} x"
         score = "" if step.metric is None else f"{100 * step.metric.after:.2f} %"
         rows.append((name, latency, _times(step.before.bytes, step.after.bytes), _percent(worst), score))

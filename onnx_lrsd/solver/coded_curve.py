@@ -160,8 +160,7 @@ def _in_numbers(problem: Problem, kinds: Sequence[str]) -> dict[Form, float]:
     kind = next((kind for kind in (SPATIAL, CHANNEL) if kind in kinds and _fits(problem, kind)), None)
     found = {}
     for part in (0.0, OF_FACTORS) if kind is not None and n * m**2 <= WORK_BESIDE else (0.0,):
-        forms = {share: _numbers_left(problem, kind or CHANNEL, share, part) for share in SHARES}
-        errors = [max(error(form), 1e-12) for form in forms.values()]
+        errors = [max(error(_numbers_left(problem, kind or CHANNEL, x, part)), 1e-12) for x in SHARES]
         for low, high in pairwise(SHARES):
             for share in np.geomspace(low, high, BETWEEN, endpoint=False):
                 form = _numbers_left(problem, kind or CHANNEL, float(share), part)

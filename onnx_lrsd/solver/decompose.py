@@ -159,9 +159,8 @@ def _alone(problem: Problem, form: Form, sweeps: int, rectified: Rectified | Non
     shared = None if form.kind == CHANNEL else prepare(layer, weight, metric, form.kind)
     v, weighed = factors(layer, weight, metric, form, sweeps, shared)
     h = problem.unweigh(weighed)
-    if rectified is None or metric.rows is not None:  # few rows: nothing to spare for a second fit
-        return _Parts(v, h, None)
-    if problem.error(ungroup_weight(namespace(v).matmul(h, v))) < RECTIFIED_FROM:
+    few = metric.rows is not None  # nothing to spare for a second fit
+    if few or rectified is None or problem.error(ungroup_weight(namespace(v).matmul(h, v))) < RECTIFIED_FROM:
         return _Parts(v, h, None)
     shared = shared or prepare(layer, weight, metric, form.kind)
     found = refine(problem, shared, v, weighed, rectified, form.outer)
