@@ -50,6 +50,8 @@ from onnx_lrsd.verify import compare, total_price
 
 MUCH = 0.1
 """Output error from which a result that only met its ratio carries a warning."""
+PAYS = 0.25
+"""Of the time that fewer MACs should save, what such a result must save at least to be handed out."""
 
 
 class Result(NamedTuple):
@@ -309,8 +311,8 @@ def _held(found: Verification, layers: Sequence[Layer], factors: Mapping[str, Fa
 def _no_gain(run: Run, found: Verification) -> str:
     """In what the result is no better than the original; empty where it is.
 
-    Where time is what counts it must be clearly gained; elsewhere none may be lost beyond what the
-    measurement leaves open.
+    Where time is what counts it must be clearly gained, and more of it where the outputs suffered; elsewhere
+    none may be lost beyond what the measurement leaves open.
     """
     if found.after.bytes > found.before.bytes:
         return "is larger as a whole"
@@ -318,6 +320,10 @@ def _no_gain(run: Run, found: Verification) -> str:
         return ""
     ratio, (low, high) = found.latency_ratio, found.latency_interval
     counts = run.cost in ("macs", "latency")
-    if (low < 1 or ratio < CLEARLY) if counts else high < 1:
-        return f"runs {ratio:.2f} times as fast as a whole ({low:.2f} to {high:.2f})"
+    least, changed = CLEARLY, ""
+    if run.options.ratio is not None and found.error > MUCH:
+        least = max(least, 1 + PAYS * (found.before.macs / found.after.macs - 1))
+        changed = f" and changes the outputs by {found.error:.0%} of their variance"
+    if (low < 1 or ratio < least) if counts else high < 1:
+        return f"runs {ratio:.2f} times as fast as a whole ({low:.2f} to {high:.2f}){changed}"
     return ""

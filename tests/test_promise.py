@@ -21,7 +21,7 @@ from onnx_lrsd.errors import DataError
 from onnx_lrsd.model import Model
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.search import Drop, bearable, search
-from onnx_lrsd.types import Verification
+from onnx_lrsd.types import OutputError, Verification
 from onnx_lrsd.verify import compare
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -107,6 +107,21 @@ def test_a_model_that_gains_no_time_as_a_whole_is_handed_back_where_time_counts(
         is back
     )
     assert found.report.promise is not None and found.report.promise.kept is not back
+
+
+@pytest.mark.parametrize(("error", "back"), [(0.2, True), (0.05, False)])
+def test_much_error_for_little_time_is_handed_back(
+    monkeypatch: pytest.MonkeyPatch, error: float, back: bool
+) -> None:
+    def judged(before: Model, after: Model, samples: Samples, **options: Any) -> Verification:
+        found = compare(before, after, samples, latency=False)
+        outputs = (OutputError("scores", error),)
+        return replace(found, latency_ratio=1.1, latency_interval=(1.05, 1.15), outputs=outputs)
+
+    monkeypatch.setattr(sys.modules["onnx_lrsd.optimize"], "compare", judged)
+    found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, ratio=1.5, samples=80)
+    assert (found.model.proto == onnx_lrsd.load(MODEL).proto) is back
+    assert any("changes the outputs by 20%" in said for said in found.report.warnings) is back
 
 
 def test_a_drop_without_labels_is_refused_with_the_remedy(tmp_path: Path) -> None:
