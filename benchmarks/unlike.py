@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,43 +22,26 @@ from models import outputs
 from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.model import load
 from onnx_lrsd.runtime import inputs_of
-from onnx_lrsd.solver import whiten
-from onnx_lrsd.types import Plan
 
-DAMPINGS = (3, 6, 12, 24)
-ORIGINALS = {"no original rows": 1 << 40, "every third": 3, "every second": 2}
+RULES: dict[str, tuple[str, str, float]] = {
+    **{f"damping {each}": ("onnx_lrsd.solver.whiten", "OF_SAMPLES", each) for each in (3, 6, 12, 24)},
+    "no original rows": ("onnx_lrsd.calibrate", "ORIGINAL", 1 << 40),
+    "every second": ("onnx_lrsd.calibrate", "ORIGINAL", 2),
+}
+"""A constant and what it is in place of its value, by name; with damping 6 all is as the tool has it."""
 JUDGES = 300
 """Samples that judge, at most."""
 
 
-@contextmanager
-def damped(each: float) -> Iterator[None]:
-    """The rule of the damping with ``each`` / samples in place of 6 / samples."""
-
-    def rule(inputs: int, rows: int, samples: int) -> float:
-        return min(0.3, max(0.01, 0.06 * inputs / max(rows, 1), each / max(samples, 1)))
-
-    with patch.object(whiten, "relative_damping", rule):
-        yield
-
-
-def errors(folder: Path, fit: Samples, judge: Samples, ratio: float) -> Iterator[tuple[str, float]]:
-    """Each rule with the output error on ``judge``, all with the plan that the tool makes on ``fit``."""
-    plan: Plan = onnx_lrsd.optimize(
-        folder / "model.onnx", fit, evaluation=judge, ratio=ratio, dry_run=True
-    ).plan
-
-    def error() -> float:
-        found = onnx_lrsd.optimize(folder / "model.onnx", fit, evaluation=judge, plan=plan)
+def errors(folder: Path, fit: Samples, judge: Samples, ratio: float) -> Iterator[float]:
+    """Output error on ``judge`` by each of the rules, all with the plan that the tool makes on ``fit``."""
+    model = folder / "model.onnx"
+    plan = onnx_lrsd.optimize(model, fit, evaluation=judge, ratio=ratio, dry_run=True).plan
+    for module, name, value in RULES.values():
+        with patch.object(sys.modules[module], name, value):
+            found = onnx_lrsd.optimize(model, fit, evaluation=judge, plan=plan)
         assert found.report.verification is not None
-        return found.report.verification.error
-
-    for each in DAMPINGS:
-        with damped(each):
-            yield f"damping {each}", error()
-    for name, every in ORIGINALS.items():
-        with patch.object(sys.modules["onnx_lrsd.calibrate"], "ORIGINAL", every):
-            yield name, error()
+        yield found.report.verification.error
 
 
 def main() -> None:
@@ -80,15 +62,12 @@ def main() -> None:
         "like": (order[: given.samples], order[given.samples :]),
         "unlike": (order[first][: given.samples], order[~first]),
     }
-    print("| judged on | " + " | ".join([*(f"damping {d}" for d in DAMPINGS), *ORIGINALS]) + " |")
-    print("|---" * (len(DAMPINGS) + len(ORIGINALS) + 1) + "|")
+    print("| judged on | " + " | ".join(RULES) + " |")
+    print("|---" * (len(RULES) + 1) + "|")
     for way, (fit, judge) in ways.items():
         parts = samples.take(np.sort(fit)), samples.take(np.sort(judge[:JUDGES]))
-        print(
-            f"| {way} | "
-            + " | ".join(f"{error:.4f}" for _, error in errors(given.folder, *parts, given.ratio)),
-            "|",
-        )
+        found = errors(given.folder, *parts, given.ratio)
+        print(f"| {way} | " + " | ".join(f"{error:.4f}" for error in found) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -319,11 +319,12 @@ def _no_gain(run: Run, found: Verification) -> str:
     if not run.target.timed_here or found.latency_ratio is None or found.latency_interval is None:
         return ""
     ratio, (low, high) = found.latency_ratio, found.latency_interval
-    counts = run.cost in ("macs", "latency")
-    least, changed = CLEARLY, ""
-    if run.options.ratio is not None and found.error > MUCH:
-        least = max(least, 1 + PAYS * (found.before.macs / found.after.macs - 1))
-        changed = f" and changes the outputs by {found.error:.0%} of their variance"
-    if (low < 1 or ratio < least) if counts else high < 1:
-        return f"runs {ratio:.2f} times as fast as a whole ({low:.2f} to {high:.2f}){changed}"
+    said = f"runs {ratio:.2f} times as fast as a whole ({low:.2f} to {high:.2f})"
+    if run.cost not in ("macs", "latency"):
+        return said if high < 1 else ""
+    if low < 1 or ratio < CLEARLY:
+        return said
+    least = 1 + PAYS * (found.before.macs / found.after.macs - 1)
+    if run.options.ratio is not None and found.error > MUCH and ratio < least:
+        return f"{said} and changes the outputs by {found.error:.0%} of their variance"
     return ""

@@ -16,6 +16,8 @@ from onnx_lrsd.types import Array, Layer, Moments
 
 OWN = 2.0
 """What an error of a layer's outputs counts by itself, beside what its readers make of it on average."""
+OF_SAMPLES = 6.0
+"""Damping with one sample, in units of the mean diagonal of C; it falls as there are more."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def relative_damping(inputs: int, rows: int, samples: int) -> float:
     Rows of one sample are alike, so that the number of samples counts beside that of rows. The rule
     was found on calibration samples kept apart from the fit (benchmarks/RESULTS.md).
     """
-    return min(0.3, max(0.01, 0.06 * inputs / max(rows, 1), 6 / max(samples, 1)))
+    return min(0.3, max(0.01, 0.06 * inputs / max(rows, 1), OF_SAMPLES / max(samples, 1)))
 
 
 def output_metric(read: Sequence[np.ndarray]) -> np.ndarray:
