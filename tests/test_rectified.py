@@ -14,12 +14,33 @@ from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
 from onnx_lrsd.solver.rectified import Rectified
 from onnx_lrsd.solver.whiten import Problem, pose
-from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Factors, Form, Layer, Moments
+from onnx_lrsd.types import (
+    CHANNEL,
+    CHANNEL_IN,
+    NONE,
+    SPATIAL,
+    TUCKER,
+    UNSTRUCTURED,
+    Factors,
+    Form,
+    Layer,
+    Moments,
+    Pattern,
+)
 
 LAYER = Layer(
     "y", "conv", "Conv", "x", "w", (16, 8, 3, 3), "float32", 16, 72, axis=1, kernel=(3, 3), strides=(1, 1)
 )
-FORMS = (Form(CHANNEL, 6), Form(CHANNEL_IN, 1), Form(SPATIAL, 5), Form(TUCKER, 4, outer=8))
+ENTRIES = Pattern(UNSTRUCTURED, 40)
+FORMS = (
+    Form(CHANNEL, 6),
+    Form(CHANNEL_IN, 1),
+    Form(SPATIAL, 5),
+    Form(TUCKER, 4, outer=8),
+    Form(CHANNEL, 0, ENTRIES),
+    Form(CHANNEL, 2, ENTRIES),
+    Form(SPATIAL, 2, ENTRIES),
+)
 LIMITS = ((0.0, inf), (0.0, 1.0), (-inf, inf))
 
 
@@ -61,7 +82,8 @@ def test_what_passes_is_nearer_and_the_reported_error_is_that_of_the_factors(
     before, after = (passed(factors, rows, outputs, *limits) for factors in (plain, refined))
     assert after <= before * (1 + 1e-4)
     if np.isfinite(limits[0]):
-        assert after < 0.97 * before and refined.error > plain.error
+        gained = 0.97 if form.pattern == NONE else 0.999  # beside S the factors stay, of S its support
+        assert after < gained * before and refined.error > plain.error
     missed = outputs - rows @ expand(LAYER, refined).T - refined.bias
     spread = np.square(outputs - outputs.mean(axis=0)).sum()
     assert refined.error == pytest.approx(np.square(missed).sum() / spread, rel=1e-3)

@@ -23,7 +23,7 @@ from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.parts import FreeFactors, Part, orthonormal
 from onnx_lrsd.solver.pattern import check_pattern, grown, nonzeros, support
 from onnx_lrsd.solver.resolvent import Resolvent
-from onnx_lrsd.solver.whiten import Metric
+from onnx_lrsd.solver.whiten import Metric, Outputs
 from onnx_lrsd.types import NONE, Array, Pattern
 
 EFFORTS = {"brief": (5, 4), "fast": (5, 8), "standard": (10, 8), "thorough": (16, 16)}
@@ -106,7 +106,7 @@ def fit_sparse(
     s, mask, rested = _search(w, h, part, pattern, taps, effort)
     for _ in range(ROUNDS):
         part.refit(w - s, h)
-        s = _gradients(w, h, part, s, mask)
+        s = gradients(w, h, part, s, mask)
     part.refit(w - s, h)
     return s, rested
 
@@ -142,14 +142,24 @@ def _search(
     return xp.where(mask, s, zero), mask, moved <= RESTED
 
 
-def _gradients(w: Array, h: Resolvent, part: Part, s: Array, mask: Array) -> Array:
-    """Conjugate gradients for min_S |W - L - S|_H^2 on the support ``mask``, from ``s``."""
+def gradients(
+    w: Array, h: Resolvent, part: Part, s: Array, mask: Array, outputs: Outputs | None = None
+) -> Array:
+    """Conjugate gradients for min_S |W - L - S|_H^2 on the support ``mask``, from ``s``.
+
+    With ``outputs`` for min_S tr(G D H D^T), D = W - L - S, in their metric G.
+    """
     xp = namespace(w)
     zero = xp.zeros_like(w)
-    residual = xp.where(mask, h.apply(part.miss(w - s)), zero)
+
+    def image_of(x: Array) -> Array:
+        seen = h.apply(x)
+        return xp.where(mask, seen if outputs is None else outputs.apply(seen), zero)
+
+    residual = image_of(part.miss(w - s))
     direction, fall = residual, xp.sum(residual**2)
     for _ in range(GRADIENT_STEPS):
-        image = xp.where(mask, h.apply(part.tangent(direction)), zero)
+        image = image_of(part.tangent(direction))
         curvature = xp.sum(direction * image)
         step = fall / xp.where(curvature > 0, curvature, xp.inf)
         s, residual = s + step * direction, residual - step * image

@@ -15,14 +15,14 @@ from math import prod
 
 import numpy as np
 
-from onnx_lrsd.arrays import indices, namespace, to_numpy
+from onnx_lrsd.arrays import from_numpy, indices, namespace, to_numpy
 from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.coded import code_dense
 from onnx_lrsd.solver.decompose import decompose, prepare
-from onnx_lrsd.solver.layout import rank_size, shared_groups
+from onnx_lrsd.solver.layout import expand, rank_size, shared_groups
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.resolvent import Resolvent
-from onnx_lrsd.solver.whiten import Problem
+from onnx_lrsd.solver.whiten import OF_ENTRIES, Problem
 from onnx_lrsd.storage import FP16, INT2, INT3, INT4, INT6, STORAGES, TERNARY, UINT8, Storage
 from onnx_lrsd.types import CHANNEL, DENSE, SPATIAL, UNSTRUCTURED, Form, Pattern
 
@@ -62,12 +62,13 @@ def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) ->
         if kind in kinds and _fits(problem, kind):
             for form, missed, noise in _factors(problem, kind, weights):
                 found[form], noises[form] = missed + noise, noise
-    n, m = problem.weight.shape
-    if problem.metric.rows is not None:
-        return found
+    sparse = problem.damped(OF_ENTRIES)
     if weights == FP16.name:
-        return found | _in_numbers(problem, kinds)
-    return found | _with_entries(problem, found, noises, weights) if n * m**2 <= MOST_WORK else found
+        return found | _in_numbers(sparse, kinds)
+    n, m = problem.weight.shape
+    if problem.metric.rows is not None or n * m**2 > MOST_WORK:
+        return found
+    return found | _with_entries(sparse, found, noises, weights)
 
 
 def _fits(problem: Problem, kind: str) -> bool:
@@ -145,8 +146,9 @@ def _mix(energies: np.ndarray, last: int, offered: Sequence[Storage]) -> list[in
 def _in_numbers(problem: Problem, kinds: Sequence[str]) -> dict[Form, float]:
     """S as fp16, alone and beside factors, over the numbers that are left."""
     n, m = problem.weight.shape
-    rows = min(max(int(WORK / m**2), FEWEST_ROWS), n)
-    if rows * m**2 > MOST_WORK:
+    each = m * (m if problem.metric.rows is None else len(problem.metric.rows))
+    rows = min(max(int(WORK / each), FEWEST_ROWS), n)
+    if rows * each > MOST_WORK:
         return {}
     sampled = problem if rows == n else _some_rows(problem, rows)
     resolvent = Resolvent(problem.metric, sampled.weight, prod(problem.layer.kernel))
@@ -155,11 +157,11 @@ def _in_numbers(problem: Problem, kinds: Sequence[str]) -> dict[Form, float]:
         of_rows = replace(
             form, weights=(), entries="", pattern=Pattern(UNSTRUCTURED, form.pattern.count * rows // n)
         )
-        return float(decompose(sampled, of_rows, effort="brief", resolvent=resolvent).error)
+        return _expected(sampled, of_rows, resolvent)
 
     kind = next((kind for kind in (SPATIAL, CHANNEL) if kind in kinds and _fits(problem, kind)), None)
     found = {}
-    for part in (0.0, OF_FACTORS) if kind is not None and n * m**2 <= WORK_BESIDE else (0.0,):
+    for part in (0.0, OF_FACTORS) if kind is not None and n * each <= WORK_BESIDE else (0.0,):
         errors = [max(error(_numbers_left(problem, kind or CHANNEL, x, part)), 1e-12) for x in SHARES]
         for low, high in pairwise(SHARES):
             for share in np.geomspace(low, high, BETWEEN, endpoint=False):
@@ -203,8 +205,7 @@ def _with_entries(
     resolvent = Resolvent(problem.metric, problem.weight, prod(problem.layer.kernel))
 
     def fitted(form: Form) -> float:
-        plain = replace(form, weights=())
-        return float(decompose(problem, plain, effort="brief", resolvent=resolvent).error)
+        return _expected(problem, replace(form, weights=()), resolvent)
 
     found = {}
     for share in DENSITIES:
@@ -220,6 +221,12 @@ def _with_entries(
             noise = noises[factors] + storage.noise * max(errors[factors] - missed, 0.0)
             found[replace(form, entries=storage.name)] = missed + noise
     return found
+
+
+def _expected(problem: Problem, form: Form, resolvent: Resolvent) -> float:
+    """What a brief fit is expected to lose; in sample an S of free entries looks several times better."""
+    factors = decompose(problem, form, effort="brief", resolvent=resolvent)
+    return problem.expected(from_numpy(expand(problem.layer, factors), problem.weight))
 
 
 def _bits(problem: Problem, form: Form) -> float:

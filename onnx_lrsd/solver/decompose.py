@@ -16,7 +16,7 @@ from onnx_lrsd.solver.layout import factor_kernels, group_metric, group_weight, 
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.parts import SharedFactors
 from onnx_lrsd.solver.pattern import check_pattern
-from onnx_lrsd.solver.rectified import Rectified, refine
+from onnx_lrsd.solver.rectified import Rectified, refine, refine_entries
 from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.solver.sparse import Elimination, best_channels, channel_gains, eliminate
 from onnx_lrsd.solver.whiten import Metric, Problem
@@ -53,6 +53,16 @@ class _Parts(NamedTuple):
     sparse: Array | None
     converged: bool = True
     shift: Array | None = None
+
+    @property
+    def product(self) -> Array:
+        """The weight (n, m) that factors and S give; there is one of them at least."""
+        low = None
+        if self.v is not None and self.h is not None:
+            low = ungroup_weight(namespace(self.v).matmul(self.h, self.v))
+        if self.sparse is None or low is None:
+            return self.sparse if low is None else low
+        return low + self.sparse
 
 
 def decompose(
@@ -95,16 +105,14 @@ def decompose(
     elif form.pattern == NONE:
         parts = _alone(problem, form, SWEEPS[effort], rectified)
     else:
-        parts = _beside_entries(problem, form, effort, seed, resolvent)
+        parts = _beside_entries(problem, form, effort, seed, resolvent, rectified)
         channels = tuple(range(layer.channels))
-    approximation = xp.zeros_like(weight)
+    approximation = parts.product
     kernels: tuple[Array, ...] = ()
     if parts.v is not None and parts.h is not None:
         kernels = factor_kernels(layer, form.kind, parts.v, parts.h, form.outer)
-        approximation = ungroup_weight(xp.matmul(parts.h, parts.v))
     sparse = None
     if parts.sparse is not None:
-        approximation = approximation + parts.sparse
         wide = np.reshape(to_numpy(parts.sparse), (layer.n, layer.channels, *layer.kernel))
         sparse = wide[:, list(channels)]
     bias, error = _bias_and_error(problem, approximation, parts.shift)
@@ -131,15 +139,15 @@ def _coded(
     weight, shift = problem.weight, None
     if form.kind == DENSE:
         coded = code_dense(problem, form)
-    elif form.pattern == NONE:
-        parts = _alone(problem, form, SWEEPS[effort], rectified)
-        assert parts.v is not None and parts.h is not None
-        shift = parts.shift
-        aim = weight if shift is None else ungroup_weight(namespace(weight).matmul(parts.h, parts.v))
-        coded = code_factors(problem, form, parts.v, parts.h, None, aim)
     else:
-        parts = _beside_entries(problem, form, effort, seed, resolvent)
-        coded = code_factors(problem, form, parts.v, parts.h, parts.sparse, weight)
+        parts = (
+            _alone(problem, form, SWEEPS[effort], rectified)
+            if form.pattern == NONE
+            else _beside_entries(problem, form, effort, seed, resolvent, rectified)
+        )
+        shift = parts.shift
+        aim = weight if shift is None else parts.product
+        coded = code_factors(problem, form, parts.v, parts.h, parts.sparse, aim)
     bias, error = _bias_and_error(problem, coded.weight, shift)
     return Factors(form, (), to_numpy(bias), error=error, packed=coded.packed)
 
@@ -158,13 +166,17 @@ def _alone(problem: Problem, form: Form, sweeps: int, rectified: Rectified | Non
     layer, weight, metric = problem.layer, problem.weigh(problem.weight), problem.metric
     shared = None if form.kind == CHANNEL else prepare(layer, weight, metric, form.kind)
     v, weighed = factors(layer, weight, metric, form, sweeps, shared)
-    h = problem.unweigh(weighed)
-    few = metric.rows is not None  # nothing to spare for a second fit
-    if few or rectified is None or problem.error(ungroup_weight(namespace(v).matmul(h, v))) < RECTIFIED_FROM:
-        return _Parts(v, h, None)
+    parts = _Parts(v, problem.unweigh(weighed), None)
+    if rectified is None or not _worth_refining(problem, parts):
+        return parts
     shared = shared or prepare(layer, weight, metric, form.kind)
     found = refine(problem, shared, v, weighed, rectified, form.outer)
     return _Parts(found.v, found.h, None, shift=found.shift)
+
+
+def _worth_refining(problem: Problem, parts: _Parts) -> bool:
+    """Whether a rectifier may save something; few rows have nothing to spare for a second fit."""
+    return problem.metric.rows is None and problem.error(parts.product) >= RECTIFIED_FROM
 
 
 def factors(
@@ -225,13 +237,27 @@ def _beside_channels(problem: Problem, form: Form, chosen: Elimination, sweeps: 
 
 
 def _beside_entries(
-    problem: Problem, form: Form, effort: str, seed: int, resolvent: Resolvent | None
+    problem: Problem,
+    form: Form,
+    effort: str,
+    seed: int,
+    resolvent: Resolvent | None,
+    rectified: Rectified | None,
 ) -> _Parts:
-    """Factors and an S of free or N:M entries, found jointly."""
+    """Factors and an S of free or N:M entries; S refined for the rectifier behind the layer."""
+    h = resolvent or Resolvent(_formed(problem, form), problem.weight, prod(problem.layer.kernel))
+    parts = _jointly(problem, form, effort, seed, h)
+    if rectified is None or not _worth_refining(problem, parts):
+        return parts
+    sparse, shift = refine_entries(problem, h, parts.product - parts.sparse, parts.sparse, rectified)
+    return parts._replace(sparse=sparse, shift=shift)
+
+
+def _jointly(problem: Problem, form: Form, effort: str, seed: int, h: Resolvent) -> _Parts:
+    """Factors and S, found together by least squares."""
     layer, weight = problem.layer, problem.weight
     xp = namespace(weight)
     taps = prod(layer.kernel)
-    h = resolvent or Resolvent(_formed(problem, form), weight, taps)
     if form.kind == CHANNEL or not form.rank:
         found = low_rank_plus_sparse(
             weight, problem.metric, form.rank, form.pattern, taps=taps, effort=effort, seed=seed, resolvent=h

@@ -18,7 +18,10 @@ import numpy as np
 
 from onnx_lrsd.arrays import cast, from_numpy, namespace
 from onnx_lrsd.solver import separable
+from onnx_lrsd.solver.admm import gradients
 from onnx_lrsd.solver.layout import group_weight, ungroup_weight
+from onnx_lrsd.solver.parts import FreeFactors
+from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.solver.whiten import Problem
 from onnx_lrsd.types import Array
 
@@ -79,6 +82,36 @@ def refine(
             v, h, _ = separable.sweep(replace(shared, product=product), v, h, STEPS, outer)
     assert best is not None
     return best
+
+
+def refine_entries(
+    problem: Problem, h: Resolvent, low: Array, sparse: Array, seen: Rectified
+) -> tuple[Array, Array]:
+    """The entries of ``sparse`` (n, m) beside ``low`` (n, m) refined, and what the bias gains (n,).
+
+    ``h`` is the resolvent of the metric of ``problem``. The support stays.
+    """
+    xp = namespace(sparse)
+    single, columns = xp.float32, h.columns
+    low, s, aim = (cast(x * columns, single) for x in (low, sparse, problem.weight))
+    columns = cast(columns, single)
+    rows, origin = from_numpy(seen.rows, aim), cast(problem.mean, single)
+    outputs, mean = from_numpy(seen.outputs, aim), cast(problem.output_mean, single)
+    inverse = h.shifted_inverse(0.0)
+    mask, shift, none = s != 0, xp.zeros_like(mean), FreeFactors.random(aim, 0, 0)
+    best: tuple[float, Array, Array] | None = None
+    for left in reversed(range(ROUNDS + 1)):
+        weight = (low + s) / columns
+        error, moved, next_shift = _targets(problem, rows, origin, outputs, weight, mean + shift, seen)
+        if best is not None and error >= best[0]:
+            break
+        best = error, s, shift
+        if left:
+            target = aim + inverse(moved / columns)
+            s = gradients(target - low, h, none, s, mask, problem.outputs)
+            shift = next_shift
+    assert best is not None
+    return cast(best[1], xp.float64) / h.columns, cast(best[2], xp.float64)
 
 
 def _targets(

@@ -7,7 +7,7 @@ W~ is tr((W - W~) C (W - W~)^T). Solvers work in the damped metric H = C + lambd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,8 @@ OWN = 2.0
 """What an error of a layer's outputs counts by itself, beside what its readers make of it on average."""
 OF_SAMPLES = 6.0
 """Damping with one sample, in units of the mean diagonal of C; it falls as there are more."""
+OF_ENTRIES = 3.0
+"""Times as much for an S of free entries: which ones it keeps is fitted to the samples as well."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class Outputs:
     root: Array
     inverse: Array
 
+    def apply(self, right: Array) -> Array:
+        """G times ``right`` (n, ...)."""
+        return _times(self.root, _times(self.root, right))
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -96,6 +102,19 @@ class Problem:
             own = float(xp.sum(self.metric.undamped(weight) * weight))
             missed = self.energy - 2 * float(xp.sum(weight * self.cross)) + own
         return max(missed, 0.0) / self.energy
+
+    def expected(self, weight: Array) -> float:
+        """What ``weight`` (n, m) is expected to lose on other samples: its error in the damped metric.
+
+        For unchanged inputs. Damping stands for what was not seen.
+        """
+        difference = self.weight - weight
+        missed = float(namespace(weight).sum(self.metric.apply(difference) * difference))
+        return missed / self.energy if self.energy > 0 else 0.0
+
+    def damped(self, times: float) -> Problem:
+        """The same with ``times`` the damping, for unchanged inputs."""
+        return replace(self, metric=replace(self.metric, damping=times * self.metric.damping))
 
     def weigh(self, right: Array) -> Array:
         """``right`` (n, ...) as the metric of the outputs has it: G^(1/2) times it, or itself."""
@@ -143,10 +162,12 @@ def pose(
     moments: Moments | None,
     device: str = "cpu",
     outputs: np.ndarray | None = None,
+    times: float = 1.0,
 ) -> Problem:
     """The problem of one layer: ``weight`` (n, m), ``bias`` (n,), and the moments of its inputs.
 
-    ``outputs`` is the metric (n, n) of the outputs, positive definite, or None for that of all alike.
+    ``outputs`` is the metric (n, n) of the outputs, positive definite, or None for that of all alike;
+    the damping is ``times`` that of the rule.
 
     With ``moments.cross`` the weight to aim at is (cross + lambda W)(C + lambda I)^-1, which gives
     the original outputs on the new inputs (Zhang, Zou, He, Sun, TPAMI 2016, asymmetric
@@ -169,7 +190,7 @@ def pose(
     mean = to_device(moments.mean, device)
     total = trace(second) if rows is None else float(xp.sum(xp.square(rows))) / moments.count
     relative = relative_damping(layer.m, moments.count, moments.samples or moments.count)
-    damping = relative * total / layer.m
+    damping = times * relative * total / layer.m
     metric = Metric(second, rows, max(damping, 1e-30))
     if moments.cross is None:
         energy = float(xp.sum(metric.undamped(w) * w))
