@@ -11,6 +11,7 @@ from onnx_lrsd.allocate import COSTS, allocate, by_time, spend
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.model import Model
+from onnx_lrsd.passes import unavoidable
 from onnx_lrsd.run import Run
 from onnx_lrsd.search import Drop, bearable, search
 from onnx_lrsd.targets import price
@@ -33,6 +34,8 @@ MARGIN = 0.9
 """What a search for --max-error aims at, as a share of what was asked: other samples must confirm it."""
 MODERATE = 0.03
 """Relative error of a layer at which its sensitivity is measured first."""
+REPAIRED = 0.1
+"""Share of the error it inherits that the fit of a rewritten layer makes good (benchmarks/RESULTS.md)."""
 SPARE, LAVISH = 1.01, 1.05
 """A plan for latency is measured to be faster than asked by between these factors, so that it stays so."""
 WHOLE_SECONDS = 3.0
@@ -68,13 +71,23 @@ class Planner:
         self.sensitivity = dict.fromkeys((curve.layer.name for curve in curves), 1.0)
 
     def weigh(self, measure: Callable[[Forms], dict[str, float]]) -> None:
-        """Sensitivities of the layers: at a moderate error of each, then at the forms that these lead to."""
+        """Sensitivities of the layers: at a moderate error of each, then at the forms that these lead to.
+
+        They are measured in the original network, where nothing is refitted; each layer that must be passed
+        on the way to the outputs takes its share off.
+        """
         moderate = {}
         for curve in self.curves:
             smaller = [point for point in curve.points if not point.form.dense and point.error > 0]
             if smaller:
                 moderate[curve.layer.name] = min(smaller, key=_far_from_moderate).form
-        found = measure(moderate)
+        able = [curve.layer for curve in self.curves if curve.layer.name in moderate]
+        behind = unavoidable(self.source.graph(), able)
+
+        def left(forms: Forms) -> dict[str, float]:
+            return {name: s * (1 - REPAIRED) ** behind[name] for name, s in measure(forms).items()}
+
+        found = left(moderate)
         if not found:
             return
         self.sensitivity = dict.fromkeys(self.sensitivity, median(found.values())) | found
@@ -82,7 +95,7 @@ class Planner:
             points = self._allocate(self.run.options.ratio or self.run.target.first_ratio)
         except BudgetError:
             return
-        self.sensitivity |= measure({n: p.form for n, p in points.items() if not p.form.dense})
+        self.sensitivity |= left({n: p.form for n, p in points.items() if not p.form.dense})
 
     def for_ratio(self, ratio: float) -> Forms:
         """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.

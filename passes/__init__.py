@@ -8,6 +8,7 @@ from onnx_lrsd.passes.readers import Reading, readers
 from onnx_lrsd.passes.rectifiers import rectifiers
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.passes.two_of_four import two_of_four
+from onnx_lrsd.passes.unavoidable import unavoidable
 from onnx_lrsd.passes.unpack import decoding, unpack
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "rectifiers",
     "split",
     "two_of_four",
+    "unavoidable",
     "unpack",
 ]

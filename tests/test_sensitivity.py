@@ -5,16 +5,20 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lrsd.calibrate import calibrate
 from onnx_lrsd.dataset import read_samples
 from onnx_lrsd.model import Model, load
-from onnx_lrsd.passes import find_layers, read_weight
+from onnx_lrsd.passes import find_layers, read_weight, unavoidable
+from onnx_lrsd.planner import Planner
+from onnx_lrsd.run import Options, Run
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.sensitivity import logits, sensitivities
-from onnx_lrsd.types import CHANNEL, Form
+from onnx_lrsd.types import CHANNEL, ErrorCurve, Form, Layer, Point, Price
 
 RNG = np.random.default_rng(3)
 
@@ -60,9 +64,48 @@ def test_a_layer_without_effect_weighs_least_and_one_without_numbers_nothing() -
     assert measured(two_branches((1.0, 1.0), TensorProto.INT64)) == {}
 
 
+def test_layers_are_behind_another_where_no_path_leads_past_them() -> None:
+    graph = gs.import_onnx(
+        onnx.parser.parse_model(
+            """<ir_version: 8, opset_import: ["" : 17]>
+            g (float[n, 4] x, bool ask) => (float[n, 4] out, float[n, 4] seen)
+            <float[4, 4] w = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}> {
+                first = MatMul(x, w)
+                inner = MatMul(first, w)  block = MatMul(inner, w)  sum = Add(block, first)
+                left = MatMul(sum, w)  right = MatMul(sum, w)  both = Add(left, right)
+                seen = MatMul(both, w)  late = MatMul(seen, w)
+                out = If(ask) <
+                    then_branch = yes () => (float[n, 4] a) { a = MatMul(late, w) },
+                    else_branch = no () => (float[n, 4] b) { b = Neg(late) }
+                >
+            }"""
+        )
+    )
+    names = ["first", "inner", "block", "left", "right", "seen", "late"]
+    layers = [Layer(name, name, "MatMul", "", "w", (4, 4), "float32", 4, 4) for name in names]
+    expected = {"first": 1, "inner": 2, "block": 1, "left": 1, "right": 1, "seen": 0, "late": 0}
+    assert unavoidable(graph, layers) == expected
+
+
 def test_probabilities_and_logits_say_the_same() -> None:
     scores = RNG.standard_normal((5, 4))
     powers = np.exp(scores)
     expected = scores - scores.mean(axis=1, keepdims=True)
     assert np.allclose(logits(powers / powers.sum(axis=1, keepdims=True)), expected)
     assert np.allclose(logits(scores + 3), expected)
+
+
+def test_an_error_counts_less_the_more_layers_are_refitted_behind_it() -> None:
+    model = load(
+        onnx.parser.parse_model(
+            """<ir_version: 8, opset_import: ["" : 17]> g (float[n, 2] x) => (float[n, 2] y)
+            <float[2, 2] w = {1, 2, 3, 4}> { a = MatMul(x, w)  b = MatMul(a, w)  y = MatMul(b, w) }"""
+        )
+    )
+    layers = [Layer(name, name, "MatMul", "", "w", (2, 2), "float32", 2, 2) for name in "aby"]
+    points = Point(Form(), 0.0, Price(4, 4, 16)), Point(Form(CHANNEL, 1), 0.03, Price(2, 2, 8))
+    curves = [ErrorCurve(layer, points) for layer in layers]
+    samples = read_samples({"x": np.ones((8, 2), np.float32)}, inputs_of(model.proto))
+    planner = Planner(Run(Options(ratio=1.5)), model, curves, Price(12, 12, 48), {}, samples)
+    planner.weigh(lambda forms: dict.fromkeys(forms, 1.0))
+    assert planner.sensitivity["a"] < planner.sensitivity["b"] < planner.sensitivity["y"] == 1.0
