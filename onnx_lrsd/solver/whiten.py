@@ -18,7 +18,7 @@ OWN = 2.0
 """What an error of a layer's outputs counts by itself, beside what its readers make of it on average."""
 OF_SAMPLES = 6.0
 """Damping with one sample, in units of the mean diagonal of C; it falls as there are more."""
-OF_ENTRIES = 3.0
+OF_ENTRIES = 6.0
 """Times as much for an S of free entries: which ones it keeps is fitted to the samples as well."""
 
 
