@@ -30,7 +30,6 @@ Constants: TypeAlias = dict[tuple[str, str], Any]
 """What constants are in place of their values, by module and name."""
 FIT, PLAN, ENTRIES = "fit", "plan", "entries"
 WHITEN, CALIBRATE = "onnx_lrsd.solver.whiten", "onnx_lrsd.calibrate"
-CURVE, RECONSTRUCT = "onnx_lrsd.solver.coded_curve", "onnx_lrsd.reconstruct"
 RULES: dict[str, dict[str, Constants]] = {
     FIT: {
         **{f"damping {each}": {(WHITEN, "OF_SAMPLES"): each} for each in (3, 6, 12, 24)},
@@ -40,10 +39,7 @@ RULES: dict[str, dict[str, Constants]] = {
     PLAN: {f"repaired {each}": {("onnx_lrsd.planner", "REPAIRED"): each} for each in (0.0, 0.05, 0.1, 0.2)},
     ENTRIES: {
         "as the tool has it": {},
-        **{
-            f"damped {each} times": {(CURVE, "OF_ENTRIES"): each, (RECONSTRUCT, "OF_ENTRIES"): each}
-            for each in (1, 3, 10)
-        },
+        **{f"damped {each} times": {(WHITEN, "OF_ENTRIES"): each} for each in (1, 3, 10)},
         "no rectifier": {("onnx_lrsd.solver.decompose", "RECTIFIED_FROM"): 1e9},
     },
 }

@@ -22,7 +22,7 @@ from onnx_lrsd.relay import Relay
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.moments import Rows
 from onnx_lrsd.solver.rectified import Rectified
-from onnx_lrsd.solver.whiten import OF_ENTRIES, output_metric, pose
+from onnx_lrsd.solver.whiten import output_metric, pose
 from onnx_lrsd.types import UNSTRUCTURED, Factors, Form, Layer, Moments, Progress
 
 STAGES = 16
@@ -63,8 +63,8 @@ def reconstruct(
         for layer in stage:
             weight, bias = weight_of(layer)
             outputs = _output_metric(layer, read.get(layer.name, ()), weight_of)
-            times = OF_ENTRIES if forms[layer.name].pattern.kind == UNSTRUCTURED else 1.0
-            problem = pose(layer, weight, bias, moments.get(layer.name), device, outputs, times)
+            entries = forms[layer.name].pattern.kind == UNSTRUCTURED
+            problem = pose(layer, weight, bias, moments.get(layer.name), device, outputs, entries)
             seen = Rectified(*pairs[layer.name], *limits[layer.name]) if layer.name in pairs else None
             fitted[layer.name] = decompose(problem, forms[layer.name], rectified=seen)
             split(graph, layer, fitted[layer.name])

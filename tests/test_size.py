@@ -28,7 +28,7 @@ from onnx_lrsd.solver.coded_curve import coded_errors
 from onnx_lrsd.solver.coding import nearest, round_columns, settle, steps_of
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
-from onnx_lrsd.solver.whiten import OF_ENTRIES, Problem, pose
+from onnx_lrsd.solver.whiten import Problem, pose
 from onnx_lrsd.storage import STORAGES, pack_codes
 from onnx_lrsd.targets import TARGETS, price
 from onnx_lrsd.types import KINDS, Form, Layer, Moments, Pattern
@@ -266,7 +266,7 @@ def test_where_numbers_count_a_curve_tells_what_s_loses_between_the_shares_it_tr
         with_s = sorted((numbers(f, layer), e) for f, e in curve.items() if f.entries and f.kind == kind)
         errors = [error for _, error in with_s]
         assert len(errors) > 8 and errors == sorted(errors, reverse=True)
-    damped = convolution.damped(OF_ENTRIES)
+    damped = convolution.for_entries()
     for form in [form for form in curve if form.entries][2::5]:
         fitted = decompose(damped, replace(form, weights=(), entries=""), effort="brief")
         assert curve[form] == pytest.approx(damped.expected(expand(layer, fitted)), rel=0.25)

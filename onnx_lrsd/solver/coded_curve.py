@@ -22,7 +22,7 @@ from onnx_lrsd.solver.decompose import decompose, prepare
 from onnx_lrsd.solver.layout import expand, rank_size, shared_groups
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.resolvent import Resolvent
-from onnx_lrsd.solver.whiten import OF_ENTRIES, Problem
+from onnx_lrsd.solver.whiten import Problem
 from onnx_lrsd.storage import FP16, INT2, INT3, INT4, INT6, STORAGES, TERNARY, UINT8, Storage
 from onnx_lrsd.types import CHANNEL, DENSE, SPATIAL, UNSTRUCTURED, Form, Pattern
 
@@ -62,7 +62,7 @@ def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) ->
         if kind in kinds and _fits(problem, kind):
             for form, missed, noise in _factors(problem, kind, weights):
                 found[form], noises[form] = missed + noise, noise
-    sparse = problem.damped(OF_ENTRIES)
+    sparse = problem.for_entries()
     if weights == FP16.name:
         return found | _in_numbers(sparse, kinds)
     n, m = problem.weight.shape
@@ -151,13 +151,16 @@ def _in_numbers(problem: Problem, kinds: Sequence[str]) -> dict[Form, float]:
     if rows * each > MOST_WORK:
         return {}
     sampled = problem if rows == n else _some_rows(problem, rows)
-    resolvent = Resolvent(problem.metric, sampled.weight, prod(problem.layer.kernel))
+    held = None
+    if problem.metric.rows is not None:
+        sampled, held = sampled.halves()
+    resolvent = Resolvent(sampled.metric, sampled.weight, prod(problem.layer.kernel))
 
     def error(form: Form) -> float:
         of_rows = replace(
             form, weights=(), entries="", pattern=Pattern(UNSTRUCTURED, form.pattern.count * rows // n)
         )
-        return _expected(sampled, of_rows, resolvent)
+        return _expected(sampled, of_rows, resolvent, held)
 
     kind = next((kind for kind in (SPATIAL, CHANNEL) if kind in kinds and _fits(problem, kind)), None)
     found = {}
@@ -223,10 +226,14 @@ def _with_entries(
     return found
 
 
-def _expected(problem: Problem, form: Form, resolvent: Resolvent) -> float:
-    """What a brief fit is expected to lose; in sample an S of free entries looks several times better."""
+def _expected(problem: Problem, form: Form, resolvent: Resolvent, held: Problem | None = None) -> float:
+    """What a brief fit is expected to lose; in sample an S of free entries looks several times better.
+
+    ``held`` judges it, if it is given, otherwise the damped metric.
+    """
     factors = decompose(problem, form, effort="brief", resolvent=resolvent)
-    return problem.expected(from_numpy(expand(problem.layer, factors), problem.weight))
+    weight = from_numpy(expand(problem.layer, factors), problem.weight)
+    return problem.expected(weight) if held is None else held.error(weight)
 
 
 def _bits(problem: Problem, form: Form) -> float:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from onnx_lrsd.arrays import cast, identity, namespace, to_device, trace
+from onnx_lrsd.arrays import cast, identity, indices, namespace, to_device, trace
 from onnx_lrsd.types import Array, Layer, Moments
 
 OWN = 2.0
@@ -19,7 +20,9 @@ OWN = 2.0
 OF_SAMPLES = 6.0
 """Damping with one sample, in units of the mean diagonal of C; it falls as there are more."""
 OF_ENTRIES = 6.0
-"""Times as much for an S of free entries: which ones it keeps is fitted to the samples as well."""
+"""Times as much of it for an S of free entries: which ones it keeps is fitted to the samples as well."""
+BLOCKS = 8
+"""Consecutive parts that few rows are divided into, of which every second fits and the others judge."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Problem:
     regression of the original outputs on them. ``mean`` (m,) and ``output_mean`` (n,) carry the
     bias, ``energy`` is E|y - E y|^2, and ``cross`` (n, m), where outputs and inputs come from
     different networks, E[(y - E y)(x - E x)^T]. ``outputs`` None: errors of all outputs count alike.
+    ``entries_damping`` is what the metric should have as damping for an S of free entries.
     """
 
     layer: Layer
@@ -89,6 +93,7 @@ class Problem:
     energy: float
     cross: Array | None = None
     outputs: Outputs | None = None
+    entries_damping: float = 0.0
 
     def error(self, weight: Array) -> float:
         """E|y - y~|^2 / E|y - E y|^2 of ``weight`` (n, m) with its best bias; 0 for a constant output."""
@@ -112,9 +117,28 @@ class Problem:
         missed = float(namespace(weight).sum(self.metric.apply(difference) * difference))
         return missed / self.energy if self.energy > 0 else 0.0
 
-    def damped(self, times: float) -> Problem:
-        """The same with ``times`` the damping, for unchanged inputs."""
-        return replace(self, metric=replace(self.metric, damping=times * self.metric.damping))
+    def for_entries(self) -> Problem:
+        """The same with the damping for an S of free entries, for unchanged inputs."""
+        return replace(self, metric=replace(self.metric, damping=self.entries_damping))
+
+    def halves(self) -> tuple[Problem, Problem]:
+        """The problem on one half of its few rows and on the other; an S loses next to nothing on its own.
+
+        Rows that follow each other are often of one sample and stay together.
+        """
+        rows = self.metric.rows
+        if rows is None:
+            raise ValueError("the metric has no rows to divide")
+        xp = namespace(rows)
+        part = np.arange(rows.shape[0]) * BLOCKS // rows.shape[0] % 2
+
+        def of(chosen: np.ndarray) -> Problem:
+            kept = xp.take(rows, indices(np.flatnonzero(chosen), rows), axis=0)
+            metric = replace(self.metric, rows=kept)
+            energy = float(xp.sum(metric.undamped(self.weight) * self.weight))
+            return replace(self, metric=metric, energy=energy)
+
+        return of(part == 0), of(part == 1)
 
     def weigh(self, right: Array) -> Array:
         """``right`` (n, ...) as the metric of the outputs has it: G^(1/2) times it, or itself."""
@@ -129,13 +153,15 @@ class Problem:
         return self.output_mean - weight @ self.mean
 
 
-def relative_damping(inputs: int, rows: int, samples: int) -> float:
+def relative_damping(inputs: int, rows: int, samples: int, entries: bool = False) -> float:
     """Damping in units of the mean diagonal of C: between .01 and .3, more the less was seen.
 
-    Rows of one sample are alike, so that the number of samples counts beside that of rows. The rule
-    was found on calibration samples kept apart from the fit (benchmarks/RESULTS.md).
+    Rows of one sample are alike, so that the number of samples counts beside that of rows, and more for an S
+    of free ``entries``. The rule was found on calibration samples kept apart from the fit
+    (benchmarks/RESULTS.md).
     """
-    return min(0.3, max(0.01, 0.06 * inputs / max(rows, 1), OF_SAMPLES / max(samples, 1)))
+    of_samples = OF_SAMPLES * (OF_ENTRIES if entries else 1.0)
+    return min(0.3, max(0.01, 0.06 * inputs / max(rows, 1), of_samples / max(samples, 1)))
 
 
 def output_metric(read: Sequence[np.ndarray]) -> np.ndarray:
@@ -162,12 +188,12 @@ def pose(
     moments: Moments | None,
     device: str = "cpu",
     outputs: np.ndarray | None = None,
-    times: float = 1.0,
+    entries: bool = False,
 ) -> Problem:
     """The problem of one layer: ``weight`` (n, m), ``bias`` (n,), and the moments of its inputs.
 
     ``outputs`` is the metric (n, n) of the outputs, positive definite, or None for that of all alike;
-    the damping is ``times`` that of the rule.
+    ``entries`` asks for the damping of an S of free entries.
 
     With ``moments.cross`` the weight to aim at is (cross + lambda W)(C + lambda I)^-1, which gives
     the original outputs on the new inputs (Zhang, Zou, He, Sun, TPAMI 2016, asymmetric
@@ -189,17 +215,18 @@ def pose(
     rows = None if moments.rows is None else cast(to_device(moments.rows, device), xp.float64)
     mean = to_device(moments.mean, device)
     total = trace(second) if rows is None else float(xp.sum(xp.square(rows))) / moments.count
-    relative = relative_damping(layer.m, moments.count, moments.samples or moments.count)
-    damping = times * relative * total / layer.m
-    metric = Metric(second, rows, max(damping, 1e-30))
+    relative = partial(relative_damping, layer.m, moments.count, moments.samples or moments.count)
+    scale = total / layer.m
+    metric = Metric(second, rows, max(relative(entries) * scale, 1e-30))
+    of_entries = max(relative(True) * scale, 1e-30)
     if moments.cross is None:
         energy = float(xp.sum(metric.undamped(w) * w))
-        return Problem(layer, w, mean, b + w @ mean, metric, energy, outputs=weighed)
+        return Problem(layer, w, mean, b + w @ mean, metric, energy, None, weighed, of_entries)
     cross = cast(to_device(moments.cross, device), xp.float64)
     best = _ridge(cross + metric.damping * w, metric)
     energy = float(moments.output_energy or 0.0)
     middle = to_device(moments.output_mean, device)
-    return Problem(layer, best, mean, middle, metric, energy, cross, weighed)
+    return Problem(layer, best, mean, middle, metric, energy, cross, weighed, of_entries)
 
 
 def _times(left: Array, right: Array) -> Array:
