@@ -285,6 +285,32 @@ def test_some_rows_of_a_large_weight_tell_what_s_loses(
         assert some[form] == pytest.approx(whole[form], rel=0.25)
 
 
+def test_rows_kept_apart_tell_what_s_loses_where_there_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("an (m, m) matrix of a layer with few rows")
+
+    monkeypatch.setattr("onnx_lrsd.solver.whiten.Metric.matrix", refuse)
+    n, m, count, rank = 12, 800, 60, 20
+    layer = Layer("y", "dense", "Gemm", "x", "w", (n, m), "float32", n, m)
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((2 * count, rank)) @ rng.standard_normal((rank, m))
+    inputs += 0.3 * rng.standard_normal(inputs.shape)
+    weight = rng.standard_normal((n, m)) / m**0.5
+    posed, others = (
+        pose(layer, weight, np.zeros(n), Moments("y", count, np.zeros(m), rows=rows.astype(np.float32)))
+        for rows in (inputs[:count], inputs[count:])
+    )
+    curve = coded_errors(posed, KINDS, "fp16")
+    tried = [form for form in curve if form.entries and not form.rank]
+    assert tried
+    for form in tried[:: len(tried) // 3]:
+        fitted = decompose(posed.for_entries(), replace(form, weights=(), entries=""), effort="brief")
+        found = others.error(expand(layer, fitted))
+        assert fitted.error < found < curve[form] < 3 * found  # half of the rows fit what all will
+    shares = [half.energy * len(np.asarray(half.metric.rows)) for half in posed.halves()]
+    assert sum(shares) == pytest.approx(posed.energy * count)
+
+
 def test_an_old_opset_is_raised_or_the_remedy_named() -> None:
     old = onnx_lrsd.load(model_of("Gemm", opset=11))
     assert raised(old, 13, "It").proto.opset_import[0].version == 13
