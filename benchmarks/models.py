@@ -164,6 +164,7 @@ def run(
             "score": kind,
             "before": before,
             "after": after,
+            "change": found.metric.interval if found.metric is not None else None,
             "output_error": found.error,
             "samples": len(labels),
             "seconds": round(seconds, 1),
@@ -223,8 +224,8 @@ def main() -> None:
     )
     rows = []
     print(
-        "| model | method | asked | MACs | latency (95 %) | predicted | score before | after | points | s "
-        "| peak MB |"
+        "| model | method | asked | MACs | latency (95 %) | predicted | score before | after | points (95 %) "
+        "| s | peak MB |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for folder in given.folders:
@@ -240,12 +241,15 @@ def line(row: dict[str, Any]) -> str:
     if "says" in row:
         return f"| {row['model']} | {row['method']} | {row['ratio']} | {row['says']} | | | | | | | |"
     low, high = row["interval"]
+    paired = (
+        "" if not row.get("change") else " ({:+.2f} to {:+.2f})".format(*(100 * x for x in row["change"]))
+    )
     predicted = "" if row.get("predicted") is None else f"{row['predicted']:.2f} x"
     return (
         f"| {row['model']} | {row['method']} | {row['ratio']} x | {row['macs']:.2f} x "
         f"| {row['latency']:.2f} x ({low:.2f} to {high:.2f}) "
         f"| {predicted} | {100 * row['before']:.2f} "
-        f"| {100 * row['after']:.2f} | {100 * (row['after'] - row['before']):+.2f} "
+        f"| {100 * row['after']:.2f} | {100 * (row['after'] - row['before']):+.2f}{paired} "
         f"| {row.get('seconds', '')} | {row.get('peak_mb', '')} |"
     )
 
