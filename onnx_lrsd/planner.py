@@ -95,8 +95,7 @@ class Planner:
             points = self._allocate(self.run.options.ratio or self.run.target.first_ratio)
         except BudgetError:
             return
-        planned = {n: p.form for n, p in points.items() if not p.form.dense}
-        self.sensitivity |= left({n: form for n, form in planned.items() if not _slow_to_fit(form)})
+        self.sensitivity |= left({n: p.form for n, p in points.items() if not p.form.dense})
 
     def for_ratio(self, ratio: float) -> Forms:
         """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.
@@ -221,13 +220,8 @@ class Planner:
 
 
 def _far_from_moderate(point: Point) -> tuple[bool, float]:
-    """How ill a point suits a first sensitivity."""
-    return _slow_to_fit(point.form), abs(log(point.error / MODERATE))
-
-
-def _slow_to_fit(form: Form) -> bool:
-    """Single entries take far longer than factors alone: too long for a sensitivity."""
-    return form.pattern.kind in (N_OF_M, UNSTRUCTURED)
+    """How ill a point suits a first sensitivity; single entries would take too long to fit for one."""
+    return point.form.pattern.kind in (N_OF_M, UNSTRUCTURED), abs(log(point.error / MODERATE))
 
 
 def _first(entry: tuple[float, *tuple[object, ...]]) -> float:

@@ -18,7 +18,7 @@ from onnx_lrsd.planner import Planner
 from onnx_lrsd.run import Options, Run
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.sensitivity import logits, sensitivities
-from onnx_lrsd.types import CHANNEL, ErrorCurve, Form, Layer, Point, Price
+from onnx_lrsd.types import CHANNEL, UNSTRUCTURED, ErrorCurve, Form, Layer, Moments, Pattern, Point, Price
 
 RNG = np.random.default_rng(3)
 
@@ -62,6 +62,24 @@ def test_a_layer_without_effect_weighs_least_and_one_without_numbers_nothing() -
     found = measured(two_branches((1.0, 1e-4)))
     assert found["mB"] < 0.05 * found["mA"]
     assert measured(two_branches((1.0, 1.0), TensorProto.INT64)) == {}
+
+
+def test_single_entries_are_measured_by_rounding_where_rows_are_few_and_not_at_all_elsewhere() -> None:
+    model = two_branches((2.0, 1.0))
+    graph = model.graph()
+    layers, _ = find_layers(graph)
+    rows = np.random.default_rng(1).standard_normal((400, 12)).astype(np.float32)
+    samples = read_samples({"x": np.repeat(rows[:, None], 3, axis=1)}, inputs_of(model.proto))
+    entries = Form(CHANNEL, 0, Pattern(UNSTRUCTURED, 72))
+
+    def found(moments: Moments) -> dict[str, float]:
+        known = {layer.name: moments for layer in layers}
+        forms = dict.fromkeys(known, entries)
+        return sensitivities(model, layers, forms, partial(read_weight, graph), known, samples)
+
+    few = found(Moments("", 400, np.zeros(12), rows=rows))
+    assert few["mA"] / few["mB"] == pytest.approx(4.0, rel=0.5)
+    assert found(Moments("", 400, np.zeros(12), rows.T @ rows / 400)) == {}
 
 
 def test_layers_are_behind_another_where_no_path_leads_past_them() -> None:
