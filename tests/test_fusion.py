@@ -11,7 +11,7 @@ import onnx_lrsd
 from onnx_lrsd.passes import find_layers, order_sums, read_weight, split
 from onnx_lrsd.runtime import open_session, optimised
 from onnx_lrsd.trial import placeholder
-from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Form, whole_channels
+from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Form, Layer, whole_channels
 
 C, SIDE = 64, 16
 FORMS = {
@@ -193,3 +193,10 @@ def test_a_product_in_a_residual_block_costs_no_more_nodes_than_its_factors(op: 
     after = [node.op_type for node in _run_as(_dense(op, residual=True), Form(CHANNEL, 16))]
     assert len(after) == len(before) + 1
     assert after.count("Add") == before.count("Add") and after.count("Relu") == before.count("Relu")
+
+
+def test_layers_alike_are_timed_with_factors_of_their_own() -> None:
+    query, key = (Layer(name, name, "MatMul", "x", name, (C, C), "float32", C, C) for name in ("q", "k"))
+    one, same, other = (placeholder(layer, Form(CHANNEL, 16)) for layer in (query, query, key))
+    for first, again, beside in zip(one.kernels, same.kernels, other.kernels, strict=True):
+        assert np.array_equal(first, again) and np.abs(first - beside).min() > 0
