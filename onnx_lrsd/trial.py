@@ -1,8 +1,8 @@
 """Is a form really faster here? Each layer alone, before and after, timed side by side.
 
 Latency depends on shapes, so that the trial comes before the fit and a form that does not pay is never
-fitted. Factors are random, each layer's its own: with zeros, or the same for layers alike, a transformer looks
-faster by half than it then is (benchmarks/RESULTS.md).
+fitted. Factors are random, each layer's its own: with zeros, or the same for layers alike, a transformer
+looks faster by half than it then is (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
