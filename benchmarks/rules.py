@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -26,24 +25,21 @@ from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.model import load
 from onnx_lrsd.runtime import inputs_of
 
-Constants: TypeAlias = dict[tuple[str, str], Any]
-"""What constants are in place of their values, by module and name."""
 FIT, PLAN, ENTRIES = "fit", "plan", "entries"
 WHITEN, CALIBRATE = "onnx_lrsd.solver.whiten", "onnx_lrsd.calibrate"
-RULES: dict[str, dict[str, Constants]] = {
+RULES: dict[str, dict[str, tuple[str, str, float]]] = {
     FIT: {
-        **{f"damping {each}": {(WHITEN, "OF_SAMPLES"): each} for each in (3, 6, 12, 24)},
-        "no original rows": {(CALIBRATE, "ORIGINAL"): 1 << 40},
-        "every second": {(CALIBRATE, "ORIGINAL"): 2},
+        **{f"damping {each}": (WHITEN, "OF_SAMPLES", each) for each in (3, 6, 12, 24)},
+        "no original rows": (CALIBRATE, "ORIGINAL", 1 << 40),
+        "every second": (CALIBRATE, "ORIGINAL", 2),
     },
-    PLAN: {f"repaired {each}": {("onnx_lrsd.planner", "REPAIRED"): each} for each in (0.0, 0.05, 0.1, 0.2)},
+    PLAN: {f"repaired {each}": ("onnx_lrsd.planner", "REPAIRED", each) for each in (0.0, 0.05, 0.1, 0.2)},
     ENTRIES: {
-        "as the tool has it": {},
-        **{f"damped {each} times": {(WHITEN, "OF_ENTRIES"): each} for each in (1, 3, 10)},
-        "no rectifier": {("onnx_lrsd.solver.decompose", "RECTIFIED_FROM"): 1e9},
+        **{f"damped {each} times": (WHITEN, "OF_ENTRIES", each) for each in (1, 3, 6, 10)},
+        "no rectifier": ("onnx_lrsd.solver.decompose", "RECTIFIED_FROM", 1e9),
     },
 }
-"""With damping 6, a tenth repaired and entries damped 6 times all is as the tool has it."""
+"""A constant and what it is in place of its value; 6, a tenth and 6 times are what the tool has."""
 JUDGES = 300
 """Samples that judge, at most."""
 
@@ -56,10 +52,8 @@ def errors(folder: Path, fit: Samples, judge: Samples, ratio: float, about: str)
         goal |= {"target": "size", "cost": "parameters"}
     if about == FIT:
         goal = {"plan": onnx_lrsd.optimize(model, fit, evaluation=judge, dry_run=True, **goal).plan}
-    for constants in RULES[about].values():
-        with ExitStack() as stack:
-            for (module, name), value in constants.items():
-                stack.enter_context(patch.object(sys.modules[module], name, value))
+    for module, name, value in RULES[about].values():
+        with patch.object(sys.modules[module], name, value):
             found = onnx_lrsd.optimize(model, fit, evaluation=judge, **goal)
         assert found.report.verification is not None
         yield found.report.verification.error

@@ -76,8 +76,9 @@ def decompose(
 ) -> Factors:
     """Fit ``form`` to one layer; the error is recomputed in float64 from the factors themselves.
 
-    With ``rectified``, factors that stand alone and lose more than RECTIFIED_FROM are refined for what
-    the rectifier behind the layer lets pass; their error, that before it, is then above the least one.
+    With ``rectified``, factors that stand alone and free entries of S are refined for what the rectifier
+    behind the layer lets pass, if they lose more than RECTIFIED_FROM; the error, that before it, is then
+    above the least one.
 
     ``effort`` is 'brief', 'fast', 'standard' or 'thorough'; ``seed`` and ``resolvent`` (that of
     ``problem.metric``, to be shared between calls) concern forms whose S has free entries. Raises
@@ -102,11 +103,9 @@ def decompose(
     if form.pattern.kind == CHANNELS:
         chosen = choose_channels(problem, form)
         parts, channels = _beside_channels(problem, form, chosen, SWEEPS[effort]), chosen.channels
-    elif form.pattern == NONE:
-        parts = _alone(problem, form, SWEEPS[effort], rectified)
     else:
-        parts = _beside_entries(problem, form, effort, seed, resolvent, rectified)
-        channels = tuple(range(layer.channels))
+        parts = _fitted(problem, form, effort, seed, resolvent, rectified)
+        channels = tuple(range(layer.channels)) if parts.sparse is not None else ()
     approximation = parts.product
     kernels: tuple[Array, ...] = ()
     if parts.v is not None and parts.h is not None:
@@ -140,11 +139,7 @@ def _coded(
     if form.kind == DENSE:
         coded = code_dense(problem, form)
     else:
-        parts = (
-            _alone(problem, form, SWEEPS[effort], rectified)
-            if form.pattern == NONE
-            else _beside_entries(problem, form, effort, seed, resolvent, rectified)
-        )
+        parts = _fitted(problem, form, effort, seed, resolvent, rectified)
         shift = parts.shift
         aim = weight if shift is None else parts.product
         coded = code_factors(problem, form, parts.v, parts.h, parts.sparse, aim)
@@ -236,7 +231,7 @@ def _beside_channels(problem: Problem, form: Form, chosen: Elimination, sweeps: 
     return _Parts(v, h, chosen.join(columns, xp.zeros_like(part)))
 
 
-def _beside_entries(
+def _fitted(
     problem: Problem,
     form: Form,
     effort: str,
@@ -244,7 +239,9 @@ def _beside_entries(
     resolvent: Resolvent | None,
     rectified: Rectified | None,
 ) -> _Parts:
-    """Factors and an S of free or N:M entries; S refined for the rectifier behind the layer."""
+    """Factors alone, or beside an S of free or N:M entries; refined for the rectifier behind the layer."""
+    if form.pattern == NONE:
+        return _alone(problem, form, SWEEPS[effort], rectified)
     h = resolvent or Resolvent(_formed(problem, form), problem.weight, prod(problem.layer.kernel))
     parts = _jointly(problem, form, effort, seed, h)
     if rectified is None or not _worth_refining(problem, parts):
