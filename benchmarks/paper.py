@@ -2,6 +2,7 @@
 
     python benchmarks/paper.py samples FOLDER [--keep .2,.0667] [--counts 1000,500,...] [--layers RE]
     python benchmarks/paper.py networks MODEL... --rate R,... [--images FILE.npz] [--samples N] [--share S]
+                                        [--methods NAME,...]
     python benchmarks/paper.py full MODEL.onnx --images FILE.npz [--ratio 4] [--samples 32]
 
 Yu, Liu, Wang, Tao, On Compressing Deep Models by Low Rank and Sparse Decomposition, CVPR 2017. Parameters of
@@ -11,7 +12,8 @@ Nothing is retrained. Every layer is fitted to the inputs that the original netw
 
 *samples*: the layers named, as the samples to fit on get fewer. *networks*: every layer at one keep rate,
 such that the whole model has R times fewer parameters; U V + S is put back as one dense weight, so that only
-the weights differ. *full*: `onnx-lrsd optimize` in a process of its own.
+the weights differ; among the methods may be those of methods.py, which leave layers with few rows to U V + S.
+*full*: `onnx-lrsd optimize` in a process of its own.
 
 FOLDER holds model.onnx, calib.npz and eval.npz. A MODEL is a FOLDER, or a file of models/published.py, which
 is then fed the images of --images, in the size that it wants, half of them to fit on.
@@ -41,7 +43,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
-from methods import chosen, spend
+from methods import METHODS, SHARE, chosen, spend
 from problems import LayerProblem, layer_rows
 from reference.magnitude import magnitude
 from reference.patterns import largest
@@ -80,7 +82,11 @@ def fit(problem: LayerProblem, method: str, keep: float, share: float | None, ef
     """``keep`` of the layer's parameters, by ``method``; ``share`` None has a fold choose the split."""
     n, m = problem.weight.shape
     start = time.process_time()
-    if method == OURS:
+    peer = None if method in NAMES else METHODS[method]
+    if peer is not None and problem.moments.second is not None:
+        budget = spend(n, m, keep, SHARE if peer[0] is None else peer[0])
+        weight, size = peer[1](problem, budget), int(keep * n * m)
+    elif method == OURS or peer is not None:
         if share is None:
             posed, rank, pattern = chosen(problem, keep)
         else:
@@ -238,7 +244,7 @@ def run_networks(given: argparse.Namespace) -> None:
         ]
         for rate in given.rate:
             keep = keep_rate(model, layers, rate)
-            for method in NAMES:
+            for method in given.methods:
                 edited = model.graph()
                 spent, seconds, errors = parameters(model.proto), 0.0, []
                 for layer, problem in zip(layers, problems, strict=True):
@@ -337,6 +343,7 @@ def main() -> None:
     networks.add_argument("--rate", type=numbers, required=True)
     networks.add_argument("--images", type=Path)
     networks.add_argument("--samples", type=int)
+    networks.add_argument("--methods", type=lambda text: text.split(","), default=list(NAMES))
     networks.set_defaults(run=run_networks)
     for part in (samples, networks):
         part.add_argument("--share", type=float, help="of the factors in the budget (default: by a fold)")

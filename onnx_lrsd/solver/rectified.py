@@ -11,8 +11,9 @@ metric G of their own the step is taken in G, and a round that raises the error 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from onnx_lrsd.solver.parts import FreeFactors
 from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.solver.whiten import Problem
 from onnx_lrsd.types import Array
+
+Parts = TypeVar("Parts")
 
 ROUNDS = 4
 """More fit the samples at hand better, and others worse."""
@@ -65,23 +68,19 @@ def refine(
     fitted in may see a gain where there is none.
     """
     xp, single = namespace(v), shared.weight.dtype
-    rows, origin = from_numpy(seen.rows, shared.weight), cast(problem.mean, single)
-    outputs, mean = from_numpy(seen.outputs, shared.weight), cast(problem.output_mean, single)
-    v, h, shift = cast(v, single), cast(h, single), xp.zeros_like(mean)
-    best: Refined | None = None
-    for left in reversed(range(ROUNDS + 1)):
-        plain = problem.unweigh(h)
-        weight = ungroup_weight(xp.matmul(plain, v))
-        error, moved, next_shift = _targets(problem, rows, origin, outputs, weight, mean + shift, seen)
-        if best is not None and error >= best.error:
-            break
-        best = Refined(cast(v, xp.float64), cast(plain, xp.float64), cast(shift, xp.float64), error)
-        if left:
-            product = shared.product + group_weight(problem.weigh(moved), h.shape[0])
-            shift = next_shift
-            v, h, _ = separable.sweep(replace(shared, product=product), v, h, STEPS, outer)
-    assert best is not None
-    return best
+
+    groups = h.shape[0]
+
+    def weight_of(pair: tuple[Array, Array]) -> Array:
+        return ungroup_weight(xp.matmul(problem.unweigh(pair[1]), pair[0]))
+
+    def step(pair: tuple[Array, Array], moved: Array) -> tuple[Array, Array]:
+        product = shared.product + group_weight(problem.weigh(moved), groups)
+        return separable.sweep(replace(shared, product=product), *pair, STEPS, outer)[:2]
+
+    best = _rounds(problem, seen, (cast(v, single), cast(h, single)), weight_of, step)
+    v, h, shift = (cast(x, xp.float64) for x in (*best.parts, best.shift))
+    return Refined(v, problem.unweigh(h), shift, best.error)
 
 
 def refine_entries(
@@ -95,23 +94,53 @@ def refine_entries(
     single, columns = xp.float32, h.columns
     low, s, aim = (cast(x * columns, single) for x in (low, sparse, problem.weight))
     columns = cast(columns, single)
-    rows, origin = from_numpy(seen.rows, aim), cast(problem.mean, single)
-    outputs, mean = from_numpy(seen.outputs, aim), cast(problem.output_mean, single)
-    inverse = h.shifted_inverse(0.0)
-    mask, shift, none = s != 0, xp.zeros_like(mean), FreeFactors.random(aim, 0, 0)
-    best: tuple[float, Array, Array] | None = None
+    inverse, mask, none = h.shifted_inverse(0.0), s != 0, FreeFactors.random(aim, 0, 0)
+
+    def weight_of(entries: Array) -> Array:
+        return (low + entries) / columns
+
+    def step(entries: Array, moved: Array) -> Array:
+        target = aim + inverse(moved / columns)
+        return gradients(target - low, h, none, entries, mask, problem.outputs)
+
+    best = _rounds(problem, seen, s, weight_of, step)
+    return cast(best.parts, xp.float64) / h.columns, cast(best.shift, xp.float64)
+
+
+class _Best(NamedTuple, Generic[Parts]):
+    """What the rounds ended with: the parts of a weight, the gain of its bias (n,), the squared error."""
+
+    parts: Parts
+    shift: Array
+    error: float
+
+
+def _rounds(
+    problem: Problem,
+    seen: Rectified,
+    parts: Parts,
+    weight_of: Callable[[Parts], Array],
+    step: Callable[[Parts, Array], Parts],
+) -> _Best[Parts]:
+    """ROUNDS steps from ``parts``, float32, or fewer where one does not lower the error.
+
+    ``step`` is given E[(z - y) x^T] (n, m), by which the target of the least squares moves.
+    """
+    weight = weight_of(parts)
+    xp = namespace(weight)
+    rows, outputs = from_numpy(seen.rows, weight), from_numpy(seen.outputs, weight)
+    origin, mean = cast(problem.mean, weight.dtype), cast(problem.output_mean, weight.dtype)
+    shift, best = xp.zeros_like(mean), None
     for left in reversed(range(ROUNDS + 1)):
-        weight = (low + s) / columns
         error, moved, next_shift = _targets(problem, rows, origin, outputs, weight, mean + shift, seen)
-        if best is not None and error >= best[0]:
+        if best is not None and error >= best.error:
             break
-        best = error, s, shift
+        best = _Best(parts, shift, error)
         if left:
-            target = aim + inverse(moved / columns)
-            s = gradients(target - low, h, none, s, mask, problem.outputs)
-            shift = next_shift
+            parts, shift = step(parts, moved), next_shift
+            weight = weight_of(parts)
     assert best is not None
-    return cast(best[1], xp.float64) / h.columns, cast(best[2], xp.float64)
+    return best
 
 
 def _targets(
