@@ -9,7 +9,7 @@ from pathlib import Path
 from onnx_lrsd.allocate import COSTS
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.model import Model
-from onnx_lrsd.run import NOT_NEEDED, Run
+from onnx_lrsd.run import NOT_NEEDED, REFITTED, Run
 from onnx_lrsd.solver.pattern import nonzeros
 from onnx_lrsd.targets import price
 from onnx_lrsd.types import (
@@ -78,8 +78,8 @@ def _predicted(run: Run, plan: Plan, changed: Iterable[str]) -> float | None:
         return None
     saved = 0.0
     for name in changed:
-        choice = plan.choices[name]
-        saved += (choice.before.seconds or 0.0) - (choice.after.seconds or 0.0)
+        choice = plan.choices.get(name)  # of a layer that was refitted alone a plan may say nothing
+        saved += (choice.before.seconds or 0.0) - (choice.after.seconds or 0.0) if choice else 0.0
     return run.whole / max(run.whole - saved, 1e-9)
 
 
@@ -112,7 +112,9 @@ def _layer_report(
     before = price(layer, Form(DENSE))
     form = Form(DENSE)
     error, reason = 0.0, reasons.get(layer.name) or (choice.reason if choice else "") or NOT_NEEDED
-    if factors is not None:
+    if factors is not None and factors.form.dense:
+        error, reason = factors.error, f"{reason}; {REFITTED}"
+    elif factors is not None:
         form, error, reason = factors.form, factors.error, ""
     elif choice is not None and not choice.form.dense and layer.name not in reasons:
         form, error, reason = choice.form, choice.error, "planned"

@@ -3,9 +3,9 @@
 A layer behind rewritten layers gets other inputs than in the original network. It is fitted to give
 the *original* outputs on those inputs (asymmetric reconstruction; Zhang, Zou, He, Sun, TPAMI 2016),
 so that errors do not pile up; where a rectifier follows, what it cuts off need not be right, and an
-error counts by what the layers that read it make of it. Layers
-are taken in a bounded number of stages, with one run of the rewritten network before each, which starts
-where what is settled ends.
+error counts by what the layers that read it make of it. Layers that stay dense behind them are refitted in
+the same way, if the samples hold rows enough. Layers are taken in a bounded number of stages, with one run of
+the rewritten network before each, which starts where what is settled ends.
 """
 
 from __future__ import annotations
@@ -14,19 +14,27 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import onnx_graphsurgeon as gs
 
+from onnx_lrsd.arrays import to_device
 from onnx_lrsd.calibrate import Calibration, WeightOf, recalibrate
 from onnx_lrsd.model import Model
 from onnx_lrsd.passes import Reading, order_sums, readers, rectifiers, split
 from onnx_lrsd.relay import Relay
-from onnx_lrsd.solver.decompose import decompose
+from onnx_lrsd.solver.decompose import decompose, refit
 from onnx_lrsd.solver.moments import Rows
 from onnx_lrsd.solver.rectified import Rectified
 from onnx_lrsd.solver.whiten import output_metric, pose
 from onnx_lrsd.types import UNSTRUCTURED, Factors, Form, Layer, Moments, Progress
 
-STAGES = 16
+STAGES = 32
 """Runs of the network, at most."""
+ROWS_PER_INPUT, PULL = 12, 8.0
+"""Rows that the samples must hold for a dense layer to be refitted, and the ridge that holds it to the weight
+it has: so many times as strong as for factors, which have to move. Both were found on samples kept apart
+(benchmarks/RESULTS.md)."""
+TOUCHED = 1e-6
+"""Relative error from which a dense layer is one that rewritten layers reach."""
 MOST_OUTPUTS = 4096
 """Outputs of a layer up to which the errors of them are weighed against each other."""
 
@@ -45,35 +53,73 @@ def reconstruct(
 ) -> tuple[Model, dict[str, Factors]]:
     """The model with every layer in ``forms`` rewritten, and the factors by layer name.
 
-    ``layers`` are in graph order. Without ``calibration`` the weights alone decide.
+    ``layers`` are in graph order. Without ``calibration`` the weights alone decide. A layer that was
+    refitted alone has factors of a dense form.
     """
     graph = model.graph()
     chosen = [layer for layer in layers if layer.name in forms]
     limits = rectifiers(graph, [layer.name for layer in chosen])
     read = readers(graph, chosen, layers)
+    if calibration is not None:
+        chosen = _with_dense(graph, layers, forms, weight_of, calibration)
     fitted: dict[str, Factors] = {}
-    rewritten = model
+    rewritten, done = model, 0
     relay = Relay()
     for stage in _stages(chosen):
         moments, pairs = dict[str, Moments](), dict[str, tuple[Rows, Rows]]()
         if calibration is not None:
             behind = [layer.name for layer in stage if layer.name in limits]
-            later = [layer for layer in chosen if layer.name not in fitted]
+            later = chosen[done:]
             moments, pairs = recalibrate(rewritten, stage, calibration, weight_of, behind, relay, later)
         for layer in stage:
             weight, bias = weight_of(layer)
-            outputs = _output_metric(layer, read.get(layer.name, ()), weight_of)
-            entries = forms[layer.name].pattern.kind == UNSTRUCTURED
-            problem = pose(layer, weight, bias, moments.get(layer.name), device, outputs, entries)
-            seen = Rectified(*pairs[layer.name], *limits[layer.name]) if layer.name in pairs else None
-            fitted[layer.name] = decompose(problem, forms[layer.name], rectified=seen)
-            split(graph, layer, fitted[layer.name])
+            known, form = moments.get(layer.name), forms.get(layer.name)
+            if form is None:
+                problem = pose(layer, weight, bias, known, device, pull=PULL)
+                factors = refit(problem) if problem.error(to_device(weight, device)) > TOUCHED else None
+            else:
+                outputs = _output_metric(layer, read.get(layer.name, ()), weight_of)
+                entries = form.pattern.kind == UNSTRUCTURED
+                problem = pose(layer, weight, bias, known, device, outputs, entries)
+                seen = Rectified(*pairs[layer.name], *limits[layer.name]) if layer.name in pairs else None
+                factors = decompose(problem, form, rectified=seen)
+            if factors is not None:
+                fitted[layer.name] = factors
+                split(graph, layer, factors)
+            done += 1
             if progress is not None:
-                progress("decompose", len(fitted), len(chosen))
+                progress("decompose", done, len(chosen))
         rewritten = model.splice(graph)
     if order_sums(graph, [name for name, factors in fitted.items() if _branched(factors)]):
         rewritten = model.splice(graph)
     return rewritten, fitted
+
+
+def _with_dense(
+    graph: gs.Graph,
+    layers: Sequence[Layer],
+    forms: Mapping[str, Form],
+    weight_of: WeightOf,
+    calibration: Calibration,
+) -> list[Layer]:
+    """The layers in ``forms``, and those behind the first of them that stay dense and may be refitted.
+
+    These have a weight of their own, for which the samples hold rows enough, and room for a bias.
+    """
+    tensors, found = graph.tensors(), list[Layer]()
+    for layer in layers:
+        weight = tensors[layer.weight]
+        own = isinstance(weight, gs.Constant) and len(weight.outputs) == 1
+        seen = layer.positions * calibration.samples.count >= ROWS_PER_INPUT * layer.m
+        if layer.name in forms or (
+            found
+            and own
+            and seen
+            and layer.name in calibration.kept
+            and (layer.op != "MatMul" or np.any(weight_of(layer)[1]))
+        ):
+            found.append(layer)
+    return found
 
 
 def _output_metric(layer: Layer, read: Sequence[Reading], weight_of: WeightOf) -> Values | None:

@@ -16,6 +16,7 @@ NO_FORM = "no smaller form is predicted to be faster"
 NO_STORAGE = "no storage that the runtime folds makes it smaller"
 OUT_OF_REACH = "the budget is out of reach"
 NOT_NEEDED = "the budget is met at less error without it"
+REFITTED = "refitted to its new inputs"
 
 
 @dataclass(frozen=True)

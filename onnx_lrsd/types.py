@@ -330,7 +330,7 @@ class LayerReport:
 
     @property
     def left(self) -> bool:
-        """Whether the layer is as it was."""
+        """Whether the layer has the form it had."""
         return self.form == DENSE and not self.weights
 
 

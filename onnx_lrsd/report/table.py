@@ -309,7 +309,7 @@ def _left_alone(layers: Sequence[LayerReport], share: str, ink: _Ink, every: boo
     groups = defaultdict(list)
     for layer in layers:
         groups[layer.reason or "no reason given"].append(layer.name)
-    title = f"{_plural(len(layers), 'layer')} left as they are{share}:"
+    title = f"{_plural(len(layers), 'layer')} left dense{share}:"
     return "\n".join([title, *_grouped(groups, every)])
 
 

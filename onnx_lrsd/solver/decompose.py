@@ -126,6 +126,14 @@ def decompose(
     )
 
 
+def refit(problem: Problem) -> Factors:
+    """The weight that ``problem`` aims at, dense, with its best bias: for inputs that have changed."""
+    layer = problem.layer
+    bias, error = _bias_and_error(problem, problem.weight, None)
+    weight = np.reshape(to_numpy(problem.weight), (layer.n, layer.channels, *layer.kernel))
+    return Factors(Form(DENSE), (), to_numpy(bias), weight, tuple(range(layer.channels)), error)
+
+
 def _coded(
     problem: Problem,
     form: Form,

@@ -189,6 +189,7 @@ def pose(
     device: str = "cpu",
     outputs: np.ndarray | None = None,
     entries: bool = False,
+    pull: float = 1.0,
 ) -> Problem:
     """The problem of one layer: ``weight`` (n, m), ``bias`` (n,), and the moments of its inputs.
 
@@ -197,7 +198,8 @@ def pose(
 
     With ``moments.cross`` the weight to aim at is (cross + lambda W)(C + lambda I)^-1, which gives
     the original outputs on the new inputs (Zhang, Zou, He, Sun, TPAMI 2016, asymmetric
-    reconstruction, with ridge towards W). Without moments weights alone decide.
+    reconstruction, with ridge towards W, ``pull`` times as strong as the damping). Without moments
+    weights alone decide.
     Raises ValueError where shapes do not fit.
     """
     if weight.shape != (layer.n, layer.m) or bias.shape != (layer.n,):
@@ -223,7 +225,8 @@ def pose(
         energy = float(xp.sum(metric.undamped(w) * w))
         return Problem(layer, w, mean, b + w @ mean, metric, energy, None, weighed, of_entries)
     cross = cast(to_device(moments.cross, device), xp.float64)
-    best = _ridge(cross + metric.damping * w, metric)
+    ridge = replace(metric, damping=pull * metric.damping)
+    best = _ridge(cross + ridge.damping * w, ridge)
     energy = float(moments.output_energy or 0.0)
     middle = to_device(moments.output_mean, device)
     return Problem(layer, best, mean, middle, metric, energy, cross, weighed, of_entries)
