@@ -6,8 +6,8 @@ A FOLDER holds model.onnx and calib.npz. Each run leaves one part out; MACs are 
 layers weighed by what their error does to the outputs. *Sequential*: layers fitted for the inputs that
 the rewritten layers before them give. *Rectifier*: layers behind a Relu or Clip fitted for what passes.
 *Readers*: errors of outputs weighed by what the layers that read them make of them. *Original rows*: a
-third of the rows of the sequential fit are those of the original network. *Repair*: an error counts less the
-more layers are refitted behind it.
+third of the rows of the sequential fit are those of the original network. *Refit*: layers that stay dense are
+fitted for their new inputs. *Repair*: an error counts less the more layers are fitted behind it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ PARTS = {
     "rectifier": ("onnx_lrsd.solver.decompose", "RECTIFIED_FROM", inf),
     "readers": ("onnx_lrsd.reconstruct", "readers", lambda *_: {}),
     "original rows": ("onnx_lrsd.calibrate", "ORIGINAL", 1 << 40),
+    "refit": ("onnx_lrsd.reconstruct", "ROWS_PER_INPUT", inf),
     "repair": ("onnx_lrsd.planner", "REPAIRED", 0.0),
 }
 

@@ -26,12 +26,14 @@ from onnx_lrsd.model import load
 from onnx_lrsd.runtime import inputs_of
 
 FIT, PLAN, ENTRIES = "fit", "plan", "entries"
-WHITEN, CALIBRATE = "onnx_lrsd.solver.whiten", "onnx_lrsd.calibrate"
+WHITEN, CALIBRATE, RECONSTRUCT = "onnx_lrsd.solver.whiten", "onnx_lrsd.calibrate", "onnx_lrsd.reconstruct"
 RULES: dict[str, dict[str, tuple[str, str, float]]] = {
     FIT: {
         **{f"damping {each}": (WHITEN, "OF_SAMPLES", each) for each in (3, 6, 12, 24)},
         "no original rows": (CALIBRATE, "ORIGINAL", 1 << 40),
         "every second": (CALIBRATE, "ORIGINAL", 2),
+        "no refit": (RECONSTRUCT, "ROWS_PER_INPUT", 1e12),
+        **{f"pull {each}": (RECONSTRUCT, "PULL", each) for each in (1, 32)},
     },
     PLAN: {f"repaired {each}": ("onnx_lrsd.planner", "REPAIRED", each) for each in (0.0, 0.05, 0.1, 0.2)},
     ENTRIES: {
@@ -39,7 +41,7 @@ RULES: dict[str, dict[str, tuple[str, str, float]]] = {
         "no rectifier": ("onnx_lrsd.solver.decompose", "RECTIFIED_FROM", 1e9),
     },
 }
-"""A constant and what it is in place of its value; 6, a tenth and 6 times are what the tool has."""
+"""A constant and what it is in place of its value; the tool has 6, a tenth, 6 times and a pull of 8."""
 JUDGES = 300
 """Samples that judge, at most."""
 
