@@ -104,20 +104,20 @@ def _with_dense(
 ) -> list[Layer]:
     """The layers in ``forms``, and those behind the first of them that stay dense and may be refitted.
 
-    These have a weight of their own, for which the samples hold rows enough, and room for a bias.
+    These have a weight of their own, for which the samples hold rows enough, and a place for a bias.
     """
     tensors, found = graph.tensors(), list[Layer]()
-    for layer in layers:
+
+    def may_be_refitted(layer: Layer) -> bool:
         weight = tensors[layer.weight]
-        own = isinstance(weight, gs.Constant) and len(weight.outputs) == 1
-        seen = layer.positions * calibration.samples.count >= ROWS_PER_INPUT * layer.m
-        if layer.name in forms or (
-            found
-            and own
-            and seen
-            and layer.name in calibration.kept
-            and (layer.op != "MatMul" or np.any(weight_of(layer)[1]))
-        ):
+        if not isinstance(weight, gs.Constant) or len(weight.outputs) > 1:
+            return False
+        if layer.positions * calibration.samples.count < ROWS_PER_INPUT * layer.m:
+            return False
+        return layer.name in calibration.kept and (layer.op != "MatMul" or bool(weight_of(layer)[1].any()))
+
+    for layer in layers:
+        if layer.name in forms or (found and may_be_refitted(layer)):
             found.append(layer)
     return found
 
