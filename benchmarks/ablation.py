@@ -27,7 +27,7 @@ PARTS = {
     "rectifier": ("onnx_lrsd.solver.decompose", "RECTIFIED_FROM", inf),
     "readers": ("onnx_lrsd.reconstruct", "readers", lambda *_: {}),
     "original rows": ("onnx_lrsd.calibrate", "ORIGINAL", 1 << 40),
-    "refit": ("onnx_lrsd.reconstruct", "ROWS_PER_INPUT", inf),
+    "refit": ("onnx_lrsd.reconstruct", "ROWS_TO_REFIT", inf),
     "repair": ("onnx_lrsd.planner", "REPAIRED", 0.0),
 }
 

@@ -32,7 +32,7 @@ RULES: dict[str, dict[str, tuple[str, str, float]]] = {
         **{f"damping {each}": (WHITEN, "OF_SAMPLES", each) for each in (3, 6, 12, 24)},
         "no original rows": (CALIBRATE, "ORIGINAL", 1 << 40),
         "every second": (CALIBRATE, "ORIGINAL", 2),
-        "no refit": (RECONSTRUCT, "ROWS_PER_INPUT", 1e12),
+        "no refit": (RECONSTRUCT, "ROWS_TO_REFIT", 1e12),
         **{f"pull {each}": (RECONSTRUCT, "PULL", each) for each in (1, 32)},
     },
     PLAN: {f"repaired {each}": ("onnx_lrsd.planner", "REPAIRED", each) for each in (0.0, 0.05, 0.1, 0.2)},

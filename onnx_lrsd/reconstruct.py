@@ -29,10 +29,10 @@ from onnx_lrsd.types import UNSTRUCTURED, Factors, Form, Layer, Moments, Progres
 
 STAGES = 32
 """Runs of the network, at most."""
-ROWS_PER_INPUT, PULL = 12, 8.0
-"""Rows that the samples must hold for a dense layer to be refitted, and the ridge that holds it to the weight
-it has: so many times as strong as for factors, which have to move. Both were found on samples kept apart
-(benchmarks/RESULTS.md)."""
+ROWS_TO_REFIT, PULL = 12, 8.0
+"""Rows for each input that the samples must hold for a dense layer to be refitted, and the ridge that holds
+it to the weight it has: so many times as strong as for factors, which have to move. Both were found on
+samples kept apart (benchmarks/RESULTS.md)."""
 TOUCHED = 1e-6
 """Relative error from which a dense layer is one that rewritten layers reach."""
 MOST_OUTPUTS = 4096
@@ -112,7 +112,7 @@ def _with_dense(
         weight = tensors[layer.weight]
         if not isinstance(weight, gs.Constant) or len(weight.outputs) > 1:
             return False
-        if layer.positions * calibration.samples.count < ROWS_PER_INPUT * layer.m:
+        if layer.positions * calibration.samples.count < ROWS_TO_REFIT * layer.m:
             return False
         return layer.name in calibration.kept and (layer.op != "MatMul" or bool(weight_of(layer)[1].any()))
 

@@ -67,7 +67,7 @@ def test_what_stays_dense_behind_a_rewritten_layer_makes_errors_smaller_on_other
     check(refitted, model)
     assert {name for name, found in factors.items() if found.form.kind == DENSE} == {"c2", "y"}
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["onnx_lrsd.reconstruct"], "ROWS_PER_INPUT", 1e9)
+        patched.setattr(sys.modules["onnx_lrsd.reconstruct"], "ROWS_TO_REFIT", 1e9)
         plain, alone = fitted(model, correlated(80, 1), SECOND)
     assert set(alone) == {"c1"}
     with_refit, without = (compare(model, other, judge, latency=False) for other in (refitted, plain))

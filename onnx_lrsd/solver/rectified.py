@@ -68,7 +68,6 @@ def refine(
     fitted in may see a gain where there is none.
     """
     xp, single = namespace(v), shared.weight.dtype
-
     groups = h.shape[0]
 
     def weight_of(pair: tuple[Array, Array]) -> Array:
