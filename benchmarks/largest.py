@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 import onnx_lrsd
-from models import Uniform, Values, fitted, kind_of, outputs, score, uniform
+from models import Uniform, Values, fitted, kind_of, outputs, pooled, score, uniform
 from onnx_lrsd.calibrate import calibrate
 from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.model import Model, load
+from onnx_lrsd.padding import without_padding
 from onnx_lrsd.passes import find_layers, read_weight
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.trial import whole_speedup
@@ -58,10 +59,9 @@ BASELINES: dict[str, tuple[Uniform, bool]] = {
 """A form by keep rate, and whether the fit knows the data."""
 
 
-def spearman(values: dict[str, Values], labels: Values) -> float:
-    """As models.py has it, but tokens averaged without their mask, which a metric does not get."""
-    first = next(iter(values.values()))
-    return score("spearman", first.mean(axis=1) if first.ndim == 3 else first, labels)
+def spearman(values: dict[str, Values], labels: Values, inputs: dict[str, Values]) -> float:
+    """As models.py has it, of sentences from the first output."""
+    return score("spearman", pooled(next(iter(values.values())), inputs), labels)
 
 
 def as_fast(source: Model, layers: list[Layer], form_of: Uniform, aim: float, samples: Samples) -> float:
@@ -80,7 +80,8 @@ def rows(folder: Path, drop: float, count: int | None) -> list[str]:
     kind = kind_of(folder)
     source = load(folder / "model.onnx")
     calibration, evaluation = (
-        read_samples(folder / f"{part}.npz", inputs_of(source.proto)) for part in ("calib", "eval")
+        without_padding(source, read_samples(folder / f"{part}.npz", inputs_of(source.proto)))
+        for part in ("calib", "eval")
     )
     calibration = calibration.take(slice(count)) if count else calibration
     shown, held = evaluation.split(0.5, 0)

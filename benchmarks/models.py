@@ -18,7 +18,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,17 @@ def outputs(model: Model, samples: Samples) -> Values:
     session = open_session(model.proto, folder=model.folder)
     parts = []
     for feed in samples.batches(samples.batch_size(1 << 22, 1 << 25)):
-        value = session.run(feed)[session.outputs[0]]
-        if value.ndim == 3 and "attention_mask" in feed:
-            mask = feed["attention_mask"][..., None].astype(np.float32)
-            value = (value * mask).sum(axis=1) / np.maximum(mask.sum(axis=1), 1e-9)
+        value = pooled(session.run(feed)[session.outputs[0]], feed)
         parts.append(value.reshape(len(value), -1))
     return np.concatenate(parts)
+
+
+def pooled(value: Values, inputs: Mapping[str, Values]) -> Values:
+    """Embeddings of tokens (samples, tokens, n) averaged over the attention mask; anything else as it is."""
+    if value.ndim != 3 or "attention_mask" not in inputs:
+        return value
+    mask = inputs["attention_mask"][..., None].astype(np.float32)
+    return np.asarray((value * mask).sum(axis=1) / np.maximum(mask.sum(axis=1), 1e-9))
 
 
 def score(kind: str, values: Values, labels: Values) -> float:

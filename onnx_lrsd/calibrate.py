@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,7 @@ FETCHED_BYTES = 64 << 20
 """Inputs of layers fetched in one batch, at most, outputs not counted; two batches are held at a time."""
 
 Item = TypeVar("Item")
+Values = npt.NDArray[Any]
 WeightOf = Callable[[Layer], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
 
 
@@ -231,18 +232,21 @@ def _runs(
     also: Collection[str],
     relay: Relay,
     handed: Sequence[str],
-) -> Iterator[tuple[int, Feed]]:
-    """Size of each batch, the inputs of ``layers`` in it and tensors ``also``; ``handed`` go to ``relay``."""
+) -> Iterator[tuple[int, Values | None, Feed]]:
+    """Of each batch its size, where it is no padding, the inputs of ``layers`` and tensors ``also``.
+
+    Those ``handed`` go to ``relay``.
+    """
     watch = _watcher(model, layers, samples, {*also, *handed}, relay.types)
     batches = -(-samples.count // batch)
     for index, feed in enumerate(samples.batches(batch)):
         values = watch({**feed, **relay.feed(index)})
         relay.offer(index, batches, values, handed)
-        yield samples.size_of(feed), values
+        yield samples.size_of(feed), samples.real(feed), values
 
 
 def _observe(
-    runs: Iterator[tuple[int, Feed]],
+    runs: Iterator[tuple[int, Values | None, Feed]],
     layers: Sequence[Layer],
     samples: Samples,
     seed: int,
@@ -260,11 +264,11 @@ def _observe(
     given = dict.fromkeys(buffers, 0)
     filled = dict.fromkeys(buffers, 0)
     first = 0
-    for count, activations in _ahead(runs):
+    for count, real, activations in _ahead(runs):
         last = first + count == samples.count
         for layer in layers:
             name, values = layer.name, activations[layer.input]
-            positions = _positions(layer, values.shape, first, count, samples.count, seed)
+            positions = _positions(layer, values.shape, real, first, count, samples.count, seed)
             start, stop = filled[name], filled[name] + len(positions)
             if stop > len(buffers[name]):  # batches but the last are alike: once, as a rule
                 room = np.empty((CHUNK + 2 * len(positions), layer.m), np.float32)
@@ -294,13 +298,21 @@ def _ahead(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def _positions(
-    layer: Layer, shape: tuple[int, ...], first: int, count: int, total: int, seed: int
+    layer: Layer, shape: tuple[int, ...], real: Values | None, first: int, count: int, total: int, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Positions in a batch of samples first..first+count-1, a share of the rows from each sample."""
+    """Positions in a batch of samples first..first+count-1, a share of the rows from each, no padding."""
     wanted = _wanted(layer, total)
     share = (first + count) * wanted // total - first * wanted // total
     rng = np.random.default_rng((seed, first, layer.n, layer.m))
-    return sample_positions(positions_of(layer, shape), share, rng)
+    if real is None or layer.op == "Conv" or not _of_tokens(shape, layer.axis, real):
+        return sample_positions(positions_of(layer, shape), share, rng)
+    positions = np.flatnonzero(real)
+    return positions[sample_positions(len(positions), share, rng)]
+
+
+def _of_tokens(shape: tuple[int, ...], axis: int, real: Values) -> bool:
+    """Whether a tensor with features along ``axis`` has a row for each position, by samples or flat."""
+    return np.delete(shape, axis).tolist() in ([*real.shape], [real.size])
 
 
 def _wanted(layer: Layer, samples: int) -> int:

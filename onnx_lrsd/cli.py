@@ -27,6 +27,7 @@ from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.inspection import inspect
 from onnx_lrsd.model import load, save, size_on_disk
 from onnx_lrsd.optimize import optimize
+from onnx_lrsd.padding import without_padding
 from onnx_lrsd.profile import measure
 from onnx_lrsd.report import (
     comparison_table,
@@ -196,7 +197,7 @@ JSON_OPTION = click.option(
     default="top1",
     show_default=True,
     metavar="top1|FILE.py:FUNCTION",
-    help="The score of --max-drop; FUNCTION(outputs, labels) gives one number, more is better.",
+    help="The score of --max-drop; FUNCTION(outputs, labels[, inputs]) gives one number, more is better.",
 )
 @click.option(
     "--weights",
@@ -315,6 +316,7 @@ def compare_command(
     _check_writable(json_path)
     one, two = load(before), load(after)
     samples = made_up_samples(one) if data is None else read_samples(data, inputs_of(one.proto))
+    samples = without_padding(one, samples)
     with _progress(quiet) as progress:
         found = compare(
             one,

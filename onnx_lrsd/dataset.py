@@ -31,6 +31,7 @@ class Samples:
     axis (a sampling rate, say) is in ``constants``. ``labels`` has one entry for each ``labelled``
     samples that follow each other: 1, or 2 for pairs that are compared, say.
     ``fixed`` is the model's fixed batch size, or None. ``notes`` say what was converted or dropped.
+    ``mask`` is the input (samples, positions) that is 0 at padding, where padding is known not to matter.
     """
 
     arrays: Mapping[str, Values]
@@ -41,6 +42,7 @@ class Samples:
     notes: tuple[str, ...] = ()
     slots: Mapping[str, Slot] = field(default_factory=dict)
     labelled: int = 1
+    mask: str | None = None
 
     @property
     def count(self) -> int:
@@ -73,6 +75,15 @@ class Samples:
     def size_of(self, feed: Mapping[str, Values]) -> int:
         """How many samples a feed holds."""
         return min((self.slots.get(name, Slot()).size_of(feed[name]) for name in self.arrays), default=1)
+
+    def real(self, feed: Mapping[str, Values]) -> Values | None:
+        """Which positions of a feed are no padding, (samples, positions); None where all count."""
+        return None if self.mask is None else feed[self.mask] != 0
+
+    @property
+    def filled(self) -> float:
+        """Share of the positions that are no padding."""
+        return 1.0 if self.mask is None else float(np.mean(self.arrays[self.mask] != 0))
 
     def take(self, which: slice | npt.NDArray[np.int64] | Sequence[int]) -> Samples:
         """The samples at these positions. A slice leaves a mapped array in its file, positions copy.
@@ -107,6 +118,11 @@ class Samples:
         parts = np.sort(order[second:]), np.sort(order[:second])
         first, last = ((part[:, None] * each + np.arange(each)).ravel() for part in parts)
         return self.take(first), self.take(last)
+
+
+def unpadded(values: Values, real: Values | None) -> Values:
+    """``values`` (samples, positions, ...) at ``real`` positions, (k, ...); as they are without such axes."""
+    return values if real is None or values.shape[: real.ndim] != real.shape else values[real]
 
 
 def read_samples(source: Any, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:

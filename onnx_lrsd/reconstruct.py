@@ -112,7 +112,8 @@ def _with_dense(
         weight = tensors[layer.weight]
         if not isinstance(weight, gs.Constant) or len(weight.outputs) > 1:
             return False
-        if layer.positions * calibration.samples.count < ROWS_TO_REFIT * layer.m:
+        samples = calibration.samples
+        if layer.positions * samples.count * samples.filled < ROWS_TO_REFIT * layer.m:
             return False
         return layer.name in calibration.kept and (layer.op != "MatMul" or bool(weight_of(layer)[1].any()))
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_lrsd.calibrate import WeightOf
-from onnx_lrsd.dataset import Samples
+from onnx_lrsd.dataset import Samples, unpadded
 from onnx_lrsd.divergence import Divergence, as_array, is_scores
 from onnx_lrsd.model import Model
 from onnx_lrsd.passes import split
@@ -95,13 +95,13 @@ def movement(before: Sequence[Sequence[Values]], after: Sequence[Sequence[Values
 
 
 def final_outputs(model: Model, samples: Samples) -> list[list[Values]]:
-    """Floating outputs of the model, each a list of batches; scores of classes as centred logits."""
+    """Floating outputs of the model but at padding, in batches; scores of classes as centred logits."""
     session = open_session(model.proto, folder=model.folder)
     found: list[list[Values]] = [[] for _ in session.outputs]
     for feed in samples.batches(batch_to_run(samples)):
-        size = samples.size_of(feed)
+        size, real = samples.size_of(feed), samples.real(feed)
         for batches, value in zip(found, session.run(feed).values(), strict=True):
-            array = as_array(value)
+            array = unpadded(as_array(value), real)
             if array.dtype.kind == "f":
                 batches.append(logits(array.reshape(size, -1)) if is_scores(array, size) else array)
     return [batches for batches in found if batches]

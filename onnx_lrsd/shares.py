@@ -6,6 +6,7 @@ from typing import Any
 
 from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.model import Model
+from onnx_lrsd.padding import without_padding
 from onnx_lrsd.run import Run
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.verify import made_up_samples
@@ -29,9 +30,11 @@ def fit_and_check(
             run.warnings.append("Outputs were compared and timed on made-up data: the errors mean little.")
             held = made_up_samples(source)
         return None, held
-    samples = read_samples(calibration, specs, limit=run.options.samples)
+    samples = without_padding(source, read_samples(calibration, specs, limit=run.options.samples))
     if held is None:
         samples, held = samples.split(HELD_OUT, run.options.seed)
+    else:
+        held = without_padding(source, held)
     run.warnings.extend(dict.fromkeys((*samples.notes, *held.notes)))
     return samples, held
 

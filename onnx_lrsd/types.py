@@ -18,8 +18,9 @@ Array: TypeAlias = Any
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``."""
 
-Score: TypeAlias = Callable[[Mapping[str, Any], Any], float]
-"""Called as ``score(outputs by name, labels)`` on all samples at once; more is better."""
+Score: TypeAlias = Callable[..., float]
+"""Called as ``score(outputs by name, labels)`` on all samples at once, with ``inputs`` by name as well where
+it has such a parameter; more is better."""
 
 DENSE = "dense"
 CHANNEL = "channel"

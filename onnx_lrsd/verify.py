@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from onnx_lrsd.dataset import GUESSES, Samples, as_fed, made_up
-from onnx_lrsd.divergence import Divergence, is_scores
+from onnx_lrsd.dataset import GUESSES, Samples, as_fed, made_up, unpadded
+from onnx_lrsd.divergence import Divergence, as_array, is_scores
 from onnx_lrsd.errors import DataError, LrsdError, VerificationError
 from onnx_lrsd.model import Model, model_bytes
 from onnx_lrsd.passes import compute_tensors, macs, parameters
@@ -127,11 +128,7 @@ def compare(
     outputs, kept = _differences(before, after, samples, collect, progress)
     score = None
     if labels is not None:
-        score = (
-            _scored(metric, *kept, labels, samples.labelled)
-            if callable(metric)
-            else _score(*kept, labels, metric)
-        )
+        score = _scored(metric, *kept, labels, samples) if callable(metric) else _score(*kept, labels, metric)
     feed = next(iter(samples.batches(1)))
     pace = None
     if latency:
@@ -199,7 +196,7 @@ def _pace(
 def _differences(
     before: Model, after: Model, samples: Samples, collect: Collect | None, progress: Progress | None
 ) -> tuple[tuple[OutputError, ...], tuple[list[Any], list[Any]]]:
-    """Errors of all outputs over all samples, and what ``collect`` keeps of both models' outputs."""
+    """Errors of all outputs where there is no padding, and what ``collect`` keeps of both models' outputs."""
     old = open_session(before.proto, folder=before.folder)
     with _second():
         new = open_session(after.proto, folder=after.folder)
@@ -211,8 +208,9 @@ def _differences(
         one = old.run(feed)
         with _second():
             two = new.run(feed)
+        real = samples.real(feed)
         for name, error in errors.items():
-            error.add(one[name], two[name])
+            error.add(*(unpadded(as_array(outputs[name]), real) for outputs in (one, two)))
         size = samples.size_of(feed)
         if collect is not None:
             for outputs, part in zip((one, two), kept, strict=True):
@@ -272,25 +270,28 @@ def _score(old: list[int], new: list[int], labels: npt.NDArray[Any], metric: str
 
 
 def _scored(
-    score: Score, old: list[Feed], new: list[Feed], labels: npt.NDArray[Any], labelled: int
+    score: Score, old: list[Feed], new: list[Feed], labels: npt.NDArray[Any], samples: Samples
 ) -> Metric:
     """The user's own score of both, and the 95 % interval of the difference.
 
-    ``labelled`` samples that follow each other share a label.
+    A function with a parameter ``inputs`` gets the samples, (count, ...) by name of the input.
 
     Source: delete-a-group jackknife; Shao and Tu, The Jackknife and Bootstrap (1995), section 2.2.
     """
-    count = len(labels)
+    count, labelled = len(labels), samples.labelled
+
+    def scored(outputs: Feed, which: npt.NDArray[np.int64]) -> float:
+        rows = (which[:, None] * labelled + np.arange(labelled)).ravel()
+        inputs = {"inputs": {name: values[rows] for name, values in samples.arrays.items()}} if asks else {}
+        return float(score({name: values[rows] for name, values in outputs.items()}, labels[which], **inputs))
 
     def difference(which: npt.NDArray[np.int64]) -> float:
-        rows = (which[:, None] * labelled + np.arange(labelled)).ravel()
-        picked = ({name: values[rows] for name, values in all_.items()} for all_ in (two, one))
-        after, before = (float(score(outputs, labels[which])) for outputs in picked)
-        return after - before
+        return scored(two, which) - scored(one, which)
 
     try:
         one, two = ({name: np.concatenate([f[name] for f in fs]) for name in fs[0]} for fs in (old, new))
-        whole = float(score(one, labels)), float(score(two, labels))
+        asks = "inputs" in inspect.signature(score).parameters
+        whole = scored(one, np.arange(count)), scored(two, np.arange(count))
         order, groups = np.random.default_rng(0).permutation(count), min(GROUPS, count)
         left_out = [difference(np.sort(np.delete(order, slice(g, None, groups)))) for g in range(groups)]
     except Exception as error:  # the user's code may raise anything

@@ -1,0 +1,181 @@
+"""What is at padding, which nobody reads, counts neither in the fit nor in what is said of it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+import onnx_lrsd
+from onnx_lrsd.calibrate import Calibration, calibrate
+from onnx_lrsd.dataset import Samples, read_samples
+from onnx_lrsd.model import Model, load
+from onnx_lrsd.padding import without_padding
+from onnx_lrsd.passes import find_layers, read_weight
+from onnx_lrsd.reconstruct import reconstruct
+from onnx_lrsd.runtime import inputs_of, open_session
+from onnx_lrsd.sensitivity import final_outputs
+from onnx_lrsd.types import Form
+from onnx_lrsd.verify import compare
+
+WORDS, LENGTH = 50, 12
+MASK = "attention_mask"
+
+
+def token_model(*, leaks: bool = False, flat: bool = False, mask: str = MASK) -> Model:
+    """Embedding, two dense layers with a Relu between them, attention to all tokens that are real.
+
+    Where it ``leaks`` it attends to padding as well; ``flat`` has its dense layers see (tokens, features).
+    """
+    text = ["e = Gather (table, ids)"]
+    if flat:
+        text += ["f = Reshape (e, all)", "g = Gemm (f, w0, b0)", "h0 = Reshape (g, back)"]
+    else:
+        text += ["m = MatMul (e, w0)", "h0 = Add (m, b0)"]
+    text += [f"c = Cast <to = 1> ({mask})", "d = Mul (c, big)", "s = Sub (d, big)", "a = Unsqueeze (s, one)"]
+    text += ["k = Transpose <perm = [0, 2, 1]> (h0)", "p = MatMul (h0, k)", "z = Mul (p, small)"]
+    text += ["q = Softmax <axis = -1> (z)" if leaks else "y = Add (z, a) q = Softmax <axis = -1> (y)"]
+    text += ["v = MatMul (q, h0)", "r = Relu (v)", "o = MatMul (r, w1)", "hidden = Add (o, b1)"]
+    ends = f"(int64[n, {LENGTH}] ids, int64[n, {LENGTH}] {mask}) => (float[n, {LENGTH}, 32] hidden)"
+    graph = onnx.parser.parse_graph(f"g {ends} {{ {' '.join(text)} }}")
+    rng = np.random.default_rng(0)
+    constants: dict[str, Any] = {
+        "table": rng.standard_normal((WORDS, 32)).astype(np.float32),
+        "big": np.float32(1e9),
+        "small": np.float32(0.05),
+        "one": np.array([1]),
+        "all": np.array([-1, 32]),
+        "back": np.array([-1, LENGTH, 32]),
+    }
+    for index in range(2):
+        constants[f"w{index}"] = (rng.standard_normal((32, 32)) / 6).astype(np.float32)
+        constants[f"b{index}"] = rng.standard_normal(32).astype(np.float32)
+    used = {name for node in graph.node for name in node.input}
+    for name, value in constants.items():
+        if name in used:
+            graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    opset = [onnx.helper.make_opsetid("", 17)]
+    return load(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8))
+
+
+def texts(count: int, seed: int, fill: int = 0, mask: str = MASK) -> dict[str, np.ndarray]:
+    """Texts of 2 to 12 tokens, each with ``fill`` behind its end."""
+    rng = np.random.default_rng(seed)
+    real = np.arange(LENGTH) < rng.integers(2, LENGTH + 1, count)[:, None]
+    ids = np.where(real, rng.integers(1, WORDS, (count, LENGTH)), fill)
+    return {"ids": ids, mask: real.astype(np.int64)}
+
+
+def padded(model: Model, arrays: dict[str, np.ndarray]) -> Samples:
+    return without_padding(model, read_samples(arrays, inputs_of(model.proto)))
+
+
+def calibrated(model: Model, samples: Samples) -> Calibration:
+    graph = model.graph()
+    return calibrate(model, find_layers(graph)[0], samples, partial(read_weight, graph))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_moments_are_those_of_real_tokens_alone(flat: bool) -> None:
+    model, arrays = token_model(flat=flat), texts(100, 1)
+    known = calibrated(model, padded(model, arrays))
+    first = next(layer for layer in known.layers if layer.weight == "w0")
+    table = onnx.numpy_helper.to_array(next(t for t in model.proto.graph.initializer if t.name == "table"))
+    tokens = table[arrays["ids"][arrays[MASK] == 1]].astype(np.float64)
+    moments = known.moments[first.name]
+    assert moments.count == len(tokens) == len(known.kept[first.name])
+    np.testing.assert_allclose(moments.mean, tokens.mean(axis=0), atol=1e-6)
+    assert moments.second is not None
+    np.testing.assert_allclose(moments.second, np.cov(tokens.T, bias=True), atol=1e-5)
+
+
+def fitted(model: Model, arrays: dict[str, np.ndarray], rank: int = 12) -> Model:
+    known = calibrated(model, padded(model, arrays))
+    forms = {layer.name: Form("channel", rank) for layer in known.layers}
+    return reconstruct(model, known.layers, forms, partial(read_weight, model.graph()), known)[0]
+
+
+def test_what_is_at_padding_changes_no_factor() -> None:
+    model = token_model()
+    one, other = (fitted(model, texts(200, 1, fill)).proto for fill in (0, 7))
+    assert one == other != model.proto
+
+
+def test_errors_of_outputs_are_those_at_real_tokens() -> None:
+    model, held = token_model(), texts(60, 2)
+    other, samples = fitted(model, texts(200, 1)), padded(model, held)
+    before, after = (open_session(each.proto).run(held)["hidden"] for each in (model, other))
+    real = held[MASK] == 1
+    old, new = before[real].astype(np.float64), after[real].astype(np.float64)
+    error = np.sum((new - old) ** 2) / np.sum((old - old.mean(axis=0)) ** 2)
+    assert compare(model, other, samples, latency=False).error == pytest.approx(error, rel=1e-6)
+    assert error > 0.01
+    assert sum(len(batch) for batch in final_outputs(model, samples)[0]) == real.sum()
+
+
+def test_the_fit_is_better_where_it_counts() -> None:
+    """Padding is one word, which is otherwise half of what the factors are fitted to."""
+    model = token_model()
+    judge, arrays = padded(model, texts(60, 2)), texts(200, 1)
+    blind = {**arrays, MASK: np.ones_like(arrays[MASK])}
+    known, unknown = (compare(model, fitted(model, a), judge, latency=False).error for a in (arrays, blind))
+    assert known < 0.95 * unknown
+
+
+def test_the_report_says_what_was_left_out() -> None:
+    result = onnx_lrsd.optimize(token_model().proto, texts(80, 1), ratio=1.2, dry_run=True)
+    assert any("attention_mask marks" in said and "counts neither" in said for said in result.report.warnings)
+
+
+def test_a_mask_that_the_model_does_not_follow_is_not_believed() -> None:
+    model = token_model(leaks=True)
+    samples = padded(model, texts(20, 1))
+    assert samples.mask is None and samples.filled == 1
+    assert any("it counts as well" in note for note in samples.notes)
+
+
+def test_a_mask_that_means_the_opposite_is_not_believed() -> None:
+    model, arrays = token_model(), texts(20, 1)
+    ids = np.where(arrays[MASK] == 1, arrays["ids"], 3)
+    assert padded(model, {"ids": ids, MASK: arrays[MASK]}).mask == MASK
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    node = next(node for node in proto.graph.node if node.op_type == "Sub")
+    node.input[:] = ["zero", "d"]  # what is 1 is hidden
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((), np.float32), "zero"))
+    assert padded(load(proto), {"ids": ids, MASK: arrays[MASK]}).mask is None
+
+
+def test_only_what_is_named_as_a_mask_and_finds_padding_is_one() -> None:
+    assert padded(token_model(mask="input_mask"), texts(20, 1, mask="input_mask")).mask == "input_mask"
+    assert padded(token_model(mask="segments"), texts(20, 1, mask="segments")).mask is None
+    full = {**texts(20, 1), MASK: np.ones((20, LENGTH), np.int64)}
+    samples = padded(token_model(), full)
+    assert samples.mask is None and not samples.notes
+
+
+def test_padding_may_come_first() -> None:
+    model = token_model()
+    arrays = {name: values[:, ::-1].copy() for name, values in texts(20, 1).items()}
+    assert padded(model, arrays).mask == MASK
+
+
+def test_a_metric_may_ask_for_the_inputs() -> None:
+    """As embeddings of sentences need them, whose tokens are averaged over the mask."""
+    model, arrays = token_model(), texts(40, 1)
+    seen = []
+
+    def sentence(outputs: dict[str, np.ndarray], labels: np.ndarray, inputs: dict[str, np.ndarray]) -> float:
+        seen.append((len(outputs["hidden"]), len(labels), len(inputs["ids"])))
+        lengths = inputs[MASK].sum(axis=1)
+        return float(np.mean(lengths == labels))
+
+    labels = arrays[MASK].sum(axis=1)
+    samples = read_samples({**arrays, "labels": labels}, inputs_of(model.proto))
+    found = onnx_lrsd.compare(model, model, samples, metric=sentence, latency=False)
+    assert found.metric is not None and found.metric.before == found.metric.after == 1
+    assert (40, 40, 40) in seen and all(len(set(sizes)) == 1 for sizes in seen)
