@@ -121,8 +121,13 @@ class Samples:
 
 
 def unpadded(values: Values, real: Values | None) -> Values:
-    """``values`` (samples, positions, ...) at ``real`` positions, (k, ...); as they are without such axes."""
-    return values if real is None or values.shape[: real.ndim] != real.shape else values[real]
+    """``values`` (samples, positions, ...) at ``real`` positions, (k, ...); as they are without such axes.
+
+    What has no axis behind these may be features of whole samples, as many as there are positions.
+    """
+    if real is None or values.ndim == real.ndim or values.shape[: real.ndim] != real.shape:
+        return values
+    return values[real]
 
 
 def read_samples(source: Any, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:

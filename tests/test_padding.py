@@ -12,7 +12,7 @@ import pytest
 
 import onnx_lrsd
 from onnx_lrsd.calibrate import Calibration, calibrate
-from onnx_lrsd.dataset import Samples, read_samples
+from onnx_lrsd.dataset import Samples, read_samples, unpadded
 from onnx_lrsd.model import Model, load
 from onnx_lrsd.padding import without_padding
 from onnx_lrsd.passes import find_layers, read_weight
@@ -156,6 +156,14 @@ def test_only_what_is_named_as_a_mask_and_finds_padding_is_one() -> None:
     full = {**texts(20, 1), MASK: np.ones((20, LENGTH), np.int64)}
     samples = padded(token_model(), full)
     assert samples.mask is None and not samples.notes
+
+
+def test_features_of_a_whole_text_are_no_positions() -> None:
+    """Pooled embeddings may have as many features as texts have tokens."""
+    real = texts(20, 1)[MASK] == 1
+    pooled = np.ones((20, LENGTH))
+    assert unpadded(pooled, real) is pooled
+    assert unpadded(np.ones((20, LENGTH, 3)), real).shape == (real.sum(), 3)
 
 
 def test_padding_may_come_first() -> None:
