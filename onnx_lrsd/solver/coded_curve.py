@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -41,8 +40,8 @@ SHARES = (0.02, 0.045, 0.1, 0.22, 0.5)
 """Parts of a weight's numbers that are left where bits do not count; errors between them follow a power."""
 OF_FACTORS = 0.3
 """Of what is left beside an S: its share, found on convolutions of VGG-16 (benchmarks/RESULTS.md)."""
-BETWEEN = 4
-"""Steps from one share to the next."""
+OFFERED = 17
+"""Shares from the first to the last that are offered."""
 GAP_BITS = 4.3
 """Of the distance to the next entry, with what bridges the long ones."""
 MOST_WORK = 3e9
@@ -166,10 +165,9 @@ def _in_numbers(problem: Problem, kinds: Sequence[str]) -> dict[Form, float]:
     found = {}
     for part in (0.0, OF_FACTORS) if kind is not None and n * each <= WORK_BESIDE else (0.0,):
         errors = [max(error(_numbers_left(problem, kind or CHANNEL, x, part)), 1e-12) for x in SHARES]
-        for low, high in pairwise(SHARES):
-            for share in np.geomspace(low, high, BETWEEN, endpoint=False):
-                form = _numbers_left(problem, kind or CHANNEL, float(share), part)
-                found[form] = float(np.exp(np.interp(np.log(share), np.log(SHARES), np.log(errors))))
+        for share in np.geomspace(SHARES[0], SHARES[-1], OFFERED):
+            form = _numbers_left(problem, kind or CHANNEL, float(share), part)
+            found[form] = float(np.exp(np.interp(np.log(share), np.log(SHARES), np.log(errors))))
     return found
 
 
