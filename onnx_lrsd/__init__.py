@@ -13,6 +13,7 @@ from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.inspection import inspect
 from onnx_lrsd.model import Model, load, save
 from onnx_lrsd.optimize import Result, optimize
+from onnx_lrsd.padding import without_padding
 from onnx_lrsd.passes import find_layers, read_weight, split
 from onnx_lrsd.report import plan_from_json, plan_to_json, report_table, report_to_json
 from onnx_lrsd.run import Options
@@ -56,4 +57,5 @@ __all__ = [
     "save",
     "split",
     "unpack",
+    "without_padding",
 ]

@@ -121,13 +121,14 @@ class Samples:
 
 
 def unpadded(values: Values, real: Values | None) -> Values:
-    """``values`` (samples, positions, ...) at ``real`` positions, (k, ...); as they are without such axes.
+    """``values`` (samples, ..., positions, ...) at ``real`` positions, (k, ...); as they are if there are none.
 
-    What has no axis behind these may be features of whole samples, as many as there are positions.
+    The first axis of that length holds the positions: (samples, heads, positions, features) is what caches of
+    attention hold. Two axes alone may be features of whole samples, as many as there are positions.
     """
-    if real is None or values.ndim == real.ndim or values.shape[: real.ndim] != real.shape:
+    if real is None or values.ndim < 3 or len(values) != len(real) or real.shape[1] not in values.shape[1:]:
         return values
-    return values[real]
+    return np.moveaxis(values, values.shape.index(real.shape[1], 1), 1)[real]
 
 
 def read_samples(source: Any, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:

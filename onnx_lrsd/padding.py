@@ -31,7 +31,20 @@ def without_padding(model: Model, samples: Samples) -> Samples:
     """``samples`` that know which of their positions are padding; as they were where none is.
 
     The mask is believed only where the model follows it: other content at padding must leave each output
-    as it was, or as it was at the positions that are real. A note says what was found.
+    as it was, or as it was at the positions that are real. A note says what was found. ``optimize`` asks this
+    of what it is given; who calls its stages one by one asks first.
+
+    >>> import numpy as np, onnx, onnx_lrsd
+    >>> from onnx_lrsd.runtime import inputs_of
+    >>> text = "(int64[n, 3] ids, int64[n, 3] attention_mask) => (float[n, 3, 2] y) { y = Gather (w, ids) }"
+    >>> graph = onnx.parser.parse_graph(f"g {text}")
+    >>> graph.initializer.extend([onnx.numpy_helper.from_array(np.eye(9, 2, dtype=np.float32), "w")])
+    >>> opset = onnx.helper.make_opsetid("", 17)
+    >>> model = onnx_lrsd.load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8))
+    >>> feed = {"ids": np.array([[1, 2, 3], [1, 0, 0]]), "attention_mask": np.array([[1, 1, 1], [1, 0, 0]])}
+    >>> samples = onnx_lrsd.read_samples(feed, inputs_of(model.proto))
+    >>> onnx_lrsd.without_padding(model, samples).notes[-1][:63]
+    'attention_mask marks 33% of the positions in the given data as '
     """
     name = _mask(samples)
     if name is None or samples.mask is not None:
@@ -39,7 +52,7 @@ def without_padding(model: Model, samples: Samples) -> Samples:
     real = samples.arrays[name] != 0
     said = f"{name} marks {1 - real.mean():.0%} of the positions in {samples.source} as padding"
     if not _follows(model, samples, name):
-        note = f"{said}, but what is there changes the outputs: it counts as well."
+        note = f"{said}, but the outputs are not seen to be free of it: it counts as well."
         return replace(samples, notes=(*samples.notes, note))
     note = f"{said}: what is there counts neither in the fit nor in the errors of outputs."
     return replace(samples, mask=name, notes=(*samples.notes, note))

@@ -166,6 +166,15 @@ def test_features_of_a_whole_text_are_no_positions() -> None:
     assert unpadded(np.ones((20, LENGTH, 3)), real).shape == (real.sum(), 3)
 
 
+def test_positions_may_stand_behind_the_heads_of_attention() -> None:
+    """As they do in the outputs of a language model that are its cache."""
+    real = texts(20, 1)[MASK] == 1
+    cache = np.random.default_rng(0).standard_normal((20, 4, LENGTH, 3))
+    np.testing.assert_array_equal(unpadded(cache, real), cache.transpose(0, 2, 1, 3)[real])
+    weights = np.ones((20, 4, LENGTH, LENGTH))
+    assert unpadded(weights, real).shape == (real.sum(), 4, LENGTH)
+
+
 def test_padding_may_come_first() -> None:
     model = token_model()
     arrays = {name: values[:, ::-1].copy() for name, values in texts(20, 1).items()}
