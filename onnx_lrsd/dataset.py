@@ -121,7 +121,7 @@ class Samples:
 
 
 def unpadded(values: Values, real: Values | None) -> Values:
-    """``values`` (samples, ..., positions, ...) at ``real`` positions, (k, ...); as they are if there are none.
+    """``values`` (samples, ..., positions, ...) at ``real`` positions, (k, ...); else as they are.
 
     The first axis of that length holds the positions: (samples, heads, positions, features) is what caches of
     attention hold. Two axes alone may be features of whole samples, as many as there are positions.
