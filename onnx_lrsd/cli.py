@@ -328,6 +328,8 @@ def compare_command(
         )
     if not quiet:
         _say(comparison_table(found, str(before), str(after), colour=_colour()))
+        for note in samples.notes:
+            _say(f"Warning: {note}")
         if data is None:
             _say("Warning: outputs were compared on made-up data, their errors mean little: give --data.")
     if json_path is not None:

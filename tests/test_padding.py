@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from click.testing import CliRunner
 
 import onnx_lrsd
 from onnx_lrsd.calibrate import Calibration, calibrate
+from onnx_lrsd.cli import main
 from onnx_lrsd.dataset import Samples, read_samples, unpadded
-from onnx_lrsd.model import Model, load
+from onnx_lrsd.model import Model, load, save
 from onnx_lrsd.padding import without_padding
 from onnx_lrsd.passes import find_layers, read_weight
 from onnx_lrsd.reconstruct import reconstruct
@@ -129,6 +132,15 @@ def test_the_fit_is_better_where_it_counts() -> None:
 def test_the_report_says_what_was_left_out() -> None:
     result = onnx_lrsd.optimize(token_model().proto, texts(80, 1), ratio=1.2, dry_run=True)
     assert any("attention_mask marks" in said and "counts neither" in said for said in result.report.warnings)
+
+
+def test_compare_leaves_the_same_out_and_says_so(tmp_path: Path) -> None:
+    save(token_model(), tmp_path / "model.onnx")
+    held = texts(20, 2)
+    np.savez(tmp_path / "held.npz", ids=held["ids"], attention_mask=held[MASK])
+    model = str(tmp_path / "model.onnx")
+    done = CliRunner().invoke(main, ["compare", model, model, "--data", str(tmp_path / "held.npz")])
+    assert done.exit_code == 0 and "attention_mask marks" in " ".join(done.output.split())
 
 
 def test_a_mask_that_the_model_does_not_follow_is_not_believed() -> None:
