@@ -59,9 +59,11 @@ def without_padding(model: Model, samples: Samples) -> Samples:
 
 
 def _mask(samples: Samples) -> str | None:
-    """The one input that marks padding and finds some."""
+    """The one input that marks padding and finds some; None beside a decoder, whose positions are others."""
     named = [name for name in samples.arrays if name.split(":")[0].lower() in NAMES]
     if len(named) != 1 or samples.slots.get(named[0], Slot()).axis != 0:
+        return None
+    if any("decoder" in name for name in samples.arrays):
         return None
     values = samples.arrays[named[0]]
     if values.ndim != 2 or values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():

@@ -20,7 +20,7 @@ def fit_and_check(
 ) -> tuple[Samples | None, Samples]:
     """Samples to fit on (None: no data) and, apart from them, samples to verify on."""
     specs = inputs_of(source.proto)
-    held = None if evaluation is None else read_samples(evaluation, specs)
+    held = None if evaluation is None else without_padding(source, read_samples(evaluation, specs))
     if calibration is None:
         run.warnings.append(
             "No calibration data: the weights alone decide, which costs far more accuracy. "
@@ -33,8 +33,6 @@ def fit_and_check(
     samples = without_padding(source, read_samples(calibration, specs, limit=run.options.samples))
     if held is None:
         samples, held = samples.split(HELD_OUT, run.options.seed)
-    else:
-        held = without_padding(source, held)
     run.warnings.extend(dict.fromkeys((*samples.notes, *held.notes)))
     return samples, held
 

@@ -165,6 +165,10 @@ def test_a_mask_that_means_the_opposite_is_not_believed() -> None:
 def test_only_what_is_named_as_a_mask_and_finds_padding_is_one() -> None:
     assert padded(token_model(mask="input_mask"), texts(20, 1, mask="input_mask")).mask == "input_mask"
     assert padded(token_model(mask="segments"), texts(20, 1, mask="segments")).mask is None
+    decoder = token_model()
+    decoder.proto.graph.input[0].name = decoder.proto.graph.node[0].input[1] = "decoder_ids"
+    arrays = texts(20, 1)
+    assert padded(decoder, {"decoder_ids": arrays["ids"], MASK: arrays[MASK]}).mask is None
     full = {**texts(20, 1), MASK: np.ones((20, LENGTH), np.int64)}
     samples = padded(token_model(), full)
     assert samples.mask is None and not samples.notes
