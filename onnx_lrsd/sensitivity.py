@@ -29,8 +29,11 @@ FEWEST, MOST_SAMPLES = 8, 32
 """Samples that are run once for every layer: enough to know a sensitivity within a fourth or so."""
 RUNS = 2
 """Inferences for each calibration sample, unless that leaves fewer than FEWEST for a layer."""
-LEAST, MOST = 0.01, 100.0
-"""Bounds of a sensitivity in units of the median: beyond them lie noise and outputs that are not finite."""
+LEAST, MOST = 1e-4, 1e5
+"""Bounds of a sensitivity in units of the median: beyond them lie noise and outputs that are not finite.
+
+In transformers a few tokens carry nearly all energy of some layers, whose relative errors then count
+thousands of times as much as those of others."""
 
 
 def sensitivities(

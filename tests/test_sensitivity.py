@@ -64,6 +64,12 @@ def test_a_layer_without_effect_weighs_least_and_one_without_numbers_nothing() -
     assert measured(two_branches((1.0, 1.0), TensorProto.INT64)) == {}
 
 
+def test_sensitivities_may_be_orders_of_magnitude_apart() -> None:
+    """As in transformers, where a few tokens carry nearly all energy of some layers."""
+    found = measured(two_branches((1.0, 0.01)))
+    assert found["mA"] / found["mB"] == pytest.approx(1e4, rel=0.5)
+
+
 def test_single_entries_are_measured_by_rounding_where_rows_are_few_and_not_at_all_elsewhere() -> None:
     model = two_branches((2.0, 1.0))
     graph = model.graph()
