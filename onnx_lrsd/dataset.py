@@ -120,17 +120,6 @@ class Samples:
         return self.take(first), self.take(last)
 
 
-def unpadded(values: Values, real: Values | None) -> Values:
-    """``values`` (samples, ..., positions, ...) at ``real`` positions, (k, ...); else as they are.
-
-    The first axis of that length holds the positions: (samples, heads, positions, features) is what caches of
-    attention hold. Two axes alone may be features of whole samples, as many as there are positions.
-    """
-    if real is None or values.ndim < 3 or len(values) != len(real) or real.shape[1] not in values.shape[1:]:
-        return values
-    return np.moveaxis(values, values.shape.index(real.shape[1], 1), 1)[real]
-
-
 def read_samples(source: Any, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:
     """Read samples and check them against the model's ``inputs``; at most ``limit``, the first ones.
 

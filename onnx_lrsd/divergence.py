@@ -29,9 +29,9 @@ class Divergence:
         self.rows = 0
         self.uneven = False
 
-    def add(self, old: Any, new: Any) -> None:
-        """Take in the outputs of one batch."""
-        one, two = as_array(old), as_array(new)
+    def add(self, old: Any, new: Any, real: Values | None = None) -> None:
+        """Take in the outputs of one batch; where ``real`` (samples, positions) says so, without padding."""
+        one, two = unpadded(as_array(old), real), unpadded(as_array(new), real)
         if one.shape != two.shape:
             self.uneven = True
             energy = float(np.sum(_finite(one) ** 2)) if one.dtype.kind == "f" else float(max(one.size, 1))
@@ -89,6 +89,17 @@ def as_array(value: Any) -> Values:
     if arrays and all(a.shape == arrays[0].shape and a.dtype.kind in "biufUS" for a in arrays):
         return np.stack(arrays)
     return np.array([repr(item) for item in value])
+
+
+def unpadded(values: Values, real: Values | None) -> Values:
+    """``values`` (samples, ..., positions, ...) at ``real`` positions, (k, ...); else as they are.
+
+    The first axis of that length holds the positions: (samples, heads, positions, features) is what caches of
+    attention hold. Two axes alone may be features of whole samples, as many as there are positions.
+    """
+    if real is None or values.ndim < 3 or len(values) != len(real) or real.shape[1] not in values.shape[1:]:
+        return values
+    return np.moveaxis(values, values.shape.index(real.shape[1], 1), 1)[real]
 
 
 def is_scores(output: Values, size: int) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lrsd.dataset import Samples, unpadded
-from onnx_lrsd.divergence import Divergence, as_array
+from onnx_lrsd.dataset import Samples
+from onnx_lrsd.divergence import Divergence
 from onnx_lrsd.model import Model
 from onnx_lrsd.runtime import open_session
 from onnx_lrsd.slots import Slot
@@ -46,16 +46,16 @@ def without_padding(model: Model, samples: Samples) -> Samples:
     >>> onnx_lrsd.without_padding(model, samples).notes[-1][:63]
     'attention_mask marks 33% of the positions in the given data as '
     """
-    name = _mask(samples)
-    if name is None or samples.mask is not None:
+    name = _mask(samples) if samples.mask is None else None
+    if name is None:
         return samples
-    real = samples.arrays[name] != 0
-    said = f"{name} marks {1 - real.mean():.0%} of the positions in {samples.source} as padding"
+    found = replace(samples, mask=name)
+    said = f"{name} marks {1 - found.filled:.0%} of the positions in {samples.source} as padding"
     if not _follows(model, samples, name):
         note = f"{said}, but the outputs are not seen to be free of it: it counts as well."
         return replace(samples, notes=(*samples.notes, note))
     note = f"{said}: what is there counts neither in the fit nor in the errors of outputs."
-    return replace(samples, mask=name, notes=(*samples.notes, note))
+    return replace(found, notes=(*samples.notes, note))
 
 
 def _mask(samples: Samples) -> str | None:
@@ -98,5 +98,5 @@ def _refilled(values: Values, real: Values) -> Values:
 
 def _distance(before: Any, after: Any, real: Values) -> float:
     error = Divergence()
-    error.add(*(unpadded(as_array(output), real) for output in (before, after)))
+    error.add(before, after, real)
     return error.relative()

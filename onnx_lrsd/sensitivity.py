@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_lrsd.calibrate import WeightOf
-from onnx_lrsd.dataset import Samples, unpadded
-from onnx_lrsd.divergence import Divergence, as_array, is_scores
+from onnx_lrsd.dataset import Samples
+from onnx_lrsd.divergence import Divergence, as_array, is_scores, unpadded
 from onnx_lrsd.model import Model
 from onnx_lrsd.passes import split
 from onnx_lrsd.runtime import open_session

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 import onnx_lrsd
 from onnx_lrsd.calibrate import Calibration, calibrate
 from onnx_lrsd.cli import main
-from onnx_lrsd.dataset import Samples, read_samples, unpadded
+from onnx_lrsd.dataset import Samples, read_samples
+from onnx_lrsd.divergence import unpadded
 from onnx_lrsd.model import Model, load, save
 from onnx_lrsd.padding import without_padding
 from onnx_lrsd.passes import find_layers, read_weight
