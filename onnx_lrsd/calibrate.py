@@ -34,7 +34,7 @@ ROWS_PER_INPUT = 8
 FEWEST_ROWS, MOST_ROWS = 4096, 20_000
 """Rows of a layer that factors are fitted to: eight for each input, between these bounds."""
 SURVEY = 4
-"""Every fourth row is enough for the error curves that the plan is made from, where there are many."""
+"""Every fourth row is enough for the error curves that the plan is made from, if so many are left."""
 MOST_INPUTS = 6
 """Inputs are kept instead of outputs where there are at most so many for each output."""
 ORIGINAL = 3
@@ -114,13 +114,14 @@ def calibrate(
     batch = samples.batch_size(bytes_each, FETCHED_BYTES)
     located = locate(layers, shapes, samples)
     watched = [layer for layer in located if asked(layer)]
-    accumulators, kept, inputs, weights = {}, {}, {}, {}
+    accumulators, kept, inputs, weights, strides = {}, {}, {}, {}, {}
     every = _every(watched, samples.count)
     for layer in watched:
         wanted = _wanted(layer, samples.count)
         if not _keeps_inputs(layer):
             inputs[layer.name] = np.empty((-(-wanted // every), layer.m), np.float32)
-        accumulators[layer.name] = MomentAccumulator(layer, -(-wanted // _stride(wanted)))
+        strides[layer.name] = _stride(layer, wanted, samples)
+        accumulators[layer.name] = MomentAccumulator(layer, -(-wanted // strides[layer.name]))
         kept[layer.name] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
         if not _keeps_inputs(layer) and layer.op != "Conv":
             weights[layer.name] = _single(weight_of(layer))
@@ -134,8 +135,7 @@ def calibrate(
             _outputs(rows, weights[layer.name], kept[layer.name][start:stop])
         if layer.name in inputs:
             inputs[layer.name][_which(start, stop, every)] = _nth(rows, start, every)
-        stride = _stride(len(kept[layer.name]))  # over all rows, wherever the batches end
-        accumulators[layer.name].add(_nth(rows, start, stride))
+        accumulators[layer.name].add(_nth(rows, start, strides[layer.name]))  # wherever the batches end
         done[layer.name] = stop
     kept = {name: values[: done[name]] for name, values in kept.items()}
     inputs |= {name: kept[name][::every] for name in into}
@@ -198,8 +198,10 @@ def _which(start: int, stop: int, every: int) -> slice:
     return slice(-(-start // every), -(-stop // every))
 
 
-def _stride(rows: int) -> int:
-    return SURVEY if rows > FEWEST_ROWS else 1
+def _stride(layer: Layer, wanted: int, samples: Samples) -> int:
+    """Of how many rows, padding not counted, one goes into the curves; FEWEST_ROWS are left."""
+    real = samples.filled * samples.count * layer.positions if layer.op != "Conv" else wanted
+    return min(max(int(min(wanted, real)) // FEWEST_ROWS, 1), SURVEY)
 
 
 def _keeps_inputs(layer: Layer) -> bool:

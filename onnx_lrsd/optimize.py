@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -139,14 +139,17 @@ def optimize(
     )
     if settings.int8:
         fit = Int8Fit(run, source, fit, known.samples)
+    refused: list[Verification] = []
     if plan is None:
         with run.clock("plan"):
-            candidates, check_on = _choose(run, planner, fit, check_on)
+            candidates, check_on = _choose(run, planner, fit, check_on, refused)
     else:
-        candidates = [forms_of(plan, known.layers)]
+        candidates = iter([forms_of(plan, known.layers)])
     rewritten, factors, verification = original, dict[str, Factors](), None
-    forms = candidates[0]
-    for forms in candidates if not dry_run else ():
+    forms: Forms = {}
+    for forms in _clocked(run, candidates):
+        if dry_run:
+            break
         with run.clock("decompose"):
             rewritten, factors = fit(forms=forms) if forms or settings.int8 else (original, {})
         with run.clock("verify"):
@@ -155,6 +158,7 @@ def optimize(
             )
         if _confirmed(run, verification):
             break
+        refused.append(verification)
     if plan is None:
         plan = make_plan(run, curves, forms)
     if plan.target == TENSORRT.name and not dry_run:
@@ -233,21 +237,36 @@ def _sensitivities(
     )
 
 
-def _choose(run: Run, planner: Planner, fit: Fit, check_on: Samples) -> tuple[list[Forms], Samples]:
-    """Forms for what was asked, best first, and the samples that are left to check them on."""
+def _choose(
+    run: Run, planner: Planner, fit: Fit, check_on: Samples, refused: Sequence[Verification]
+) -> tuple[Iterator[Forms], Samples]:
+    """Forms for what was asked, best first, and the samples that are left to check them on.
+
+    The next ones are chosen by what is found of those before, which are then in ``refused``.
+    """
     options = run.options
     if options.ratio is None:
         search_on, check_on = search_and_confirm(check_on)
         if options.max_drop is not None:
-            return planner.for_drop(options.max_drop / 100, fit, search_on), check_on
-        return [planner.for_error(options.max_error or 0.0, fit, search_on)], check_on
+            return planner.for_drop(options.max_drop / 100, fit, search_on, refused), check_on
+        return iter([planner.for_error(options.max_error or 0.0, fit, search_on)]), check_on
     try:
-        return [planner.for_ratio(options.ratio)], check_on
+        return iter([planner.for_ratio(options.ratio)]), check_on
     except BudgetError as error:
         run.warnings.append(f"{error} The original is handed back.")
         for name in planner.sensitivity:
             run.reasons.setdefault(name, OUT_OF_REACH)
-        return [{}], check_on
+        return iter([Forms()]), check_on
+
+
+def _clocked(run: Run, candidates: Iterator[Forms]) -> Iterator[Forms]:
+    """``candidates``, with the time that each takes to find."""
+    while True:
+        with run.clock("plan"):
+            forms = next(candidates, None)
+        if forms is None:
+            return
+        yield forms
 
 
 def _confirmed(run: Run, found: Verification) -> bool:

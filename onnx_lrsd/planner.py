@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import log
 from statistics import median
 from typing import TypeAlias
@@ -13,7 +13,7 @@ from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.model import Model
 from onnx_lrsd.passes import unavoidable
 from onnx_lrsd.run import Run
-from onnx_lrsd.search import Drop, bearable, search
+from onnx_lrsd.search import Drop, bearable, drop_of, search
 from onnx_lrsd.targets import price
 from onnx_lrsd.trial import CLEARLY, speedups, whole_speedup
 from onnx_lrsd.types import (
@@ -25,6 +25,7 @@ from onnx_lrsd.types import (
     Form,
     Point,
     Price,
+    Verification,
 )
 from onnx_lrsd.verify import compare
 
@@ -137,7 +138,7 @@ class Planner:
         return {name: form for name, form in chosen.items() if name not in slow}
 
     def for_error(self, most: float, fit: Fit, samples: Samples) -> Forms:
-        """The cheapest forms found whose outputs stay within ``most`` on ``samples``.
+        """The cheapest forms found whose outputs stay within ``most`` on ``samples``; none at all without.
 
         A tenth is left as margin, since other samples confirm.
         """
@@ -145,38 +146,45 @@ class Planner:
         def error(rewritten: Model) -> float:
             return compare(self.source, rewritten, samples, latency=False).error
 
-        return self._search(error, lambda: MARGIN * most, fit)[0]
+        return next(self._search(error, lambda: MARGIN * most, fit), Forms())
 
-    def for_drop(self, most: float, fit: Fit, samples: Samples) -> list[Forms]:
+    def for_drop(
+        self, most: float, fit: Fit, samples: Samples, refused: Sequence[Verification]
+    ) -> Iterator[Forms]:
         """Forms whose score is expected to fall by at most ``most``, with one standard error to spare.
 
-        The cheapest ones first, for other samples to confirm; the last are none at all.
+        The cheapest ones come first, for other samples to confirm. What these find of a model that fell by
+        more is to be in ``refused`` before the next ones are asked for. The last ones are none at all.
         """
         drops: list[Drop] = []
 
         def error(rewritten: Model) -> float:
             metric = self.run.options.metric
-            found = compare(self.source, rewritten, samples, latency=False, metric=metric)
-            assert found.metric is not None
-            low, high = found.metric.interval
-            drop = found.metric.before - found.metric.after
-            drops.append(Drop(found.error, drop, (high - low) / (2 * 1.96)))
+            drops.append(drop_of(compare(self.source, rewritten, samples, latency=False, metric=metric)))
             return drops[-1].error
 
-        candidates = self._search(error, lambda: bearable(drops, most), fit)
-        if len(candidates) == 1 and drops:
+        def limit() -> float:
+            return min([bearable(drops, most), *(bearable([drop_of(found)], most) for found in refused)])
+
+        nothing = True
+        for forms in self._search(error, limit, fit):
+            nothing = False
+            yield forms
+        if nothing and drops:
             self.run.warnings.append(
                 "No smaller model was sure to keep the score: the best one lost "
                 f"{100 * min(drop.drop for drop in drops):.2f} points on {samples.count} samples; "
                 "allow more with --max-drop, or give more samples."
             )
-        return candidates
+        yield Forms()
 
-    def _search(self, error: Callable[[Model], float], limit: Callable[[], float], fit: Fit) -> list[Forms]:
+    def _search(
+        self, error: Callable[[Model], float], limit: Callable[[], float], fit: Fit
+    ) -> Iterator[Forms]:
         def missed(forms: Forms) -> float:
             return error(fit(forms=forms, progress=None)[0])
 
-        return [*search(self.run.target.first_ratio, self.for_ratio, missed, limit), Forms()]
+        return search(self.run.target.first_ratio, self.for_ratio, missed, limit)
 
     def _allocate(self, ratio: float) -> dict[str, Point]:
         points = allocate(self.curves, self.whole / ratio, self.rest, self.cost, self.sensitivity)

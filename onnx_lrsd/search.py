@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import inf, log
 from typing import NamedTuple, TypeVar
 
 from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.types import Verification
 
 SEARCHES = 6
 """Fits of the whole model that a search may take."""
+REFUSALS, AGAIN = 3, 2
+"""How often what was found may be refused, and the fits that each refusal may take."""
 STEP, NEAR = 1.5, 1.05
 """By how much a search raises a ratio that is kept, and how near it comes to the best."""
+AIM = 0.9
+"""The share of its limit that an error is aimed at: plans scatter, and half of what is aimed at it misses."""
 
 Found = TypeVar("Found")
 
@@ -21,33 +26,39 @@ def search(
     propose: Callable[[float], Found],
     error: Callable[[Found], float],
     limit: Callable[[], float],
-) -> list[Found]:
-    """All that was proposed and whose output error is within the limit, that of the largest ratio first.
+) -> Iterator[Found]:
+    """What was proposed for the largest ratio whose output error is within the limit; then what is left.
 
     ``propose`` makes something of a ratio, from ``first`` on, or raises BudgetError. The limit may move with
-    each error that is measured.
+    each error that is measured. Whoever refuses what was found lowers the limit below its error and asks for
+    another: the search goes on from all it has tried, REFUSALS times at most.
     """
     tried: list[tuple[float, float, Found]] = []  # ratio, output error, what was proposed
     beyond = inf  # ratios out of reach
-    ratio = first
-    for _ in range(SEARCHES):
-        try:
-            proposed = propose(ratio)
-        except BudgetError:
-            beyond = ratio
-        else:
-            tried.append((ratio, error(proposed), proposed))
-        following = next_ratio([entry[:2] for entry in tried], beyond, limit())
-        if following is None:
-            break
-        ratio = following
-    most = limit()
-    kept = sorted((entry for entry in tried if entry[1] <= most), key=lambda entry: -entry[0])
-    return [proposed for _, _, proposed in kept]
+    ratio: float | None = first
+    for fits in (SEARCHES, *[AGAIN] * REFUSALS):
+        for _ in range(fits):
+            if ratio is None:
+                break
+            try:
+                proposed = propose(ratio)
+            except BudgetError:
+                beyond = ratio
+            else:
+                tried.append((ratio, error(proposed), proposed))
+            ratio = next_ratio([entry[:2] for entry in tried], beyond, limit())
+        most = limit()
+        kept = [entry for entry in tried if entry[1] <= most]
+        if not kept:
+            return
+        yield max(kept, key=lambda entry: entry[0])[2]
+        ratio = next_ratio([entry[:2] for entry in tried], beyond, limit())
 
 
 def next_ratio(tried: Sequence[tuple[float, float]], beyond: float, limit: float) -> float | None:
-    """Where the output error should meet ``limit``, from the (ratio, error) ``tried``; None if near enough.
+    """Where the output error should fall just below ``limit``, going by the (ratio, error) ``tried``.
+
+    None if one of these is near enough.
 
     Between two of them the error is taken as a power of what is saved, ratio - 1; below all as its square.
     """
@@ -62,7 +73,7 @@ def next_ratio(tried: Sequence[tuple[float, float]], beyond: float, limit: float
         power = 2.0
         if least > 0:
             power = max(log(most / least) / log((high - 1) / (low - 1)), 0.5)
-        part = (1 + (high - 1) * (limit / most) ** (1 / power) - low) / (high - low)
+        part = (1 + (high - 1) * (AIM * limit / most) ** (1 / power) - low) / (high - low)
     return low + (high - low) * min(max(part, 0.2), 0.8)
 
 
@@ -72,6 +83,13 @@ class Drop(NamedTuple):
     error: float
     drop: float
     deviation: float
+
+
+def drop_of(found: Verification) -> Drop:
+    """What was found of a model, where its score was asked for."""
+    assert found.metric is not None
+    low, high = found.metric.interval
+    return Drop(found.error, found.metric.before - found.metric.after, (high - low) / (2 * 1.96))
 
 
 def bearable(drops: Sequence[Drop], most: float) -> float:

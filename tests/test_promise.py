@@ -16,11 +16,12 @@ from click.testing import CliRunner
 
 import onnx_lrsd
 from onnx_lrsd.cli import main
-from onnx_lrsd.dataset import Samples
+from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.errors import DataError
-from onnx_lrsd.model import Model
+from onnx_lrsd.model import Model, load
 from onnx_lrsd.runtime import inputs_of
 from onnx_lrsd.search import Drop, bearable, search
+from onnx_lrsd.shares import search_and_confirm
 from onnx_lrsd.types import OutputError, Verification
 from onnx_lrsd.verify import compare
 
@@ -87,8 +88,53 @@ def test_a_search_comes_within_a_tenth_of_the_best_ratio(power: float, best: flo
     def error(ratio: float) -> float:
         return float(0.01 * ((ratio - 1) / (best - 1)) ** power)
 
-    kept = search(2.0, lambda ratio: ratio, error, lambda: 0.01)[0]
+    kept = next(search(2.0, lambda ratio: ratio, error, lambda: 0.01))
     assert best / 1.1 <= kept <= best
+
+
+@pytest.mark.parametrize("fall", [0.9, 0.5, 0.1, 0.0])
+def test_after_a_refusal_the_search_goes_on_below_it(fall: float) -> None:
+    limits = [0.01]
+    tried: list[float] = []
+
+    def propose(ratio: float) -> float:
+        tried.append(ratio)
+        return ratio
+
+    found = search(2.0, propose, lambda ratio: 0.01 * (ratio - 1) ** 2, lambda: limits[-1])
+    kept, fits = next(found), len(tried)
+    for _ in range(3):
+        limits.append(fall * 0.01 * (kept - 1) ** 2)
+        following = next(found, None)
+        assert (following is None) is (fall == 0)
+        if following is None:
+            break
+        assert 0.5 * fall <= ((following - 1) / (kept - 1)) ** 2 <= fall
+        kept = following
+    assert len(tried) <= fits + 6
+    assert next(found, None) is None
+
+
+def test_a_model_that_others_refuse_is_followed_by_a_smaller_gain_not_by_none() -> None:
+    outputs = onnxruntime.InferenceSession(str(MODEL)).run(None, {"image": np.load(EVAL)["image"]})[0]
+    numbered = read_samples(
+        {**np.load(EVAL), "labels": np.arange(len(outputs))}, inputs_of(load(MODEL).proto)
+    )
+    confirming = search_and_confirm(numbered)[1].labels
+    assert confirming is not None
+
+    def closeness(found: Mapping[str, Any], labels: Any) -> float:
+        costs = np.where(np.isin(labels, confirming), 2.0, 1.0)
+        return 1 - float(
+            np.mean(costs * ((found["scores"] - outputs[labels]) ** 2).mean(axis=1)) / outputs.var()
+        )
+
+    found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=numbered, max_drop=1, metric=closeness, samples=60)
+    assert any("lost" in said and "samples that confirm" in said for said in found.report.warnings)
+    promise, verification = found.report.promise, found.report.verification
+    assert promise is not None and promise.kept and verification is not None
+    assert 0.2 < promise.got <= 1
+    assert verification.after.macs < verification.before.macs
 
 
 @pytest.mark.parametrize(("cost", "back"), [("macs", True), ("parameters", False)])
