@@ -15,7 +15,7 @@ from onnx_lrsd.passes import unavoidable
 from onnx_lrsd.run import Run
 from onnx_lrsd.search import Drop, bearable, drop_of, search
 from onnx_lrsd.targets import price
-from onnx_lrsd.trial import CLEARLY, speedups, whole_speedup
+from onnx_lrsd.trial import CLEARLY, speedups, speedups_within, whole_speedup
 from onnx_lrsd.types import (
     DENSE,
     N_OF_M,
@@ -132,7 +132,7 @@ class Planner:
         for _ in range(ROUNDS):
             points = self._allocate(ratio)
             chosen = {name: point.form for name, point in points.items() if not point.form.dense}
-            slow = self._drop_slow(chosen) if self.run.target.timed_here else set[str]()
+            slow = self._drop_slow(chosen)
             if not slow:
                 break
         return {name: form for name, form in chosen.items() if name not in slow}
@@ -213,15 +213,23 @@ class Planner:
         return spend(self.curves, best, slack, self.cost, self.sensitivity, by_time)
 
     def _drop_slow(self, chosen: Forms) -> set[str]:
-        """Names of the layers whose form is not faster here; only much cheaper ones stay in their curves."""
+        """Names of the layers whose form is not faster here; only much cheaper ones stay in their curves.
+
+        Each is timed alone; once all are faster so, within the whole model.
+        """
+        if not chosen or not self.run.target.timed_here:
+            return set()
         layers = [curve.layer for curve in self.curves]
         measured = speedups(self.source, layers, chosen, self.shapes, self.times, self.run.progress)
-        slow = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}
+        slow, where = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}, ""
+        if not slow:
+            measured = speedups_within(self.source, layers, chosen, self.samples)
+            slow, where = {name: ratio for name, ratio in measured.items() if ratio < 1}, " within the model"
         for index, curve in enumerate(self.curves):
             name = curve.layer.name
             if name in slow:
                 form = chosen[name]
-                self.run.reasons[name] = f"as {form} it ran {slow[name]:.2f} times as fast as before"
+                self.run.reasons[name] = f"as {form} it ran {slow[name]:.2f} times as fast as before{where}"
                 faster = tuple(p for p in curve.points if p.form.dense or p.price.macs < _macs(curve, form))
                 self.curves[index] = ErrorCurve(curve.layer, faster)
         return set(slow)

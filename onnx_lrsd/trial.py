@@ -1,4 +1,4 @@
-"""Is a form really faster here? Each layer alone, before and after, timed side by side.
+"""Is a form really faster here? Each layer alone, before and after, timed side by side; then all together.
 
 Latency depends on shapes, so that the trial comes before the fit and a form that does not pay is never
 fitted. Factors are random, each layer's its own: with zeros, or the same for layers alike, a transformer
@@ -8,12 +8,15 @@ looks faster by half than it then is (benchmarks/RESULTS.md).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 
 import numpy as np
 
+from onnx_lrsd.anatomy import bare_node
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.model import Model
 from onnx_lrsd.passes import isolate, order_sums, split
+from onnx_lrsd.runtime import Kernel, kernels
 from onnx_lrsd.solver.layout import factor_kernels, shared_groups
 from onnx_lrsd.types import N_OF_M, UNSTRUCTURED, Factors, Form, Layer, Progress
 from onnx_lrsd.verify import STARTS, time_pair
@@ -49,6 +52,35 @@ def speedups(
         if progress is not None:
             progress("trial", done + 1, len(chosen))
     return found
+
+
+def speedups_within(
+    model: Model, layers: Sequence[Layer], forms: Mapping[str, Form], samples: Samples
+) -> dict[str, float]:
+    """How many times faster each layer in ``forms`` gets within the whole model on one smallest batch.
+
+    What is fast alone may want another layout than its neighbours, or part what was fused. Kernels of both
+    models are lined up by their names; a stretch that differs, with the one behind it, is its layers' work.
+    Layers in one stretch have one ratio; those that left no trace have none.
+    """
+    chosen = [layer for layer in layers if layer.name in forms]
+    rewritten = _rewritten(model, chosen, forms, whole=True)
+    feed = next(iter(samples.batches(1)))
+    old, new = (kernels(x.proto, feed, folder=model.folder) for x in (model, rewritten))
+    before, after = ([kernel.name for kernel in each] for each in (old, new))
+    owners = {k: layer.name for k in after for layer in chosen if k.startswith(f"{layer.node}/lrsd/")}
+    found: dict[str, float] = {}
+    for what, i, i_end, j, j_end in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if what != "equal":
+            ratio = _seconds(old[i : i_end + 1]) / _seconds(new[j : j_end + 1])
+            found |= {owners[name]: ratio for name in after[j:j_end] if name in owners}
+    return found
+
+
+def _seconds(found: Sequence[Kernel]) -> float:
+    """What the kernels take, without what recording them does."""
+    bare = bare_node()
+    return sum(max(kernel.seconds - bare.recording, bare.seconds) for kernel in found)
 
 
 def whole_speedup(

@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 
 import onnx_lrsd
 from onnx_lrsd import cli, doctor, planner, profile
 from onnx_lrsd.allocate import COSTS
+from onnx_lrsd.dataset import read_samples
 from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.planner import LAVISH, SPARE, Planner
 from onnx_lrsd.run import Options, Run
-from onnx_lrsd.runtime import kernels
+from onnx_lrsd.runtime import inputs_of, kernels
 from onnx_lrsd.targets import TARGETS, built_in, machine
 from onnx_lrsd.targets.machine import COLUMN, MATRIX, NODES, POINT, ROW, SQUARE, from_json, to_json
 from onnx_lrsd.targets.target import Node
+from onnx_lrsd.trial import speedups_within
 from onnx_lrsd.types import CHANNEL, DENSE, SPATIAL, ErrorCurve, Form, Layer, Point, Price, whole_channels
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -222,6 +225,7 @@ def latency_planner(monkeypatch: pytest.MonkeyPatch, truth: float) -> tuple[Plan
 
     monkeypatch.setattr(planner, "whole_speedup", whole_speedup)
     monkeypatch.setattr(planner, "speedups", lambda model, layers, forms, *more: dict.fromkeys(forms, 9.0))
+    monkeypatch.setattr(planner, "speedups_within", lambda *_: {})
     run = Run(Options(cost="latency", ratio=2.0))
     total = Price(50, 50, 50, 5e-3)
     return Planner(run, None, curves(), total, {}, None), measured  # type: ignore[arg-type]
@@ -237,6 +241,34 @@ def test_a_plan_for_latency_is_corrected_until_the_model_is_measured_to_meet_it(
     got = 5e-3 / (5e-3 - truth * sum(1e-3 - form.rank * 1e-4 for form in forms.values()))
     assert SPARE * ratio <= got <= LAVISH * ratio * 1.05  # ranks are steps
     assert got in measured
+
+
+def test_a_layer_that_is_slower_within_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = latency_planner(monkeypatch, 1.0)
+
+    def within(_: Any, layers: Any, forms: dict[str, Form], samples: Any) -> dict[str, float]:
+        return dict.fromkeys(forms, 1.1) | {"l0": 0.9}
+
+    monkeypatch.setattr(planner, "speedups_within", within)
+    assert set(made.for_ratio(1.8)) == {"l1", "l2", "l3"}
+    assert "0.90 times as fast as before within the model" in made.run.reasons["l0"]
+
+
+def test_what_a_layer_gains_within_the_model_is_read_from_its_kernels() -> None:
+    shapes = "(float[1, 64, 32, 32] x) => (float[1, 64, 32, 32] y)"
+    body = "a = Conv <pads = [1, 1, 1, 1]> (x, v) b = Relu (a) y = Conv <pads = [1, 1, 1, 1]> (b, w)"
+    graph = onnx.parser.parse_graph(f"g {shapes} {{ {body} }}")
+    rng = np.random.default_rng(0)
+    for name in "vw":
+        values = rng.standard_normal((64, 64, 3, 3)).astype(np.float32)
+        graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    opset = onnx.helper.make_opsetid("", 17)
+    model = onnx_lrsd.load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8))
+    layers, _ = onnx_lrsd.find_layers(model.graph())
+    samples = read_samples({"x": np.ones((2, 64, 32, 32), np.float32)}, inputs_of(model.proto))
+    forms = {"a": Form(SPATIAL, 16), "y": Form(SPATIAL, 128)}
+    found = speedups_within(model, layers, forms, samples)
+    assert found["a"] > 1.3 and found["y"] < 0.9
 
 
 def test_a_latency_out_of_reach_is_a_budget_error_or_the_fastest_that_was_found(
