@@ -234,7 +234,6 @@ class Planner:
                 self.curves[index] = ErrorCurve(curve.layer, faster)
         return set(slow)
 
-
     def _slow_within(self, layers: Sequence[Layer], chosen: Forms) -> dict[str, float]:
         """How many times faster, less than once, what is slower within the model, if it is so twice.
 
