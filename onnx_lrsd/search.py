@@ -27,14 +27,14 @@ def search(
     error: Callable[[Found], float],
     limit: Callable[[], float],
 ) -> Iterator[Found]:
-    """What was proposed for the largest ratio whose output error is within the limit; then what is left.
+    """What was proposed for the largest ratio whose output error is within the limit; refused, for a smaller.
 
     ``propose`` makes something of a ratio, from ``first`` on, or raises BudgetError. The limit may move with
-    each error that is measured. Whoever refuses what was found lowers the limit below its error and asks for
-    another: the search goes on from all it has tried, REFUSALS times at most.
+    each error that is measured. Whoever refuses what was found lowers the limit and asks for another: the
+    search goes on from all it has tried, REFUSALS times at most.
     """
     tried: list[tuple[float, float, Found]] = []  # ratio, output error, what was proposed
-    beyond = inf  # ratios out of reach
+    beyond = refused = inf  # the least ratio out of reach, and the least that was refused
     ratio: float | None = first
     for fits in (SEARCHES, *[AGAIN] * REFUSALS):
         for _ in range(fits):
@@ -48,10 +48,11 @@ def search(
                 tried.append((ratio, error(proposed), proposed))
             ratio = next_ratio([entry[:2] for entry in tried], beyond, limit())
         most = limit()
-        kept = [entry for entry in tried if entry[1] <= most]
+        kept = [entry for entry in tried if entry[1] <= most and entry[0] < refused]
         if not kept:
             return
-        yield max(kept, key=lambda entry: entry[0])[2]
+        refused, _, found = max(kept, key=lambda entry: entry[0])
+        yield found
         ratio = next_ratio([entry[:2] for entry in tried], beyond, limit())
 
 

@@ -71,8 +71,9 @@ def speedups_within(
     owners = {k: layer.name for k in after for layer in chosen if k.startswith(f"{layer.node}/lrsd/")}
     found: dict[str, float] = {}
     for what, i, i_end, j, j_end in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        if what != "equal":
-            ratio = _seconds(old[i : i_end + 1]) / _seconds(new[j : j_end + 1])
+        stretch = old[i : i_end + 1], new[j : j_end + 1]
+        if what != "equal" and all(stretch):
+            ratio = _seconds(stretch[0]) / _seconds(stretch[1])
             found |= {owners[name]: ratio for name in after[j:j_end] if name in owners}
     return found
 

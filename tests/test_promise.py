@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,12 @@ def test_after_a_refusal_the_search_goes_on_below_it(fall: float) -> None:
         kept = following
     assert len(tried) <= fits + 6
     assert next(found, None) is None
+
+
+def test_what_was_refused_is_not_found_again() -> None:
+    found = list(search(2.0, lambda ratio: ratio, lambda ratio: 0.01 * (ratio - 1) ** 2, lambda: 0.02))
+    assert len(found) > 1
+    assert all(following < ratio for ratio, following in pairwise(found))
 
 
 def test_a_model_that_others_refuse_is_followed_by_a_smaller_gain_not_by_none() -> None:
