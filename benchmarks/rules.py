@@ -5,14 +5,15 @@
 A FOLDER holds model.onnx and calib.npz of a classifier. Fitted on N samples by several rules and judged on
 others: drawn from all alike, or *unlike*, fitted on those of the first half of the classes, as the model
 names them, and judged on those of the second. Rules about the fit are compared with one plan, rules about
-the plan each with the plan they lead to; *entries* are those of S, where parameters count.
+the plan each with the plan they lead to; *entries* are those of S, where parameters count. Each gives
+the output error and, in parentheses, the share of samples whose top class is another than the original's.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,14 +21,23 @@ from unittest.mock import patch
 import numpy as np
 
 import onnx_lrsd
-from models import outputs
+from models import Values, outputs
 from onnx_lrsd.dataset import Samples, read_samples
 from onnx_lrsd.model import load
 from onnx_lrsd.runtime import inputs_of
 
+
+def divergence(before: Sequence[Sequence[Values]], after: Sequence[Sequence[Values]]) -> float:
+    """Kullback-Leibler divergence of the probabilities of classes, from batches of logits by output."""
+    one, two = (np.concatenate(batches[0]).astype(np.float64) for batches in (before, after))
+    one, two = (x - x.max(axis=1, keepdims=True) for x in (one, two))
+    one, two = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (one, two))
+    return float((np.exp(one) * (one - two)).sum(axis=1).mean())
+
+
 FIT, PLAN, ENTRIES = "fit", "plan", "entries"
 WHITEN, CALIBRATE, RECONSTRUCT = "onnx_lrsd.solver.whiten", "onnx_lrsd.calibrate", "onnx_lrsd.reconstruct"
-RULES: dict[str, dict[str, tuple[str, str, float]]] = {
+RULES: dict[str, dict[str, tuple[str, str, Any]]] = {
     FIT: {
         **{f"damping {each}": (WHITEN, "OF_SAMPLES", each) for each in (3, 6, 12, 24)},
         "no original rows": (CALIBRATE, "ORIGINAL", 1 << 40),
@@ -35,19 +45,24 @@ RULES: dict[str, dict[str, tuple[str, str, float]]] = {
         "no refit": (RECONSTRUCT, "ROWS_TO_REFIT", 1e12),
         **{f"pull {each}": (RECONSTRUCT, "PULL", each) for each in (1, 32)},
     },
-    PLAN: {f"repaired {each}": ("onnx_lrsd.planner", "REPAIRED", each) for each in (0.0, 0.05, 0.1, 0.2)},
+    PLAN: {
+        **{f"repaired {each}": ("onnx_lrsd.planner", "REPAIRED", each) for each in (0.0, 0.05, 0.1, 0.2)},
+        "divergence": ("onnx_lrsd.sensitivity", "movement", divergence),
+    },
     ENTRIES: {
         **{f"damped {each} times": (WHITEN, "OF_ENTRIES", each) for each in (1, 3, 6, 10)},
         "no rectifier": ("onnx_lrsd.solver.decompose", "RECTIFIED_FROM", 1e9),
     },
 }
-"""A constant and what it is in place of its value; the tool has 6, a tenth, 6 times and a pull of 8."""
+"""A constant or a function and what is in its place; the tool has 6, a tenth, 6 times and a pull of 8."""
 JUDGES = 300
 """Samples that judge, at most."""
 
 
-def errors(folder: Path, fit: Samples, judge: Samples, ratio: float, about: str) -> Iterator[float]:
-    """Output error on ``judge`` by each of the rules."""
+def judged(
+    folder: Path, fit: Samples, judge: Samples, ratio: float, about: str
+) -> Iterator[tuple[float, float]]:
+    """Output error and share of changed classes on ``judge`` by each of the rules."""
     model = folder / "model.onnx"
     goal: dict[str, Any] = {"ratio": ratio}
     if about == ENTRIES:
@@ -58,7 +73,8 @@ def errors(folder: Path, fit: Samples, judge: Samples, ratio: float, about: str)
         with patch.object(sys.modules[module], name, value):
             found = onnx_lrsd.optimize(model, fit, evaluation=judge, **goal)
         assert found.report.verification is not None
-        yield found.report.verification.error
+        classes = (outputs(x, judge).argmax(axis=1) for x in (load(model), found.model))
+        yield found.report.verification.error, float(np.mean(np.not_equal(*classes)))
 
 
 def main() -> None:
@@ -84,8 +100,11 @@ def main() -> None:
     print("|---" * (len(RULES[given.about]) + 1) + "|")
     for way, (fit, judge) in ways.items():
         parts = samples.take(np.sort(fit)), samples.take(np.sort(judge[:JUDGES]))
-        found = errors(given.folder, *parts, given.ratio, given.about)
-        print(f"| {way} | " + " | ".join(f"{error:.4f}" for error in found) + " |", flush=True)
+        found = judged(given.folder, *parts, given.ratio, given.about)
+        print(
+            f"| {way} | " + " | ".join(f"{error:.4f} ({other:.1%})" for error, other in found) + " |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
