@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.model import Model
 from onnx_lrsd.passes import isolate
-from onnx_lrsd.runtime import kernels, open_session
+from onnx_lrsd.runtime import Kernel, kernels, open_session
 from onnx_lrsd.timing import busy_clock
 from onnx_lrsd.types import Layer
 
@@ -56,10 +56,7 @@ def anatomy(
             alone = isolate(model.proto, layer, shape)
             values = {layer.input: rng.standard_normal(shape).astype(layer.dtype)}
             nodes = kernels(alone, values, folder=model.folder, runs=RUNS)
-            bare = bare_node()
-            known[key] = sum(
-                max(node.seconds - bare.recording, bare.seconds) for node in nodes if node.op not in LAYOUT
-            )
+            known[key] = unrecorded(node for node in nodes if node.op not in LAYOUT)
         found[layer.name] = known[key] / size
     whole = _whole(model, feed) / size
     fitting = min(1.0, whole / max(sum(found.values()), 1e-12))  # alone they can seem to take more than all
@@ -84,6 +81,12 @@ def bare_node() -> BareNode:
     own = max((long - short) / (LINKS - LINKS // 2), 1e-8)
     recorded = float(np.median([node.fastest for node in kernels(_chain(LINKS), feed, runs=50)]))
     return BareNode(own, max(recorded - own, 0.0))
+
+
+def unrecorded(nodes: Iterable[Kernel]) -> float:
+    """Seconds that ``nodes`` take without what recording them does."""
+    bare = bare_node()
+    return sum(max(node.seconds - bare.recording, bare.seconds) for node in nodes)
 
 
 def _chain(links: int) -> onnx.ModelProto:

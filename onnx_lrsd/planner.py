@@ -167,11 +167,12 @@ class Planner:
         def limit() -> float:
             return min([bearable(drops, most), *(bearable([drop_of(found)], most) for found in refused)])
 
-        nothing = True
-        for forms in self._search(error, limit, fit):
-            nothing = False
-            yield forms
-        if nothing and drops:
+        candidates = self._search(error, limit, fit)
+        best = next(candidates, None)
+        if best is not None:
+            yield best
+            yield from candidates
+        elif drops:
             self.run.warnings.append(
                 "No smaller model was sure to keep the score: the best one lost "
                 f"{100 * min(drop.drop for drop in drops):.2f} points on {samples.count} samples; "

@@ -35,10 +35,14 @@ def search(
     """
     tried: list[tuple[float, float, Found]] = []  # ratio, output error, what was proposed
     beyond = refused = inf  # the least ratio out of reach, and the least that was refused
-    ratio: float | None = first
+
+    def following() -> float | None:
+        untried = not tried and beyond == inf
+        return first if untried else next_ratio([entry[:2] for entry in tried], beyond, limit())
+
     for fits in (SEARCHES, *[AGAIN] * REFUSALS):
         for _ in range(fits):
-            if ratio is None:
+            if (ratio := following()) is None:
                 break
             try:
                 proposed = propose(ratio)
@@ -46,14 +50,12 @@ def search(
                 beyond = ratio
             else:
                 tried.append((ratio, error(proposed), proposed))
-            ratio = next_ratio([entry[:2] for entry in tried], beyond, limit())
         most = limit()
         kept = [entry for entry in tried if entry[1] <= most and entry[0] < refused]
         if not kept:
             return
         refused, _, found = max(kept, key=lambda entry: entry[0])
         yield found
-        ratio = next_ratio([entry[:2] for entry in tried], beyond, limit())
 
 
 def next_ratio(tried: Sequence[tuple[float, float]], beyond: float, limit: float) -> float | None:

@@ -12,11 +12,11 @@ from difflib import SequenceMatcher
 
 import numpy as np
 
-from onnx_lrsd.anatomy import bare_node
+from onnx_lrsd.anatomy import unrecorded
 from onnx_lrsd.dataset import Samples
 from onnx_lrsd.model import Model
 from onnx_lrsd.passes import isolate, order_sums, split
-from onnx_lrsd.runtime import Kernel, kernels
+from onnx_lrsd.runtime import kernels
 from onnx_lrsd.solver.layout import factor_kernels, shared_groups
 from onnx_lrsd.types import N_OF_M, UNSTRUCTURED, Factors, Form, Layer, Progress
 from onnx_lrsd.verify import STARTS, time_pair
@@ -73,15 +73,9 @@ def speedups_within(
     for what, i, i_end, j, j_end in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
         stretch = old[i : i_end + 1], new[j : j_end + 1]
         if what != "equal" and all(stretch):
-            ratio = _seconds(stretch[0]) / _seconds(stretch[1])
+            ratio = unrecorded(stretch[0]) / unrecorded(stretch[1])
             found |= {owners[name]: ratio for name in after[j:j_end] if name in owners}
     return found
-
-
-def _seconds(found: Sequence[Kernel]) -> float:
-    """What the kernels take, without what recording them does."""
-    bare = bare_node()
-    return sum(max(kernel.seconds - bare.recording, bare.seconds) for kernel in found)
 
 
 def whole_speedup(
