@@ -22,13 +22,13 @@ import onnx_lrsd
 
 PARTS = {
     "all": None,
-    "sensitivity": ("onnx_lrsd.planner", "Planner.weigh", lambda planner, measure: None),
-    "sequential": ("onnx_lrsd.reconstruct", "STAGES", 1),
+    "sensitivity": ("onnx_lrsd.plan.planner", "Planner.weigh", lambda planner, measure: None),
+    "sequential": ("onnx_lrsd.fit.reconstruct", "STAGES", 1),
     "rectifier": ("onnx_lrsd.solver.decompose", "RECTIFIED_FROM", inf),
-    "readers": ("onnx_lrsd.reconstruct", "readers", lambda *_: {}),
-    "original rows": ("onnx_lrsd.calibrate", "ORIGINAL", 1 << 40),
-    "refit": ("onnx_lrsd.reconstruct", "ROWS_TO_REFIT", inf),
-    "repair": ("onnx_lrsd.planner", "REPAIRED", 0.0),
+    "readers": ("onnx_lrsd.fit.reconstruct", "readers", lambda *_: {}),
+    "original rows": ("onnx_lrsd.fit.calibrate", "ORIGINAL", 1 << 40),
+    "refit": ("onnx_lrsd.fit.reconstruct", "ROWS_TO_REFIT", inf),
+    "repair": ("onnx_lrsd.plan.planner", "REPAIRED", 0.0),
 }
 
 

@@ -21,7 +21,7 @@ from forms import halves
 
 from onnx_lrsd.solver.decompose import SWEEPS, factors
 from onnx_lrsd.solver.layout import ungroup_weight
-from onnx_lrsd.solver.whiten import Metric, Problem
+from onnx_lrsd.solver.problem import Metric, Problem
 from onnx_lrsd.targets import TARGETS, built_in
 from onnx_lrsd.targets.target import Node
 from onnx_lrsd.types import SPATIAL, Array, Form, Layer

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_lrsd.calibrate import calibrate
-from onnx_lrsd.dataset import read_samples
-from onnx_lrsd.model import load
-from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.runtime import inputs_of, open_session
+from onnx_lrsd.data.samples import read_samples
+from onnx_lrsd.fit.calibrate import calibrate
+from onnx_lrsd.graph.model import load
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.runtime.session import inputs_of, open_session
 from onnx_lrsd.targets.onnxruntime import ONNXRUNTIME
 from onnx_lrsd.types import KINDS, Layer
 

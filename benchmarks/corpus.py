@@ -27,10 +27,11 @@ import onnx
 from onnx import numpy_helper
 
 import onnx_lrsd
-from onnx_lrsd.dataset import GUESSES, Samples, made_up, read_samples
+from onnx_lrsd.data.made_up import GUESSES, made_up
+from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
-from onnx_lrsd.model import Model, check, load
-from onnx_lrsd.runtime import inputs_of, open_session
+from onnx_lrsd.graph.model import Model, check, load
+from onnx_lrsd.runtime.session import inputs_of, open_session
 from onnx_lrsd.targets import TARGETS
 
 SHIPPED = Path(onnx.__file__).parent / "backend" / "test" / "data"

@@ -21,10 +21,10 @@ from typing import NamedTuple
 from corpus import models, samples_for
 
 import onnx_lrsd
-from onnx_lrsd.dataset import Samples
+from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import LrsdError
-from onnx_lrsd.model import Model, load
-from onnx_lrsd.trtexec import open_shapes
+from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.targets.trtexec import open_shapes
 
 REFUSED, FAILED = "refused before", "FAILED"
 

@@ -21,14 +21,14 @@ import numpy as np
 from reference.tucker2 import expand as expand_tucker
 from reference.tucker2 import tucker2
 
-from onnx_lrsd.calibrate import calibrate
-from onnx_lrsd.dataset import read_samples
-from onnx_lrsd.model import load
-from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.data.samples import read_samples
+from onnx_lrsd.fit.calibrate import calibrate
+from onnx_lrsd.graph.model import load
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
-from onnx_lrsd.solver.whiten import Problem, pose
+from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.targets import price
 from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Array, Form, Layer, whole_channels
 

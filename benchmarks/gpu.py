@@ -28,15 +28,15 @@ from reference.patterns import largest, largest_in_rows
 from reference.three_basil import three_basil
 
 from onnx_lrsd import arrays
-from onnx_lrsd.calibrate import calibrate
-from onnx_lrsd.dataset import read_samples
-from onnx_lrsd.model import load
-from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.data.samples import read_samples
+from onnx_lrsd.fit.calibrate import calibrate
+from onnx_lrsd.graph.model import load
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.solver.admm import low_rank_plus_sparse
 from onnx_lrsd.solver.curve import errors
 from onnx_lrsd.solver.decompose import decompose
-from onnx_lrsd.solver.whiten import Metric, pose
+from onnx_lrsd.solver.problem import Metric, pose
 from onnx_lrsd.targets import TARGETS
 from onnx_lrsd.types import KINDS, UNSTRUCTURED, Array, Pattern
 

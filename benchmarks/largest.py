@@ -22,15 +22,15 @@ import numpy as np
 
 import onnx_lrsd
 from models import Uniform, Values, fitted, kind_of, outputs, pooled, score, uniform
-from onnx_lrsd.calibrate import calibrate
-from onnx_lrsd.dataset import Samples, read_samples
-from onnx_lrsd.model import Model, load
-from onnx_lrsd.padding import without_padding
-from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.runtime import inputs_of
-from onnx_lrsd.trial import CLEARLY, whole_speedup
+from onnx_lrsd.data.padding import without_padding
+from onnx_lrsd.data.samples import Samples, read_samples
+from onnx_lrsd.fit.calibrate import calibrate
+from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.measure.speedup import CLEARLY, whole_speedup
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.types import TUCKER, Form, Layer
-from onnx_lrsd.verify import compare
 
 STEPS = 7
 """Bisections of a keep rate."""

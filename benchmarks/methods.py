@@ -21,8 +21,8 @@ from reference.wanda import wanda
 from reference.whitened_svd import whitened_svd
 
 from onnx_lrsd.solver.admm import low_rank_plus_sparse
+from onnx_lrsd.solver.problem import Problem
 from onnx_lrsd.solver.share import choose_split, split_forms
-from onnx_lrsd.solver.whiten import Problem
 from onnx_lrsd.types import CHANNEL, N_OF_M, NONE, UNSTRUCTURED, Array, Pattern
 
 FREE, TWO_OF_FOUR = "unstructured", "2:4"

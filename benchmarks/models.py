@@ -27,17 +27,17 @@ import numpy as np
 import numpy.typing as npt
 
 import onnx_lrsd
-from onnx_lrsd.allocate import COSTS
-from onnx_lrsd.calibrate import Calibration, calibrate
-from onnx_lrsd.dataset import Samples, read_samples
+from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
-from onnx_lrsd.model import Model, load
-from onnx_lrsd.passes import find_layers, read_weight, split
-from onnx_lrsd.runtime import inputs_of, open_session
+from onnx_lrsd.fit.calibrate import Calibration, calibrate
+from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.measure.compare import compare, total_price
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.split import split
+from onnx_lrsd.runtime.session import inputs_of, open_session
 from onnx_lrsd.solver.decompose import decompose
-from onnx_lrsd.solver.whiten import pose
-from onnx_lrsd.types import CHANNEL, Form, Layer, Verification
-from onnx_lrsd.verify import compare, total_price
+from onnx_lrsd.solver.problem import pose
+from onnx_lrsd.types import CHANNEL, COSTS, Form, Layer, Verification
 
 Values = npt.NDArray[Any]
 Uniform = Callable[[Layer, float], Form | None]

@@ -48,16 +48,18 @@ from problems import LayerProblem, layer_rows
 from reference.magnitude import magnitude
 from reference.patterns import largest
 
-from onnx_lrsd.calibrate import FEWEST_ROWS, MOST_ROWS, ROWS_PER_INPUT, input_shapes, locate
-from onnx_lrsd.dataset import Samples, read_samples
-from onnx_lrsd.model import Model, load
-from onnx_lrsd.passes import find_layers, parameters, read_weight, split
-from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.data.samples import Samples, read_samples
+from onnx_lrsd.fit.calibrate import FEWEST_ROWS, MOST_ROWS, ROWS_PER_INPUT, input_shapes, locate
+from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.passes.count import parameters
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.split import split
+from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.solver.admm import low_rank_plus_sparse
 from onnx_lrsd.solver.lowrank import low_rank
-from onnx_lrsd.solver.whiten import Metric
+from onnx_lrsd.solver.problem import Metric
 from onnx_lrsd.types import CHANNEL, NONE, UNSTRUCTURED, Array, Factors, Form, Layer, Pattern
-from onnx_lrsd.verify import compare
 
 OURS, SVD, WHITENED, MAGNITUDE = "U V + S", "plain SVD", "whitened SVD", "magnitude"
 NAMES = (OURS, WHITENED, MAGNITUDE, SVD)

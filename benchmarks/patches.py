@@ -25,15 +25,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lrsd.calibrate import input_shapes, locate
-from onnx_lrsd.dataset import Samples, read_samples
-from onnx_lrsd.model import load
-from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.runtime import inputs_of, open_session
+from onnx_lrsd.data.samples import Samples, read_samples
+from onnx_lrsd.fit.calibrate import input_shapes, locate
+from onnx_lrsd.graph.model import load
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.runtime.session import inputs_of, open_session
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
 from onnx_lrsd.solver.moments import MomentAccumulator, input_rows, pads_of, positions_of, sample_positions
-from onnx_lrsd.solver.whiten import pose
+from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.targets import price
 from onnx_lrsd.types import SPATIAL, Form, Layer, Moments
 

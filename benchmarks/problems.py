@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_lrsd.calibrate import input_shapes, locate
-from onnx_lrsd.dataset import Samples, read_samples
-from onnx_lrsd.model import Model, load
-from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.runtime import inputs_of, open_session
+from onnx_lrsd.data.samples import Samples, read_samples
+from onnx_lrsd.fit.calibrate import input_shapes, locate
+from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.runtime.session import inputs_of, open_session
 from onnx_lrsd.solver.moments import input_rows, positions_of, sample_positions
-from onnx_lrsd.solver.whiten import Metric, Problem, pose
+from onnx_lrsd.solver.problem import Metric, Problem, pose
 from onnx_lrsd.types import Array, Layer, Moments
 
 EXAMPLE = Path(__file__).parent.parent / "models"

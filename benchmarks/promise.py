@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 import onnx_lrsd
-from onnx_lrsd.dataset import read_samples
-from onnx_lrsd.runtime import inputs_of
-from onnx_lrsd.timing import pair_latency
+from onnx_lrsd.data.samples import read_samples
+from onnx_lrsd.runtime.session import inputs_of
+from onnx_lrsd.runtime.timing import pair_latency
 
 
 def in_a_moment(*runs: Any, **options: Any) -> Any:
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--drop", type=float, default=1.0)
     parser.add_argument("--samples", type=int, default=200)
     given = parser.parse_args()
-    onnx_lrsd.verify.pair_latency = in_a_moment  # type: ignore[attr-defined]
+    onnx_lrsd.measure.compare.pair_latency = in_a_moment  # type: ignore[attr-defined]
     print(
         "| model | splits | kept | MACs, mean | held-out drop, mean | above D | worst | beyond chance |\n"
         "|---|---|---|---|---|---|---|---|"

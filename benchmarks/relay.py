@@ -18,13 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from onnx_lrsd.calibrate import calibrate
-from onnx_lrsd.dataset import read_samples
-from onnx_lrsd.model import load
-from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.reconstruct import reconstruct
-from onnx_lrsd.relay import MOST_HELD, Relay
-from onnx_lrsd.runtime import Session, inputs_of, open_session
+from onnx_lrsd.data.samples import read_samples
+from onnx_lrsd.fit.calibrate import calibrate
+from onnx_lrsd.fit.reconstruct import reconstruct
+from onnx_lrsd.graph.model import load
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.runtime.activation_cache import MOST_HELD, Relay
+from onnx_lrsd.runtime.session import Session, inputs_of, open_session
 from onnx_lrsd.types import CHANNEL, DENSE, Form, Layer
 
 FEWEST_CHANNELS = 16

@@ -22,9 +22,9 @@ import numpy as np
 
 import onnx_lrsd
 from models import Values, outputs
-from onnx_lrsd.dataset import Samples, read_samples
-from onnx_lrsd.model import load
-from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.data.samples import Samples, read_samples
+from onnx_lrsd.graph.model import load
+from onnx_lrsd.runtime.session import inputs_of
 
 
 def divergence(before: Sequence[Sequence[Values]], after: Sequence[Sequence[Values]]) -> float:
@@ -36,7 +36,11 @@ def divergence(before: Sequence[Sequence[Values]], after: Sequence[Sequence[Valu
 
 
 FIT, PLAN, ENTRIES = "fit", "plan", "entries"
-WHITEN, CALIBRATE, RECONSTRUCT = "onnx_lrsd.solver.whiten", "onnx_lrsd.calibrate", "onnx_lrsd.reconstruct"
+WHITEN, CALIBRATE, RECONSTRUCT = (
+    "onnx_lrsd.solver.problem",
+    "onnx_lrsd.fit.calibrate",
+    "onnx_lrsd.fit.reconstruct",
+)
 RULES: dict[str, dict[str, tuple[str, str, Any]]] = {
     FIT: {
         **{f"damping {each}": (WHITEN, "OF_SAMPLES", each) for each in (3, 6, 12, 24)},
@@ -46,8 +50,10 @@ RULES: dict[str, dict[str, tuple[str, str, Any]]] = {
         **{f"pull {each}": (RECONSTRUCT, "PULL", each) for each in (1, 32)},
     },
     PLAN: {
-        **{f"repaired {each}": ("onnx_lrsd.planner", "REPAIRED", each) for each in (0.0, 0.05, 0.1, 0.2)},
-        "divergence": ("onnx_lrsd.sensitivity", "movement", divergence),
+        **{
+            f"repaired {each}": ("onnx_lrsd.plan.planner", "REPAIRED", each) for each in (0.0, 0.05, 0.1, 0.2)
+        },
+        "divergence": ("onnx_lrsd.fit.sensitivity", "movement", divergence),
     },
     ENTRIES: {
         **{f"damped {each} times": (WHITEN, "OF_ENTRIES", each) for each in (1, 3, 6, 10)},

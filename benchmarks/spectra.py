@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_lrsd.model import load
-from onnx_lrsd.passes import find_layers, read_weight
+from onnx_lrsd.graph.model import load
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.types import Array, Layer
 
 FEWEST = 16

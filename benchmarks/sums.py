@@ -12,11 +12,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lrsd.model import Model, load
-from onnx_lrsd.passes import find_layers, order_sums, split
-from onnx_lrsd.trial import placeholder
+from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.measure.compare import STARTS, time_pair
+from onnx_lrsd.measure.speedup import placeholder
+from onnx_lrsd.passes.find_layers import find_layers
+from onnx_lrsd.passes.order_sums import order_sums
+from onnx_lrsd.passes.split import split
 from onnx_lrsd.types import CHANNEL, Form, whole_channels
-from onnx_lrsd.verify import STARTS, time_pair
 
 BLOCKS = 4
 CASES = ((64, 32, 16, 8), (64, 56, 32, 16), (256, 14, 64, 16), (256, 28, 64, 16), (512, 7, 128, 16))

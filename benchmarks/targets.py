@@ -29,13 +29,13 @@ import peers
 
 import onnx_lrsd
 from models import Values, kind_of, outputs, score
-from onnx_lrsd.dataset import Samples, read_samples
+from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
-from onnx_lrsd.loading import loading
-from onnx_lrsd.model import Model, load, model_bytes
-from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.graph.model import Model, load, model_bytes
+from onnx_lrsd.measure.compare import compare, time_pair, total_price
+from onnx_lrsd.measure.load_cost import loading
+from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.types import DENSE, Loading, Verification
-from onnx_lrsd.verify import compare, time_pair, total_price
 
 OURS, QUANTISED, PRUNED = "ours", "quantised only", "pruned only"
 MOST_CUT, SHARES, SPEED_SECONDS = 0.98, 16, 1.0

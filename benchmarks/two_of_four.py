@@ -15,13 +15,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-from onnx_lrsd.calibrate import calibrate
-from onnx_lrsd.dataset import read_samples
-from onnx_lrsd.model import load
-from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.data.samples import read_samples
+from onnx_lrsd.fit.calibrate import calibrate
+from onnx_lrsd.graph.model import load
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.solver.curve import errors
-from onnx_lrsd.solver.whiten import Problem, pose
+from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.targets.tensorrt import TENSORRT, TWO_OF_FOUR
 from onnx_lrsd.types import CHANNEL, KINDS, Form
 

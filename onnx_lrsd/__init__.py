@@ -6,22 +6,23 @@
 Every stage of ``optimize`` is public as well.
 """
 
-from onnx_lrsd.allocate import allocate
-from onnx_lrsd.calibrate import Calibration, calibrate
-from onnx_lrsd.dataset import Samples, read_samples
+from onnx_lrsd.commands.inspect import inspect
+from onnx_lrsd.commands.optimize import Result, optimize
+from onnx_lrsd.commands.unpack import unpack
+from onnx_lrsd.data.padding import without_padding
+from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
-from onnx_lrsd.inspection import inspect
-from onnx_lrsd.model import Model, load, save
-from onnx_lrsd.optimize import Result, optimize
-from onnx_lrsd.padding import without_padding
-from onnx_lrsd.passes import find_layers, read_weight, split
+from onnx_lrsd.fit.calibrate import Calibration, calibrate
+from onnx_lrsd.graph.model import Model, load, save
+from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.split import split
+from onnx_lrsd.plan.allocate import allocate
 from onnx_lrsd.report import plan_from_json, plan_to_json, report_table, report_to_json
 from onnx_lrsd.run import Options
 from onnx_lrsd.solver.decompose import decompose
-from onnx_lrsd.solver.whiten import pose
+from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.types import Factors, Form, Layer, Moments, Plan, Report, Verification
-from onnx_lrsd.unpacking import unpack
-from onnx_lrsd.verify import compare
 
 __version__ = "0.1.0"
 

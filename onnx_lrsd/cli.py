@@ -21,14 +21,18 @@ import click
 from click.core import ParameterSource
 
 import onnx_lrsd
-from onnx_lrsd.dataset import read_samples
-from onnx_lrsd.doctor import examine
+from onnx_lrsd.commands.doctor import examine
+from onnx_lrsd.commands.inspect import inspect
+from onnx_lrsd.commands.optimize import optimize
+from onnx_lrsd.commands.profile import measure
+from onnx_lrsd.commands.unpack import unpack
+from onnx_lrsd.data.made_up import made_up_samples
+from onnx_lrsd.data.padding import without_padding
+from onnx_lrsd.data.readers import script_function
+from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import LrsdError
-from onnx_lrsd.inspection import inspect
-from onnx_lrsd.model import load, save, size_on_disk
-from onnx_lrsd.optimize import optimize
-from onnx_lrsd.padding import without_padding
-from onnx_lrsd.profile import measure
+from onnx_lrsd.graph.model import load, save, size_on_disk
+from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.report import (
     comparison_table,
     comparison_to_json,
@@ -40,14 +44,11 @@ from onnx_lrsd.report import (
     report_table,
     report_to_json,
 )
-from onnx_lrsd.runtime import inputs_of
-from onnx_lrsd.sources import script_function
+from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets import TARGETS
 from onnx_lrsd.targets.machine import stored_at, to_json
 from onnx_lrsd.types import KINDS, Plan, Progress, Score
-from onnx_lrsd.unpacking import unpack
-from onnx_lrsd.verify import compare, made_up_samples
 
 BROKEN_PROMISE, INTERRUPTED = 3, 130
 STDOUT = Path("-")

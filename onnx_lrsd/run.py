@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from onnx_lrsd.allocate import COSTS
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, processor, this_machine
-from onnx_lrsd.types import Engine, Int8, Loading, Progress, Score
+from onnx_lrsd.types import COSTS, Engine, Int8, Loading, Progress, Score
 
 NO_FORM = "no smaller form is predicted to be faster"
 NO_STORAGE = "no storage that the runtime folds makes it smaller"

@@ -273,6 +273,17 @@ class Point:
     time: float = 0.0
 
 
+CostOf: TypeAlias = Callable[[Point], float]
+
+COSTS: Mapping[str, CostOf] = {
+    "macs": lambda point: point.price.macs,
+    "parameters": lambda point: point.price.parameters,
+    "bytes": lambda point: point.price.bytes,
+    "latency": lambda point: point.price.seconds or 0.0,
+}
+"""What a ratio may be of, and how much of it a point costs."""
+
+
 @dataclass(frozen=True)
 class ErrorCurve:
     """What one layer loses for each form it may take; the first point is dense, with error 0."""

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from onnx_lrsd.passes.fold_batchnorm import foldable_batchnorm, scale_and_shift
-from onnx_lrsd.passes.lift_weights import constant_value, derived, overridable, quantised
+from onnx_lrsd.passes.batchnorm import foldable_batchnorm, scale_and_shift
+from onnx_lrsd.passes.constants import constant_value, derived, overridable, quantised
 from onnx_lrsd.passes.pack import PREFIX
 from onnx_lrsd.types import Declined, Layer
 

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from onnx_lrsd.passes.isolate import ELEMENTS
-from onnx_lrsd.passes.split_conv import conv_attributes
+from onnx_lrsd.passes.operators.conv import conv_attributes
 from onnx_lrsd.passes.writer import Writer
 from onnx_lrsd.storage import FP16, STORAGES, Storage, gaps, pack_codes
 from onnx_lrsd.types import SPATIAL, Codes, Entries, Factors, Layer

@@ -7,7 +7,7 @@ from math import inf
 
 import onnx_graphsurgeon as gs
 
-from onnx_lrsd.passes.lift_weights import constant_value
+from onnx_lrsd.passes.constants import constant_value
 
 
 def rectifiers(graph: gs.Graph, names: Iterable[str]) -> dict[str, tuple[float, float]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.passes.find_layers import producer
+from onnx_lrsd.passes.operators.conv import split_conv
+from onnx_lrsd.passes.operators.linear import split_gemm, split_matmul
 from onnx_lrsd.passes.pack import pack
-from onnx_lrsd.passes.split_conv import split_conv
-from onnx_lrsd.passes.split_linear import split_gemm, split_matmul
 from onnx_lrsd.passes.tidy import remove_node, remove_orphans
 from onnx_lrsd.passes.writer import Writer
 from onnx_lrsd.types import Factors, Layer

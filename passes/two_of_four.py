@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from onnx_lrsd.passes.constants import constant_value, overridable
 from onnx_lrsd.passes.find_layers import label
-from onnx_lrsd.passes.lift_weights import constant_value, overridable
 
 BLOCK, KEPT = 4, 2
 

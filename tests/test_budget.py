@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lrsd.allocate import COSTS, allocate, lower_hull
 from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.plan.allocate import allocate, lower_hull
 from onnx_lrsd.targets import TARGETS, price
 from onnx_lrsd.types import (
     CHANNEL,
     CHANNEL_IN,
+    COSTS,
     DENSE,
     KINDS,
     SPATIAL,

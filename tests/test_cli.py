@@ -18,11 +18,11 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
 
-import onnx_lrsd.optimize
+import onnx_lrsd.commands.optimize
 from onnx_lrsd import cli
-from onnx_lrsd.doctor import Finding
+from onnx_lrsd.commands.doctor import Finding
 from onnx_lrsd.errors import BudgetError
-from onnx_lrsd.timing import pair_latency
+from onnx_lrsd.runtime.timing import pair_latency
 from onnx_lrsd.types import Choice, Form, Plan, Price, Promise, Report
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     def for_a_moment(*runs: Any, **options: Any) -> Any:
         return pair_latency(*runs, **{**options, "seconds": 0.1})
 
-    monkeypatch.setattr("onnx_lrsd.verify.pair_latency", for_a_moment)
+    monkeypatch.setattr("onnx_lrsd.measure.compare.pair_latency", for_a_moment)
 
 
 @pytest.fixture
@@ -516,7 +516,9 @@ def test_doctor_exits_1_when_something_is_broken(monkeypatch: pytest.MonkeyPatch
 
 def test_doctor_sees_two_runtimes_that_clash(monkeypatch: pytest.MonkeyPatch) -> None:
     both = ["onnxruntime", "onnxruntime-gpu"]
-    monkeypatch.setattr("onnx_lrsd.doctor._distributions", lambda name: both if name == "onnxruntime" else [])
+    monkeypatch.setattr(
+        "onnx_lrsd.commands.doctor._distributions", lambda name: both if name == "onnxruntime" else []
+    )
     result = run("doctor")
     assert result.exit_code == 1
     assert "pip uninstall onnxruntime onnxruntime-gpu" in result.stdout

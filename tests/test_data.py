@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lrsd import sources
-from onnx_lrsd.dataset import Samples, made_up, read_samples
+from onnx_lrsd.data import readers as sources
+from onnx_lrsd.data.made_up import made_up
+from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.types import InputSpec
 

@@ -17,13 +17,14 @@ from onnx.reference import ReferenceEvaluator
 import onnx_lrsd
 from onnx_lrsd.cli import main
 from onnx_lrsd.errors import LrsdError
-from onnx_lrsd.model import Model, check, load
-from onnx_lrsd.passes import find_layers, read_weight, split
-from onnx_lrsd.runtime import open_session
+from onnx_lrsd.graph.model import Model, check, load
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.split import split
+from onnx_lrsd.runtime.session import open_session
+from onnx_lrsd.runtime.timing import pair_latency
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
-from onnx_lrsd.solver.whiten import pose
-from onnx_lrsd.timing import pair_latency
+from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.types import (
     CHANNEL,
     CHANNEL_IN,
@@ -156,7 +157,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     def for_a_moment(*runs: Any, **options: Any) -> Any:
         return pair_latency(*runs, **{**options, "seconds": 0.0})
 
-    monkeypatch.setattr("onnx_lrsd.verify.pair_latency", for_a_moment)
+    monkeypatch.setattr("onnx_lrsd.measure.compare.pair_latency", for_a_moment)
 
 
 def test_the_whole_tool_keeps_half_precision(hasty: None) -> None:

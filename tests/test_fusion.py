@@ -8,9 +8,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_lrsd
-from onnx_lrsd.passes import find_layers, order_sums, read_weight, split
-from onnx_lrsd.runtime import open_session, optimised
-from onnx_lrsd.trial import placeholder
+from onnx_lrsd.measure.speedup import placeholder
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.order_sums import order_sums
+from onnx_lrsd.passes.split import split
+from onnx_lrsd.runtime.session import open_session, optimised
 from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Form, Layer, whole_channels
 
 C, SIDE = 64, 16

@@ -15,14 +15,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnx_lrsd
 from onnx_lrsd.cli import main
-from onnx_lrsd.dataset import Samples
+from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import DataError, ModelError
-from onnx_lrsd.model import Model, check, load
-from onnx_lrsd.quantise import quantise
+from onnx_lrsd.graph.model import Model, check, load
+from onnx_lrsd.int8.quantise import quantise
+from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.report import report_table, report_to_json
-from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.types import Verification
-from onnx_lrsd.verify import compare
 
 MODELS = Path(__file__).parents[1] / "models"
 MODEL, CALIB, EVAL = (MODELS / name for name in ("digits.onnx", "digits_calib.npz", "digits_eval.npz"))
@@ -60,7 +60,7 @@ def test_within_a_wide_tolerance_every_layer_is_int8_and_the_file_a_quarter() ->
 def test_where_products_saturate_weights_take_seven_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     model, widest = load(MODEL), {}
     for saturating in (False, True):
-        monkeypatch.setattr("onnx_lrsd.quantise.saturates", lambda found=saturating: found)
+        monkeypatch.setattr("onnx_lrsd.int8.quantise.saturates", lambda found=saturating: found)
         found = quantise(model, samples_of(model, CALIB), tolerance=0.5)
         weights = [numpy_helper.to_array(t) for t in found.model.proto.graph.initializer]
         widest[saturating] = max(abs(w.astype(int)).max() for w in weights if w.dtype == np.int8)
@@ -128,7 +128,7 @@ def test_the_report_names_the_share_of_each_step_and_the_fastest_is_kept(
         found = compare(before, after, samples, latency=False)
         return replace(found, latency_ratio=speed, latency_interval=(speed, speed))
 
-    for module in ("onnx_lrsd.optimize", "onnx_lrsd.int8"):
+    for module in ("onnx_lrsd.commands.optimize", "onnx_lrsd.int8.fit"):
         monkeypatch.setattr(sys.modules[module], "compare", timed)
     result = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, ratio=1.5, int8=True, samples=80)
     int8 = result.report.int8
@@ -161,7 +161,7 @@ def test_a_model_that_the_quantiser_refuses_keeps_its_low_rank_and_the_report_sa
     def refuse(*given: object, **options: object) -> None:
         raise ModelError("ONNX Runtime cannot quantise the model (no): leave out --int8.")
 
-    monkeypatch.setattr(sys.modules["onnx_lrsd.int8"], "quantise", refuse)
+    monkeypatch.setattr(sys.modules["onnx_lrsd.int8.fit"], "quantise", refuse)
     result = onnx_lrsd.optimize(MODEL, CALIB, ratio=1.5, int8=True, samples=80)
     assert "cannot quantise" in result.report.warnings[0] and quantised_nodes(result.model) == 0
     assert result.report.int8 is not None and result.report.int8.nodes == 0

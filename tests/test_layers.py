@@ -10,11 +10,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lrsd.model import Model, check, load
-from onnx_lrsd.passes import compute_tensors, find_layers, isolate, macs, parameters, read_weight, split
-from onnx_lrsd.runtime import open_session, shapes
+from onnx_lrsd.graph.model import Model, check, load
+from onnx_lrsd.passes.count import compute_tensors, macs, parameters
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.isolate import isolate
+from onnx_lrsd.passes.split import split
+from onnx_lrsd.runtime.session import open_session, shapes
 from onnx_lrsd.solver.decompose import decompose
-from onnx_lrsd.solver.whiten import pose
+from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.types import CHANNEL, Form
 
 Values = npt.NDArray[Any]

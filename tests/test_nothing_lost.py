@@ -10,10 +10,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lrsd.errors import ModelError, VerificationError
-from onnx_lrsd.model import Model, check, load, model_bytes, save, size_on_disk
-from onnx_lrsd.passes import find_layers, split
-from onnx_lrsd.runtime import open_session
-from onnx_lrsd.trial import placeholder
+from onnx_lrsd.graph.model import Model, check, load, model_bytes, save, size_on_disk
+from onnx_lrsd.measure.speedup import placeholder
+from onnx_lrsd.passes.find_layers import find_layers
+from onnx_lrsd.passes.split import split
+from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import CHANNEL, Form
 
 BACKEND = Path(onnx.__file__).parent / "backend" / "test" / "data"

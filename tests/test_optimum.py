@@ -10,13 +10,13 @@ import numpy.typing as npt
 import pytest
 
 from onnx_lrsd.solver import separable
+from onnx_lrsd.solver.channels import eliminate
 from onnx_lrsd.solver.curve import errors
 from onnx_lrsd.solver.decompose import choose_channels, decompose, factors
 from onnx_lrsd.solver.layout import expand, group_metric, group_weight, shared_groups, ungroup_weight
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.moments import MomentAccumulator
-from onnx_lrsd.solver.sparse import eliminate
-from onnx_lrsd.solver.whiten import Metric, Problem, pose
+from onnx_lrsd.solver.problem import Metric, Problem, pose
 from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Form, Layer, Moments, whole_channels
 
 Matrix = npt.NDArray[np.float64]

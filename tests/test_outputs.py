@@ -8,12 +8,13 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_lrsd.model import load
-from onnx_lrsd.passes import find_layers, readers
+from onnx_lrsd.graph.model import load
+from onnx_lrsd.passes.consumers import readers
+from onnx_lrsd.passes.find_layers import find_layers
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
+from onnx_lrsd.solver.problem import Problem, output_metric, pose
 from onnx_lrsd.solver.rectified import Rectified
-from onnx_lrsd.solver.whiten import Problem, output_metric, pose
 from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Factors, Form, Layer, Moments
 
 LAYER = Layer(

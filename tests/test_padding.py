@@ -13,18 +13,18 @@ import pytest
 from click.testing import CliRunner
 
 import onnx_lrsd
-from onnx_lrsd.calibrate import Calibration, calibrate
 from onnx_lrsd.cli import main
-from onnx_lrsd.dataset import Samples, read_samples
-from onnx_lrsd.divergence import unpadded
-from onnx_lrsd.model import Model, load, save
-from onnx_lrsd.padding import without_padding
-from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.reconstruct import reconstruct
-from onnx_lrsd.runtime import inputs_of, open_session
-from onnx_lrsd.sensitivity import final_outputs
+from onnx_lrsd.data.padding import without_padding
+from onnx_lrsd.data.samples import Samples, read_samples
+from onnx_lrsd.fit.calibrate import Calibration, calibrate
+from onnx_lrsd.fit.reconstruct import reconstruct
+from onnx_lrsd.fit.sensitivity import final_outputs
+from onnx_lrsd.graph.model import Model, load, save
+from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.runtime.divergence import unpadded
+from onnx_lrsd.runtime.session import inputs_of, open_session
 from onnx_lrsd.types import Form
-from onnx_lrsd.verify import compare
 
 WORDS, LENGTH = 50, 12
 MASK = "attention_mask"

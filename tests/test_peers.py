@@ -9,8 +9,8 @@ import onnx
 import peers
 import pytest
 
-from onnx_lrsd.dataset import Samples
-from onnx_lrsd.model import Model, load, model_bytes
+from onnx_lrsd.data.samples import Samples
+from onnx_lrsd.graph.model import Model, load, model_bytes
 from onnx_lrsd.storage import FP16, INT4, UINT8, Storage
 
 N, M = 6, 40

@@ -13,18 +13,30 @@ import pytest
 from click.testing import CliRunner
 
 import onnx_lrsd
-from onnx_lrsd import cli, doctor, planner, profile
-from onnx_lrsd.allocate import COSTS
-from onnx_lrsd.dataset import read_samples
+from onnx_lrsd import cli
+from onnx_lrsd.commands import doctor, profile
+from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import BudgetError
-from onnx_lrsd.planner import LAVISH, SPARE, Planner
+from onnx_lrsd.measure.speedup import speedups_within
+from onnx_lrsd.plan import planner
+from onnx_lrsd.plan.planner import LAVISH, SPARE, Planner
 from onnx_lrsd.run import Options, Run
-from onnx_lrsd.runtime import inputs_of, kernels
+from onnx_lrsd.runtime.session import inputs_of, kernels
 from onnx_lrsd.targets import TARGETS, built_in, machine
 from onnx_lrsd.targets.machine import COLUMN, MATRIX, NODES, POINT, ROW, SQUARE, from_json, to_json
 from onnx_lrsd.targets.target import Node
-from onnx_lrsd.trial import speedups_within
-from onnx_lrsd.types import CHANNEL, DENSE, SPATIAL, ErrorCurve, Form, Layer, Point, Price, whole_channels
+from onnx_lrsd.types import (
+    CHANNEL,
+    COSTS,
+    DENSE,
+    SPATIAL,
+    ErrorCurve,
+    Form,
+    Layer,
+    Point,
+    Price,
+    whole_channels,
+)
 
 MODELS = Path(__file__).parents[1] / "models"
 MINE = replace(built_in(), processor=machine.processor(), runtime=machine.runtime())
@@ -283,7 +295,7 @@ def test_a_latency_out_of_reach_is_a_budget_error_or_the_fastest_that_was_found(
 
 def test_cost_latency_promises_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(planner, "WHOLE_SECONDS", 0.2)
-    monkeypatch.setattr("onnx_lrsd.verify.COMPARE_SECONDS", 0.2)
+    monkeypatch.setattr("onnx_lrsd.measure.compare.COMPARE_SECONDS", 0.2)
     plan = tmp_path / "plan.json"
     report = tmp_path / "report.json"
     asked = ["optimize", MODELS / "digits.onnx", "--calib", MODELS / "digits_calib.npz", "--samples", 60]

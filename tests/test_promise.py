@@ -17,14 +17,14 @@ from click.testing import CliRunner
 
 import onnx_lrsd
 from onnx_lrsd.cli import main
-from onnx_lrsd.dataset import Samples, read_samples
+from onnx_lrsd.data.holdout import search_and_confirm
+from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import DataError
-from onnx_lrsd.model import Model, load
-from onnx_lrsd.runtime import inputs_of
-from onnx_lrsd.search import Drop, bearable, search
-from onnx_lrsd.shares import search_and_confirm
+from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.plan.search import Drop, bearable, search
+from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.types import OutputError, Verification
-from onnx_lrsd.verify import compare
 
 MODELS = Path(__file__).parents[1] / "models"
 MODEL, CALIB, EVAL = (MODELS / name for name in ("digits.onnx", "digits_calib.npz", "digits_eval.npz"))
@@ -32,12 +32,12 @@ MODEL, CALIB, EVAL = (MODELS / name for name in ("digits.onnx", "digits_calib.np
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnx_lrsd.timing import pair_latency
+    from onnx_lrsd.runtime.timing import pair_latency
 
     def for_a_moment(*runs: Any, **options: Any) -> Any:
         return pair_latency(*runs, **{**options, "seconds": 0.0})
 
-    monkeypatch.setattr("onnx_lrsd.verify.pair_latency", for_a_moment)
+    monkeypatch.setattr("onnx_lrsd.measure.compare.pair_latency", for_a_moment)
 
 
 def right(outputs: Mapping[str, Any], labels: Any) -> float:
@@ -152,7 +152,7 @@ def test_a_model_that_gains_no_time_as_a_whole_is_handed_back_where_time_counts(
         found = compare(before, after, samples, latency=False)
         return replace(found, latency_ratio=1.01, latency_interval=(0.99, 1.03))
 
-    monkeypatch.setattr(sys.modules["onnx_lrsd.optimize"], "compare", timed)
+    monkeypatch.setattr(sys.modules["onnx_lrsd.commands.optimize"], "compare", timed)
     found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, ratio=1.5, cost=cost, samples=80)
     assert (found.model.proto == onnx_lrsd.load(MODEL).proto) is back
     assert (
@@ -171,7 +171,7 @@ def test_much_error_for_little_time_is_handed_back(
         outputs = (OutputError("scores", error),)
         return replace(found, latency_ratio=1.1, latency_interval=(1.05, 1.15), outputs=outputs)
 
-    monkeypatch.setattr(sys.modules["onnx_lrsd.optimize"], "compare", judged)
+    monkeypatch.setattr(sys.modules["onnx_lrsd.commands.optimize"], "compare", judged)
     found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, ratio=1.5, samples=80)
     assert (found.model.proto == onnx_lrsd.load(MODEL).proto) is back
     assert any("changes the outputs by 20%" in said for said in found.report.warnings) is back

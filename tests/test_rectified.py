@@ -9,11 +9,11 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
-from onnx_lrsd.passes import rectifiers
+from onnx_lrsd.passes.rectifiers import rectifiers
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
+from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.solver.rectified import Rectified
-from onnx_lrsd.solver.whiten import Problem, pose
 from onnx_lrsd.types import (
     CHANNEL,
     CHANNEL_IN,
@@ -102,7 +102,7 @@ def test_a_wide_layer_of_few_rows_is_never_given_a_matrix_of_its_inputs(
     def refuse(*_: object) -> None:
         raise AssertionError("an (m, m) matrix of a layer with few rows")
 
-    monkeypatch.setattr("onnx_lrsd.solver.whiten.Metric.matrix", refuse)
+    monkeypatch.setattr("onnx_lrsd.solver.problem.Metric.matrix", refuse)
     n, m, count = 12, 3000, 40
     layer = Layer("y", "dense", "Gemm", "x", "w", (n, m), "float32", n, m)
     rng = np.random.default_rng(0)

@@ -10,14 +10,14 @@ import onnx
 import onnx.parser
 import pytest
 
-from onnx_lrsd.calibrate import Calibration, WeightOf, calibrate
-from onnx_lrsd.dataset import read_samples
-from onnx_lrsd.model import Model, check, load
-from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.reconstruct import reconstruct
-from onnx_lrsd.runtime import inputs_of, open_session
+from onnx_lrsd.data.samples import read_samples
+from onnx_lrsd.fit.calibrate import Calibration, WeightOf, calibrate
+from onnx_lrsd.fit.reconstruct import reconstruct
+from onnx_lrsd.graph.model import Model, check, load
+from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.runtime.session import inputs_of, open_session
 from onnx_lrsd.types import DENSE, Factors, Form
-from onnx_lrsd.verify import compare
 
 SECOND = {"c1": Form("channel", 6)}
 """Of the network's layers c0, c1, c2 and y, the one that is rewritten."""
@@ -67,7 +67,7 @@ def test_what_stays_dense_behind_a_rewritten_layer_makes_errors_smaller_on_other
     check(refitted, model)
     assert {name for name, found in factors.items() if found.form.kind == DENSE} == {"c2", "y"}
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["onnx_lrsd.reconstruct"], "ROWS_TO_REFIT", 1e9)
+        patched.setattr(sys.modules["onnx_lrsd.fit.reconstruct"], "ROWS_TO_REFIT", 1e9)
         plain, alone = fitted(model, correlated(80, 1), SECOND)
     assert set(alone) == {"c1"}
     with_refit, without = (compare(model, other, judge, latency=False) for other in (refitted, plain))

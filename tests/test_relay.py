@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_lrsd.calibrate import calibrate
-from onnx_lrsd.dataset import read_samples
-from onnx_lrsd.model import Model, load
-from onnx_lrsd.passes import find_layers, read_weight
-from onnx_lrsd.reconstruct import reconstruct
-from onnx_lrsd.relay import Relay
-from onnx_lrsd.runtime import frontier, inputs_of, open_session
+from onnx_lrsd.data.samples import read_samples
+from onnx_lrsd.fit.calibrate import calibrate
+from onnx_lrsd.fit.reconstruct import reconstruct
+from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.runtime.activation_cache import Relay
+from onnx_lrsd.runtime.session import frontier, inputs_of, open_session
 from onnx_lrsd.types import Factors, Form
 
 CHANNELS, LAYERS = 24, 4
@@ -75,10 +75,10 @@ def test_the_fit_is_the_same_and_the_network_runs_about_once(monkeypatch: pytest
 
     def fit(most: int) -> tuple[dict[str, Factors], int]:
         convolutions.clear()
-        monkeypatch.setattr(sys.modules["onnx_lrsd.reconstruct"], "Relay", lambda: Relay(most))
+        monkeypatch.setattr(sys.modules["onnx_lrsd.fit.reconstruct"], "Relay", lambda: Relay(most))
         return reconstruct(model, known.layers, forms, weight_of, known)[1], sum(convolutions)
 
-    monkeypatch.setattr(sys.modules["onnx_lrsd.calibrate"], "open_session", counting)
+    monkeypatch.setattr(sys.modules["onnx_lrsd.fit.calibrate"], "open_session", counting)
     (one, often), (other, once) = fit(0), fit(1 << 30)
     assert often == 2 * (1 + 2 + 3) and once == 2 * 3  # each convolution became two
     for name, factors in one.items():

@@ -12,8 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lrsd import doctor, runtime, timing
+from onnx_lrsd.commands import doctor
 from onnx_lrsd.errors import DataError, DeviceError, ModelError
+from onnx_lrsd.runtime import session as runtime
+from onnx_lrsd.runtime import timing
 from onnx_lrsd.types import InputSpec
 
 value = helper.make_tensor_value_info

@@ -17,16 +17,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lrsd.calibrate import calibrate, recalibrate
-from onnx_lrsd.dataset import read_samples
+from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import LrsdError
-from onnx_lrsd.model import Model, check, load
-from onnx_lrsd.passes import find_layers, read_weight, split
-from onnx_lrsd.runtime import inputs_of, open_session
+from onnx_lrsd.fit.calibrate import calibrate, recalibrate
+from onnx_lrsd.graph.model import Model, check, load
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.split import split
+from onnx_lrsd.runtime.session import inputs_of, open_session
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import shared_groups
 from onnx_lrsd.solver.moments import input_rows, positions_of
-from onnx_lrsd.solver.whiten import pose
+from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Form, Layer, whole_channels
 
 BACKEND = Path(onnx.__file__).parent / "backend" / "test" / "data"

@@ -16,19 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onnx_lrsd
-from onnx_lrsd.calibrate import calibrate
 from onnx_lrsd.cli import main
 from onnx_lrsd.errors import DataError, ModelError, UnsupportedModelError
-from onnx_lrsd.loading import loading
-from onnx_lrsd.model import model_bytes, raised
-from onnx_lrsd.passes import find_layers, read_weight, split
-from onnx_lrsd.runtime import inputs_of, open_session, simplified
-from onnx_lrsd.solver.coded import bridged, decode
-from onnx_lrsd.solver.coded_curve import coded_errors
-from onnx_lrsd.solver.coding import nearest, round_columns, settle, steps_of
+from onnx_lrsd.fit.calibrate import calibrate
+from onnx_lrsd.graph.model import model_bytes, raised
+from onnx_lrsd.measure.load_cost import loading
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.split import split
+from onnx_lrsd.runtime.session import inputs_of, open_session, simplified
+from onnx_lrsd.solver.codes.curve import coded_errors
+from onnx_lrsd.solver.codes.fit import bridged, decode
+from onnx_lrsd.solver.codes.rounding import nearest, round_columns, settle, steps_of
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
-from onnx_lrsd.solver.whiten import Problem, pose
+from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.storage import STORAGES, pack_codes
 from onnx_lrsd.targets import TARGETS, price
 from onnx_lrsd.types import KINDS, Form, Layer, Moments, Pattern
@@ -289,7 +290,7 @@ def test_rows_kept_apart_tell_what_s_loses_where_there_are_few(monkeypatch: pyte
     def refuse(*_: object) -> None:
         raise AssertionError("an (m, m) matrix of a layer with few rows")
 
-    monkeypatch.setattr("onnx_lrsd.solver.whiten.Metric.matrix", refuse)
+    monkeypatch.setattr("onnx_lrsd.solver.problem.Metric.matrix", refuse)
     n, m, count, rank = 12, 800, 60, 20
     layer = Layer("y", "dense", "Gemm", "x", "w", (n, m), "float32", n, m)
     rng = np.random.default_rng(0)

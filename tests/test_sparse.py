@@ -12,13 +12,13 @@ import pytest
 
 from onnx_lrsd import arrays
 from onnx_lrsd.solver.admm import low_rank_plus_sparse
+from onnx_lrsd.solver.channels import eliminate
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.pattern import nonzeros, support
+from onnx_lrsd.solver.problem import Metric, Problem
 from onnx_lrsd.solver.share import choose_split, split_forms
-from onnx_lrsd.solver.sparse import eliminate
-from onnx_lrsd.solver.whiten import Metric, Problem
 from onnx_lrsd.types import (
     CHANNEL,
     CHANNELS,

@@ -18,24 +18,28 @@ from engines import build
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_lrsd
-from onnx_lrsd.allocate import COSTS, spend
 from onnx_lrsd.cli import main
-from onnx_lrsd.dataset import Samples, read_samples
+from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import DataError
-from onnx_lrsd.model import Model, check, load, save
-from onnx_lrsd.passes import find_layers, read_weight, split, two_of_four
-from onnx_lrsd.planner import Planner
+from onnx_lrsd.graph.model import Model, check, load, save
+from onnx_lrsd.measure.compare import Pace
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.split import split
+from onnx_lrsd.passes.two_of_four import two_of_four
+from onnx_lrsd.plan.allocate import spend
+from onnx_lrsd.plan.planner import Planner
 from onnx_lrsd.run import Options, Run
-from onnx_lrsd.runtime import inputs_of
+from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.solver.decompose import decompose
-from onnx_lrsd.solver.whiten import pose
+from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.targets import TARGETS, price
 from onnx_lrsd.targets.tensorrt import TENSORRT, TWO_OF_FOUR
-from onnx_lrsd.trtexec import engine
+from onnx_lrsd.targets.trtexec import engine
 from onnx_lrsd.types import (
     CHANNEL,
     CHANNEL_IN,
     CHANNELS,
+    COSTS,
     KINDS,
     SPATIAL,
     TUCKER,
@@ -47,7 +51,6 @@ from onnx_lrsd.types import (
     Point,
     Price,
 )
-from onnx_lrsd.verify import Pace
 
 MODELS = Path(__file__).parents[1] / "models"
 MODEL, CALIB = MODELS / "digits.onnx", MODELS / "digits_calib.npz"
@@ -268,7 +271,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     def half(*_: Any, **__: Any) -> Pace:
         return Pace(0.5, (0.4, 0.6), 1.0, 2.0)
 
-    monkeypatch.setattr("onnx_lrsd.verify._pace", half)
+    monkeypatch.setattr("onnx_lrsd.measure.compare._pace", half)
 
 
 def test_the_latency_of_another_engine_decides_nothing(slow: None, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from onnx_lrsd.errors import DataError
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.types import (
     CHANNELS,
+    COSTS,
     DENSE,
     KINDS,
     N_OF_M,
@@ -43,7 +44,6 @@ STORED = ("weights", "entries")
 FORM_NUMBERS = ("rank", "channels", "outer", "nonzeros", "kept", "of")
 """``outer`` is Tucker-2's second rank; ``channels``, ``nonzeros``, or ``kept`` ``of`` a block describe S."""
 UNITS = ("macs", "parameters", "bytes")
-COSTS = (*UNITS, "latency")
 STAGES = ("load", "calibrate", "decompose", "plan", "rewrite", "verify")
 
 Json: TypeAlias = dict[str, Any]

@@ -22,8 +22,8 @@ from onnx_lrsd.arrays import cast, namespace
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.parts import FreeFactors, Part, orthonormal
 from onnx_lrsd.solver.pattern import check_pattern, grown, nonzeros, support
+from onnx_lrsd.solver.problem import Metric, Outputs
 from onnx_lrsd.solver.resolvent import Resolvent
-from onnx_lrsd.solver.whiten import Metric, Outputs
 from onnx_lrsd.types import NONE, Array, Pattern
 
 EFFORTS = {"brief": (5, 4), "fast": (5, 8), "standard": (10, 8), "thorough": (16, 16)}

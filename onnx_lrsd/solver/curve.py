@@ -15,8 +15,8 @@ from math import prod
 from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.decompose import choose_channels, decompose, prepare
 from onnx_lrsd.solver.lowrank import low_rank
+from onnx_lrsd.solver.problem import Metric, Problem
 from onnx_lrsd.solver.resolvent import Resolvent
-from onnx_lrsd.solver.whiten import Metric, Problem
 from onnx_lrsd.types import CHANNEL, CHANNELS, N_OF_M, TUCKER, UNSTRUCTURED, Form, Pattern
 
 

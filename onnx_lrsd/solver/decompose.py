@@ -11,15 +11,15 @@ import numpy as np
 from onnx_lrsd.arrays import cast, indices, namespace, to_numpy
 from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.admm import fit_sparse, low_rank_plus_sparse
-from onnx_lrsd.solver.coded import code_dense, code_factors
+from onnx_lrsd.solver.channels import Elimination, best_channels, channel_gains, eliminate
+from onnx_lrsd.solver.codes.fit import code_dense, code_factors
 from onnx_lrsd.solver.layout import factor_kernels, group_metric, group_weight, shared_groups, ungroup_weight
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.parts import SharedFactors
 from onnx_lrsd.solver.pattern import check_pattern
+from onnx_lrsd.solver.problem import Metric, Problem
 from onnx_lrsd.solver.rectified import Rectified, refine, refine_entries
 from onnx_lrsd.solver.resolvent import Resolvent
-from onnx_lrsd.solver.sparse import Elimination, best_channels, channel_gains, eliminate
-from onnx_lrsd.solver.whiten import Metric, Problem
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.types import (
     CHANNEL,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnx_lrsd.arrays import namespace, top_eigenvectors
-from onnx_lrsd.solver.whiten import Metric
+from onnx_lrsd.solver.problem import Metric
 from onnx_lrsd.types import Array
 
 

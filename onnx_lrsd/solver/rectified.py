@@ -22,8 +22,8 @@ from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.admm import gradients
 from onnx_lrsd.solver.layout import group_weight, ungroup_weight
 from onnx_lrsd.solver.parts import FreeFactors
+from onnx_lrsd.solver.problem import Problem
 from onnx_lrsd.solver.resolvent import Resolvent
-from onnx_lrsd.solver.whiten import Problem
 from onnx_lrsd.types import Array
 
 Parts = TypeVar("Parts")

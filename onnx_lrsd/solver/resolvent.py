@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from onnx_lrsd.arrays import cast, diagonal, namespace
-from onnx_lrsd.solver.whiten import Metric
+from onnx_lrsd.solver.problem import Metric
 from onnx_lrsd.types import Array
 
 SCALING = 0.2

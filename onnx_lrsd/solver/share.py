@@ -15,8 +15,8 @@ from math import prod
 from onnx_lrsd.arrays import from_numpy
 from onnx_lrsd.solver.decompose import check_form, decompose
 from onnx_lrsd.solver.layout import expand, rank_size, shared_groups
+from onnx_lrsd.solver.problem import Problem
 from onnx_lrsd.solver.resolvent import Resolvent
-from onnx_lrsd.solver.whiten import Problem
 from onnx_lrsd.types import NONE, TUCKER, UNSTRUCTURED, Form, Layer, Pattern
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)

@@ -20,7 +20,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from onnx_lrsd.runtime import onnxruntime
+from onnx_lrsd.runtime.session import onnxruntime
 from onnx_lrsd.targets.target import Node
 
 SQUARE, COLUMN, ROW, POINT, MATRIX = "k x k", "k x 1", "1 x k", "1 x 1", "matrix"

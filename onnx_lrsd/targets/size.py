@@ -6,7 +6,7 @@ Latency and memory are those of the original once the model is open; opening it 
 from __future__ import annotations
 
 from onnx_lrsd.passes.pack import OPSET
-from onnx_lrsd.solver.coded_curve import coded_errors
+from onnx_lrsd.solver.codes.curve import coded_errors
 from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets.target import Target, price
 from onnx_lrsd.types import DENSE, Form, Layer

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 from onnx_lrsd.solver.layout import rank_size
 from onnx_lrsd.solver.moments import output_size
 from onnx_lrsd.solver.pattern import nonzeros
-from onnx_lrsd.solver.whiten import Problem
+from onnx_lrsd.solver.problem import Problem
 from onnx_lrsd.storage import FP16, STORAGES, entry_bytes
 from onnx_lrsd.types import (
     CHANNEL,

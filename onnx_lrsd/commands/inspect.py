@@ -1,0 +1,35 @@
+"""What a model holds, before anything is done to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from onnx_lrsd.data.made_up import made_up_samples
+from onnx_lrsd.fit.calibrate import input_shapes, locate
+from onnx_lrsd.graph.model import load
+from onnx_lrsd.measure.compare import total_price
+from onnx_lrsd.passes.find_layers import find_layers
+from onnx_lrsd.run import NO_FORM, Options
+from onnx_lrsd.targets import TARGETS, price
+from onnx_lrsd.types import DENSE, KINDS, Declined, Form, Inspection
+
+
+def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
+    """The layers of ``model`` that a smaller form is predicted to speed up, with their dense price.
+
+    What was declined and why, and the price of the whole. Shapes come from one run on made-up data.
+    """
+    source = load(model)
+    layers, declined = find_layers(source.graph())
+    samples = made_up_samples(source)
+    located = locate(layers, input_shapes(source, layers, samples), samples)
+    forms = TARGETS[Options.target].forms
+    useful = [layer for layer in located if forms(layer, KINDS)]
+    useless = [Declined(layer.node, layer.op, NO_FORM) for layer in located if layer not in useful]
+    return Inspection(
+        tuple((layer, price(layer, Form(DENSE))) for layer in useful),
+        (*declined, *useless),
+        total_price(source, samples),
+    )

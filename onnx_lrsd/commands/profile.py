@@ -1,0 +1,196 @@
+"""Measure this machine: how fast ONNX Runtime runs the nodes that factors are made of, in one thread.
+
+Nodes of all kinds and numbers of outputs read the same tensor in one model, so that a few sessions measure
+them all, and every pass over the sessions measures all of them once more: what counts is the best pass,
+since other work of the machine only ever adds time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from math import isqrt, prod
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_lrsd.measure.layer_times import bare_node
+from onnx_lrsd.runtime.session import kernels
+from onnx_lrsd.targets.machine import (
+    COLUMN,
+    MATRIX,
+    POINT,
+    ROW,
+    SQUARE,
+    Machine,
+    Rates,
+    processor,
+    runtime,
+)
+from onnx_lrsd.types import Progress
+
+KERNELS = {SQUARE: (3, 3), COLUMN: (3, 1), ROW: (1, 3), POINT: (1, 1)}
+SIDES = (7, 14, 28, 56, 112, 224)
+CHANNELS = (8, 16, 64, 256)
+MATRIX_ROWS, MATRIX_INPUTS, MATRIX_OUTPUTS = (1, 16, 128), (64, 256, 1024), (16, 64, 256, 1024)
+MOST_MACS = 600_000_000
+"""Nodes above it are not measured: they run at the rate of the next smaller map."""
+PASSES, SECONDS = 4, 0.35
+"""Passes over all sessions, and about how long one session runs in a pass."""
+SHORTEST, LONG = 1e-7, 2e-5
+"""Seconds: work below the first is not told apart, above the second recording it hardly counts."""
+BLOCKS = (16, 8, 4)
+"""Blocks that outputs may be padded to, the largest first."""
+SAME = 0.9
+"""Half the outputs in this share of the time or more: the other half is padding."""
+Measured = dict[str, float]
+"""Node -> seconds."""
+
+
+def measure(progress: Progress | None = None) -> Machine:
+    """The table of this machine; takes about a minute. ``progress`` is told of each session."""
+    block = _block()
+    sessions: list[Callable[[], Measured]] = [
+        _session(_convolutions(channels, side, _outputs(block)), (1, BLOCKS[0], side, side))
+        for channels, side in product(CHANNELS, SIDES)
+    ]
+    sessions += [
+        _session(_products(inputs, rows), (rows, MATRIX_OUTPUTS[0]))
+        for inputs, rows in product(MATRIX_INPUTS, MATRIX_ROWS)
+    ]
+    best = _best(sessions * PASSES, progress)
+    squares = tuple(side * side for side in SIDES)
+    rates = {kind: _rates(best, kind, _outputs(block), CHANNELS, squares) for kind in KERNELS}
+    rates[MATRIX] = _rates(best, MATRIX, MATRIX_OUTPUTS, MATRIX_INPUTS, MATRIX_ROWS)
+    return Machine(processor(), runtime(), block, bare_node().seconds, _value(), rates)
+
+
+def _best(sessions: Sequence[Callable[[], Measured]], progress: Progress | None = None) -> Measured:
+    """The fewest seconds that each node took in any of ``sessions``."""
+    best: Measured = {}
+    for done, session in enumerate(sessions):
+        for name, seconds in session().items():
+            best[name] = min(seconds, best.get(name, seconds))
+        if progress is not None:
+            progress("profile", done + 1, len(sessions))
+    return best
+
+
+def _outputs(block: int) -> tuple[int, ...]:
+    """Numbers of outputs measured: convolutions take up to four blocks at once."""
+    return tuple(sorted({block, 2 * block, 4 * block, 256}))
+
+
+def _rates(
+    best: Measured,
+    kind: str,
+    outputs: Sequence[int],
+    channels: Sequence[int],
+    positions: Sequence[int],
+) -> Rates:
+    """The grid of one kind; a node that was not measured runs as on the next smaller map.
+
+    Work too short to be told from its recording can seem to take next to no time: no rate is above the
+    highest one of those that took long.
+    """
+    grid: list[float] = []
+    peak = 0.0
+    for out, inputs, places in product(outputs, channels, positions):
+        seconds = best.get(_name(kind, out, inputs, places))
+        macs = out * inputs * prod(KERNELS.get(kind, ())) * places
+        grid.append(grid[-1] if seconds is None else macs / seconds)
+        if seconds is not None and seconds >= LONG:
+            peak = max(peak, grid[-1])
+    rates = (min(rate, peak) if peak else rate for rate in grid)
+    return Rates(tuple(outputs), tuple(channels), tuple(positions), tuple(rates))
+
+
+def _name(kind: str, outputs: int, channels: int, positions: int) -> str:
+    return f"{kind}, {outputs} of {channels}, {positions}"
+
+
+def _session(proto: onnx.ModelProto, shape: tuple[int, ...]) -> Callable[[], Measured]:
+    """A function that runs ``proto`` for a moment and gives the seconds that its nodes work."""
+    feed = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+
+    def run() -> Measured:
+        once = sum(kernel.fastest for kernel in kernels(proto, feed, runs=1))
+        runs = int(np.clip(SECONDS / max(once, SHORTEST), 3, 200))
+        beside = bare_node().seconds + bare_node().recording
+        return {k.name: max(k.fastest - beside, SHORTEST) for k in kernels(proto, feed, runs=runs)}
+
+    return run
+
+
+def _convolutions(channels: int, side: int, outputs: Sequence[int]) -> onnx.ModelProto:
+    """Convolutions of every kind and number of ``outputs`` over one map, each output reduced at once."""
+    nodes, tensors = [_conv("h", "x", channels, BLOCKS[0], (1, 1))], [_weight("h", channels, BLOCKS[0], 1, 1)]
+    ends = []
+    for (kind, kernel), out in product(KERNELS.items(), outputs):
+        if out * channels * prod(kernel) * side * side > MOST_MACS:
+            continue
+        name = _name(kind, out, channels, side * side)
+        nodes += [_conv(name, "h", out, channels, kernel)]
+        nodes += [helper.make_node("GlobalMaxPool", [name], [f"{name} max"])]
+        tensors.append(_weight(name, out, channels, *kernel))
+        ends.append(helper.make_tensor_value_info(f"{name} max", TensorProto.FLOAT, [1, out, 1, 1]))
+    return _model(nodes, (1, BLOCKS[0], side, side), ends, tensors)
+
+
+def _products(inputs: int, rows: int) -> onnx.ModelProto:
+    """Products of the same matrix (rows, inputs) with weights of every number of outputs."""
+    nodes = [helper.make_node("MatMul", ["x", "h weight"], ["h"], "h")]
+    tensors, ends = [_weight("h", MATRIX_OUTPUTS[0], inputs)], []
+    for out in MATRIX_OUTPUTS:
+        name = _name(MATRIX, out, inputs, rows)
+        nodes += [helper.make_node("MatMul", ["h", f"{name} weight"], [name], name)]
+        tensors.append(_weight(name, inputs, out))
+        ends.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, out]))
+    return _model(nodes, (rows, MATRIX_OUTPUTS[0]), ends, tensors)
+
+
+def _conv(name: str, source: str, outputs: int, channels: int, kernel: tuple[int, ...]) -> onnx.NodeProto:
+    pads = [extent // 2 for extent in kernel] * 2
+    return helper.make_node(
+        "Conv", [source, f"{name} weight"], [name], name, kernel_shape=list(kernel), pads=pads
+    )
+
+
+def _weight(name: str, *shape: int) -> onnx.TensorProto:
+    values = np.random.default_rng(0).standard_normal(shape) / isqrt(prod(shape[1:]) + 1)
+    return numpy_helper.from_array(values.astype(np.float32), f"{name} weight")
+
+
+def _model(
+    nodes: Sequence[onnx.NodeProto],
+    shape: Sequence[int],
+    ends: Sequence[onnx.ValueInfoProto],
+    tensors: Sequence[onnx.TensorProto],
+) -> onnx.ModelProto:
+    start = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    graph = helper.make_graph(nodes, "profile", [start], ends, tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def _block() -> int:
+    """The number of outputs that convolutions are padded to."""
+    channels, side = 64, 28
+    session = _session(_convolutions(channels, side, (2, *BLOCKS)), (1, BLOCKS[0], side, side))
+    best = _best([session] * PASSES)
+
+    def padded(block: int) -> bool:
+        half, full = (best[_name(SQUARE, out, channels, side * side)] for out in (block // 2, block))
+        return bool(half >= SAME * full)
+
+    return next((block for block in BLOCKS if padded(block)), BLOCKS[-1])
+
+
+def _value() -> float:
+    """Seconds to gather one value of a map."""
+    channels, side = 64, SIDES[-1]
+    index = numpy_helper.from_array(np.arange(0, channels, 2), "index")
+    node = helper.make_node("Gather", ["x", "index"], ["y"], "gather", axis=1)
+    end = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, channels // 2, side, side])
+    session = _session(_model([node], (1, channels, side, side), [end], [index]), (1, channels, side, side))
+    return min(session()["gather"] for _ in range(PASSES)) / (channels // 2 * side * side)

@@ -1,0 +1,63 @@
+"""Data made up for a model that is to run without samples: shapes and costs, not accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnx_lrsd.data.input_layout import slots
+from onnx_lrsd.data.readers import Values
+from onnx_lrsd.data.samples import Samples
+from onnx_lrsd.errors import DataError, LrsdError
+from onnx_lrsd.graph.model import Model
+from onnx_lrsd.runtime.session import open_session
+from onnx_lrsd.types import InputSpec
+
+GUESSES = (32, 64, 128, 224, 256, 512)
+"""Sizes to try for open dimensions when data has to be made up."""
+
+
+def made_up_samples(model: Model) -> Samples:
+    """Made-up data the model runs on: sizes for what it leaves open are tried in turn.
+
+    Raises DataError when it runs on none of them.
+    """
+    session = open_session(model.proto, folder=model.folder)
+    problem: LrsdError | None = None
+    for size in GUESSES:
+        for fill in (1, 0):
+            samples = made_up(session.inputs, size=size, fill=fill)
+            try:
+                session.run(next(iter(samples.batches(1))))
+            except LrsdError as error:
+                problem = problem or error
+                continue
+            return samples
+    raise DataError(f"The model runs on no data that can be made up: give samples. {problem}") from problem
+
+
+def made_up(
+    inputs: Sequence[InputSpec], count: int = 1, seed: int = 0, *, size: int = GUESSES[0], fill: int = 1
+) -> Samples:
+    """Random samples, to learn shapes and to time models, and for nothing else.
+
+    ``count`` feeds' worth: numbers are standard normal, integers and booleans are ``fill``, and every
+    open dimension but the batch is ``size``. Whether the model runs on that, the caller must try.
+    """
+    rng = np.random.default_rng(seed)
+    layout, fixed = slots(inputs)
+    samples = count * (fixed or 1)
+    arrays, constants = {}, {}
+    for spec in inputs:
+        axis = layout[spec.name].axis
+        dims = [d if isinstance(d, int) else size for k, d in enumerate(spec.shape) if k != axis]
+        shape = (1 if axis is None else samples, *dims)
+        floating = spec.dtype != "object" and np.dtype(spec.dtype).kind in "fV"  # V: bfloat16 and smaller
+        values: Values = rng.standard_normal(shape, np.float32) if floating else np.full(shape, fill)
+        values = np.full(shape, "a") if spec.dtype == "object" else values.astype(spec.dtype)
+        if axis is None:
+            constants[spec.name] = layout[spec.name].lay_out(values)
+        else:
+            arrays[spec.name] = values
+    return Samples(arrays, constants, None, "made up", fixed, (), layout)

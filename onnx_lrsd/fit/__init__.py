@@ -1,0 +1,1 @@
+"""What samples teach, and the fit of one layer after the other."""

@@ -1,0 +1,155 @@
+"""Fit the chosen forms in graph order, each layer for the inputs it will really see.
+
+A layer behind rewritten layers gets other inputs than in the original network. It is fitted to give
+the *original* outputs on those inputs (asymmetric reconstruction; Zhang, Zou, He, Sun, TPAMI 2016),
+so that errors do not pile up; where a rectifier follows, what it cuts off need not be right, and an
+error counts by what the layers that read it make of it. Layers that stay dense behind them are refitted in
+the same way, if the samples hold rows enough. Layers are taken in a bounded number of stages, with one run of
+the rewritten network before each, which starts where what is settled ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from onnx_lrsd.arrays import to_device
+from onnx_lrsd.fit.calibrate import Calibration, WeightOf, recalibrate
+from onnx_lrsd.graph.model import Model
+from onnx_lrsd.passes.consumers import Reading, readers
+from onnx_lrsd.passes.order_sums import order_sums
+from onnx_lrsd.passes.rectifiers import rectifiers
+from onnx_lrsd.passes.split import split
+from onnx_lrsd.runtime.activation_cache import Relay
+from onnx_lrsd.solver.decompose import decompose, refit
+from onnx_lrsd.solver.moments import Rows
+from onnx_lrsd.solver.problem import output_metric, pose
+from onnx_lrsd.solver.rectified import Rectified
+from onnx_lrsd.types import UNSTRUCTURED, Factors, Form, Layer, Moments, Progress
+
+STAGES = 32
+"""Runs of the network, at most."""
+ROWS_TO_REFIT, PULL = 12, 8.0
+"""Rows for each input that the samples must hold for a dense layer to be refitted, and the ridge that holds
+it to the weight it has: so many times as strong as for factors, which have to move. Both were found on
+samples kept apart (benchmarks/RESULTS.md)."""
+TOUCHED = 1e-6
+"""Relative error from which a dense layer is one that rewritten layers reach."""
+MOST_OUTPUTS = 4096
+"""Outputs of a layer up to which the errors of them are weighed against each other."""
+
+Values = npt.NDArray[np.float64]
+
+
+def reconstruct(
+    model: Model,
+    layers: Sequence[Layer],
+    forms: Mapping[str, Form],
+    weight_of: WeightOf,
+    calibration: Calibration | None,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Model, dict[str, Factors]]:
+    """The model with every layer in ``forms`` rewritten, and the factors by layer name.
+
+    ``layers`` are in graph order. Without ``calibration`` the weights alone decide. A layer that was
+    refitted alone has factors of a dense form.
+    """
+    graph = model.graph()
+    chosen = [layer for layer in layers if layer.name in forms]
+    limits = rectifiers(graph, [layer.name for layer in chosen])
+    read = readers(graph, chosen, layers)
+    if calibration is not None:
+        chosen = _with_dense(graph, layers, forms, weight_of, calibration)
+    fitted: dict[str, Factors] = {}
+    rewritten, done = model, 0
+    relay = Relay()
+    for stage in _stages(chosen):
+        moments, pairs = dict[str, Moments](), dict[str, tuple[Rows, Rows]]()
+        if calibration is not None:
+            behind = [layer.name for layer in stage if layer.name in limits]
+            later = chosen[done:]
+            moments, pairs = recalibrate(rewritten, stage, calibration, weight_of, behind, relay, later)
+        for layer in stage:
+            weight, bias = weight_of(layer)
+            known, form = moments.get(layer.name), forms.get(layer.name)
+            if form is None:
+                problem = pose(layer, weight, bias, known, device, pull=PULL)
+                factors = refit(problem) if problem.error(to_device(weight, device)) > TOUCHED else None
+            else:
+                outputs = _output_metric(layer, read.get(layer.name, ()), weight_of)
+                entries = form.pattern.kind == UNSTRUCTURED
+                problem = pose(layer, weight, bias, known, device, outputs, entries)
+                seen = Rectified(*pairs[layer.name], *limits[layer.name]) if layer.name in pairs else None
+                factors = decompose(problem, form, rectified=seen)
+            if factors is not None:
+                fitted[layer.name] = factors
+                split(graph, layer, factors)
+            done += 1
+            if progress is not None:
+                progress("decompose", done, len(chosen))
+        rewritten = model.splice(graph)
+    if order_sums(graph, [name for name, factors in fitted.items() if _branched(factors)]):
+        rewritten = model.splice(graph)
+    return rewritten, fitted
+
+
+def _with_dense(
+    graph: gs.Graph,
+    layers: Sequence[Layer],
+    forms: Mapping[str, Form],
+    weight_of: WeightOf,
+    calibration: Calibration,
+) -> list[Layer]:
+    """The layers in ``forms``, and those behind the first of them that stay dense and may be refitted.
+
+    These have a weight of their own, for which the samples hold rows enough, and a place for a bias.
+    """
+    tensors, found = graph.tensors(), list[Layer]()
+
+    def may_be_refitted(layer: Layer) -> bool:
+        weight = tensors[layer.weight]
+        if not isinstance(weight, gs.Constant) or len(weight.outputs) > 1:
+            return False
+        samples = calibration.samples
+        if layer.positions * samples.count * samples.filled < ROWS_TO_REFIT * layer.m:
+            return False
+        return layer.name in calibration.kept and (layer.op != "MatMul" or bool(weight_of(layer)[1].any()))
+
+    for layer in layers:
+        if layer.name in forms or (found and may_be_refitted(layer)):
+            found.append(layer)
+    return found
+
+
+def _output_metric(layer: Layer, read: Sequence[Reading], weight_of: WeightOf) -> Values | None:
+    """What an error of the outputs of ``layer`` counts, by the layers that read them; None if unknown."""
+    if not read or layer.n > MOST_OUTPUTS:
+        return None
+    weights = []
+    for reader, last in read:
+        shape = (reader.n, -1, layer.n) if last else (reader.n, layer.n, -1)
+        weight = weight_of(reader)[0].reshape(shape)
+        weights.append(weight if last else weight.transpose(0, 2, 1))
+    return output_metric(weights)
+
+
+def _branched(factors: Factors) -> bool:
+    return factors.sparse is not None and bool(factors.kernels)
+
+
+def _stages(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Consecutive layers in at most STAGES groups of like size; layers of one input stay together."""
+    size = -(-len(layers) // STAGES)
+    stages: list[list[Layer]] = []
+    for layer in layers:
+        together = stages and stages[-1][-1].input == layer.input
+        if stages and (together or len(stages[-1]) < size):
+            stages[-1].append(layer)
+        else:
+            stages.append([layer])
+    return stages

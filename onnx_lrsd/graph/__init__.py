@@ -1,0 +1,1 @@
+"""An ONNX file and its parts: load, edit, save."""

@@ -1,0 +1,411 @@
+"""An ONNX file: load, edit through graphsurgeon, splice the edit back, save.
+
+The ModelProto is the truth and graphsurgeon's graph a working copy: a round trip through
+graphsurgeon loses metadata, annotations and more. ``splice`` therefore writes back only the nodes
+that changed; every other byte of the model stays as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import numpy_helper
+from onnx.external_data_helper import uses_external_data
+from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from onnx_lrsd.errors import ModelError, VerificationError
+from onnx_lrsd.graph.external_data import (
+    content,
+    embed,
+    is_whole,
+    located,
+    stored_bytes,
+    stored_tensors,
+    subgraphs,
+    tensor_values,
+)
+
+G_LOGGER.severity = G_LOGGER.CRITICAL  # it logs to stdout, which belongs to the user
+
+PROTOBUF_LIMIT = 2**31 - 1
+EXTERNAL_THRESHOLD = 1024
+ALIGNMENT = 4096
+EDITED = ("node", "initializer", "input", "value_info", "quantization_annotation")
+"""Fields of a graph that a splice writes anew."""
+DESCRIPTION = ("name", "data_type", "dims", "doc_string", "metadata_props")
+"""What a tensor says of its values."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model. ``path`` is where it came from (None: memory); ``external``: it has data files."""
+
+    proto: onnx.ModelProto
+    path: Path | None = None
+    external: bool = False
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the model's external data lies."""
+        return self.path.parent if self.path is not None and self.external else None
+
+    def graph(self) -> gs.Graph:
+        """A working copy for passes. Weights are read when they are asked for, from disk if external."""
+        graph = gs.import_onnx(_importable(self.proto))
+        for tensor in graph.tensors().values():
+            values = getattr(tensor, "_values", None)
+            if isinstance(values, LazyValues) and type(values) is LazyValues:
+                tensor._values = _Mapped(values.tensor, self.folder)
+        graph.origin = {
+            id(node): proto for node, proto in zip(graph.nodes, self.proto.graph.node, strict=True)
+        }
+        listed = {value.name for value in self.proto.graph.input}
+        # Before IR version 4 every initializer had to be listed; since then a listed one is a default.
+        graph.overridable = listed if self.proto.ir_version >= 4 else set()
+        graph.keep = list(graph.nodes)  # the ids above stay theirs while these live
+        return graph
+
+    def splice(self, graph: gs.Graph) -> Model:
+        """This model with the edits made to ``graph``; a node that did not change keeps its bytes."""
+        nodes: list[onnx.NodeProto] = []
+        replaced: dict[str, onnx.NodeProto] = {}
+        for node in self.proto.graph.node:
+            replaced.update((name, node) for name in node.output if name)
+        for node in graph.nodes:
+            origin = graph.origin.get(id(node))
+            if origin is not None and _same_ends(node, origin):
+                nodes.append(origin)
+                continue
+            nodes.append(gs.exporters.onnx_exporter.OnnxExporter.export_node(node))
+            for name in nodes[-1].output:
+                if name in replaced and replaced[name].op_type == node.op:
+                    nodes[-1].doc_string = replaced[name].doc_string
+                    nodes[-1].metadata_props.extend(replaced[name].metadata_props)
+        proto = onnx.ModelProto()
+        for descriptor, value in self.proto.ListFields():
+            if descriptor.name != "graph":
+                _assign(proto, descriptor, value)
+        for descriptor, value in self.proto.graph.ListFields():
+            if descriptor.name not in EDITED:
+                _assign(proto.graph, descriptor, value)
+        proto.graph.node.extend(nodes)
+        self._splice_tensors(graph, proto)
+        proto.graph.SetInParent()
+        return Model(proto, self.path, self.external)
+
+    def _splice_tensors(self, graph: gs.Graph, proto: onnx.ModelProto) -> None:
+        """Initializers, value_info and annotations: add what is new, drop what this edit orphaned."""
+        before, after = self.proto.graph, proto.graph
+        used_before, used = _used(before), _used(after)
+        known = {tensor.name for tensor in before.initializer}
+        known |= {tensor.values.name for tensor in before.sparse_initializer}
+        # Before IR version 4 the inputs list every initializer; since then they are a caller's to
+        # override, and part of the interface even when nothing reads them any more.
+        listing = self.proto.ir_version < 4
+        kept = used if listing else used | {value.name for value in before.input}
+        after.initializer.extend(
+            tensor for tensor in before.initializer if tensor.name in kept or tensor.name not in used_before
+        )
+        dropped = {t.name for t in before.initializer} - {t.name for t in after.initializer}
+        after.input.extend(value for value in before.input if value.name not in dropped)
+        for name, tensor in graph.tensors().items():
+            if isinstance(tensor, gs.Constant) and name not in known and name in used:
+                values = numpy_helper.from_array(np.asarray(tensor.values), name)
+                after.initializer.append(values)
+                if listing:
+                    after.input.append(
+                        onnx.helper.make_tensor_value_info(name, values.data_type, values.dims)
+                    )
+        gone = _named(before) - _named(after)
+        after.value_info.extend(value for value in before.value_info if value.name not in gone)
+        after.quantization_annotation.extend(
+            note for note in before.quantization_annotation if note.tensor_name not in gone
+        )
+
+
+class _Mapped(LazyValues):  # type: ignore[misc]  # graphsurgeon has no types
+    """Values of a tensor, from memory or mapped from the model's own data file."""
+
+    def __init__(self, tensor: onnx.TensorProto, folder: Path | None) -> None:
+        self.tensor, self.folder = tensor, folder
+        self.shape = list(tensor.dims)
+        self.dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        self.nbytes = math.prod(tensor.dims) * self.dtype.itemsize
+
+    def load(self) -> npt.NDArray[Any]:
+        return tensor_values(self.tensor, self.folder)
+
+
+def _importable(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """``proto`` itself, or a copy with plain types where graphsurgeon cannot read the output's type."""
+    odd = [i for i, o in enumerate(proto.graph.output) if not o.type.HasField("tensor_type")]
+    if not odd:
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for index in odd:
+        copy.graph.output[index].type.CopyFrom(
+            onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+        )
+    return copy
+
+
+def _same_ends(node: gs.Node, origin: onnx.NodeProto) -> bool:
+    return [t.name for t in node.inputs] == list(origin.input) and [t.name for t in node.outputs] == list(
+        origin.output
+    )
+
+
+def _assign(message: Any, descriptor: Any, value: Any) -> None:
+    if descriptor.is_repeated:
+        getattr(message, descriptor.name).extend(value)
+    elif descriptor.message_type is not None:
+        getattr(message, descriptor.name).CopyFrom(value)
+    else:
+        setattr(message, descriptor.name, value)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Every node of a graph and of the graphs inside its nodes."""
+    for node in graph.node:
+        yield node
+        for inner in subgraphs(node):
+            yield from _nodes(inner)
+
+
+def _used(graph: onnx.GraphProto) -> set[str]:
+    """Names that some node or output reads, subgraphs included."""
+    names = {output.name for output in graph.output}
+    for node in _nodes(graph):
+        names.update(node.input)
+        for inner in subgraphs(node):
+            names.update(output.name for output in inner.output)
+    return names
+
+
+def _named(graph: onnx.GraphProto) -> set[str]:
+    names = _used(graph) | {value.name for value in graph.input} | {t.name for t in graph.initializer}
+    for node in graph.node:
+        names.update(node.output)
+    return names
+
+
+def load(source: str | Path | onnx.ModelProto) -> Model:
+    """Load a model; its external data stays on disk. A ModelProto is copied.
+
+    Raises ModelError when there is no such file, or it is not a whole ONNX model.
+
+    >>> import onnx, onnx_lrsd
+    >>> graph = onnx.parser.parse_graph("g (float[n, 8] x) => (float[n, 8] y) { y = Relu (x) }")
+    >>> model = onnx_lrsd.load(onnx.helper.make_model(graph))
+    >>> model.proto.graph.node[0].op_type, model.path, model.external
+    ('Relu', None, False)
+    >>> onnx_lrsd.load("nowhere.onnx")
+    Traceback (most recent call last):
+    onnx_lrsd.errors.ModelError: There is no file nowhere.onnx: check the path.
+    """
+    if isinstance(source, onnx.ModelProto):
+        proto, path = onnx.ModelProto(), None
+        proto.CopyFrom(source)
+        name = "The model"
+    else:
+        path = Path(source)
+        name = str(path)
+        proto = _read(path)
+    if not proto.ir_version or not proto.graph.node or not (proto.opset_import or proto.ir_version < 3):
+        raise ModelError(f"{name} holds no ONNX graph: give a model as an exporter wrote it.")
+    _must_be_sound(proto, name)
+    stored = list(stored_tensors(proto))
+    external = any(uses_external_data(tensor) for tensor in stored)
+    for tensor in stored:
+        if uses_external_data(tensor):
+            located(tensor, path.parent if path is not None else None)
+    return Model(proto, path, external)
+
+
+def _must_be_sound(proto: onnx.ModelProto, name: str) -> None:
+    """Raise ModelError for what no exporter writes and no later stage should have to reckon with."""
+    given = {value.name for value in proto.graph.input} | {t.name for t in proto.graph.initializer}
+    given |= {sparse.values.name for sparse in proto.graph.sparse_initializer}
+    given |= {output for node in proto.graph.node for output in node.output}
+    for output in proto.graph.output:
+        if output.name not in given:
+            raise ModelError(f"Output {output.name} of {name} is given by no node: export the model again.")
+    for tensor in stored_tensors(proto):
+        if not is_whole(tensor):
+            raise ModelError(f"Tensor {tensor.name} of {name} is damaged: export or copy the model again.")
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"There is no file {path}: check the path.") from None
+    except IsADirectoryError:
+        raise ModelError(f"{path} is a folder: give the .onnx file in it.") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError:
+        raise ModelError(f"{path} is not a whole ONNX file: export or copy it again.") from None
+    return proto
+
+
+def save(model: Model, path: str | Path) -> None:
+    """Write ``model``, all of it or nothing. External data in, external data out (``NAME.data``).
+
+    Raises ModelError when ``path`` is the model's own file or cannot be written.
+    """
+    path = Path(path)
+    if model.path is not None and path.exists() and path.samefile(model.path):
+        raise ModelError(f"{path} is the model itself: choose another output.")
+    if not path.parent.is_dir():
+        raise ModelError(f"There is no folder {path.parent} to write to: create it first.")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path} is no ordinary file: name the output file.")
+    external = model.external or model.proto.ByteSize() > PROTOBUF_LIMIT
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-lrsd-") as folder:
+            written = Path(folder)
+            proto = model.proto
+            if external:
+                data = f"{path.name}.data"
+                proto = _externalise(model, written / data, data)
+            (written / path.name).write_bytes(proto.SerializeToString(deterministic=True))
+            if external:
+                os.replace(written / data, path.with_name(data))
+            os.replace(written / path.name, path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be written ({error.strerror}): choose another output.") from None
+    except EncodeError:
+        raise ModelError(
+            f"{path} would exceed what one ONNX file can hold: save the input with external data."
+        ) from None
+
+
+def _externalise(model: Model, data: Path, location: str) -> onnx.ModelProto:
+    """A copy of the model whose large initializers are written to the file ``data``, one by one.
+
+    Everything else that lay in the data file of the original is taken into the copy.
+    """
+    proto = onnx.ModelProto()
+    for descriptor, value in model.proto.ListFields():
+        if descriptor.name != "graph":
+            _assign(proto, descriptor, value)
+    for descriptor, value in model.proto.graph.ListFields():
+        if descriptor.name != "initializer":
+            _assign(proto.graph, descriptor, value)
+    for tensor in stored_tensors(proto):
+        embed(tensor, model.folder)
+    with data.open("wb") as file:
+        for tensor in model.proto.graph.initializer:
+            kept = proto.graph.initializer.add()
+            if tensor.data_type == onnx.TensorProto.STRING or stored_bytes(tensor) < EXTERNAL_THRESHOLD:
+                kept.CopyFrom(tensor)
+                embed(kept, model.folder)
+                continue
+            for descriptor, value in tensor.ListFields():
+                if descriptor.name in DESCRIPTION:
+                    _assign(kept, descriptor, value)
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+            kept.data_location = onnx.TensorProto.EXTERNAL
+            entries = {"location": location, "offset": file.tell(), "length": stored_bytes(tensor)}
+            for key, entry in entries.items():
+                kept.external_data.add(key=key, value=str(entry))
+            content(tensor, model.folder).tofile(file)
+    return proto
+
+
+def in_memory(model: Model) -> onnx.ModelProto:
+    """A copy of the model with all of its data."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    for tensor in stored_tensors(proto):
+        embed(tensor, model.folder)
+    return proto
+
+
+def raised(model: Model, opset: int, why: str) -> Model:
+    """``model`` in ``opset`` at least, all of it in memory if it had to be converted.
+
+    Raises ModelError, which says ``why`` the opset is needed, where onnx cannot convert it.
+    """
+    present = max((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), default=opset)
+    if present >= opset:
+        return model
+    try:
+        converted = onnx.version_converter.convert_version(in_memory(model), opset)
+    except Exception as error:  # the converter raises RuntimeError and more for what it does not know
+        raise ModelError(
+            f"{why} needs opset {opset} and the model, of opset {present}, cannot be converted: "
+            "export it anew, or leave that out."
+        ) from error
+    return Model(converted, model.path, external=False)
+
+
+def size_on_disk(path: str | Path) -> int:
+    """Bytes of a model file and of the data files it names."""
+    path = Path(path)
+    proto = onnx.ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    files = {path}
+    for tensor in stored_tensors(proto):
+        if uses_external_data(tensor):
+            files.add(located(tensor, path.parent)[0])
+    return sum(file.stat().st_size for file in files)
+
+
+def model_bytes(model: Model) -> int:
+    """Bytes the model takes when it is written: the file and what it keeps in data files."""
+    outside = (stored_bytes(t) for t in stored_tensors(model.proto) if uses_external_data(t))
+    return int(model.proto.ByteSize()) + sum(outside)
+
+
+def check(model: Model, like: Model) -> None:
+    """onnx.checker, as strictly as the original model ``like`` passes it.
+
+    Raises VerificationError when the model fails where the original did not.
+    """
+    for full in (True, False):
+        if _complaint(like, full, like.path) is not None:
+            continue
+        complaint = _complaint(model, full)
+        if complaint is not None:
+            raise VerificationError(
+                f"The rewritten model does not pass onnx.checker ({complaint}): please report this."
+            )
+        return
+
+
+def _complaint(model: Model, full: bool, written: Path | None = None) -> str | None:
+    """What onnx.checker says against the model, or None, of the file that holds it if it is ``written``.
+
+    Large and external models are checked by path.
+    """
+    with contextlib.ExitStack() as stack:
+        target: onnx.ModelProto | str = model.proto if written is None else str(written)
+        if written is None and (model.external or model.proto.ByteSize() > PROTOBUF_LIMIT):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            target = str(Path(folder) / "model.onnx")
+            save(model, target)
+        try:
+            onnx.checker.check_model(target, full_check=full)
+        except Exception as error:  # ValidationError, InferenceError, and plain ones from C++
+            lines = str(error).strip().splitlines()
+            return lines[0][:200] if lines else type(error).__name__
+    return None

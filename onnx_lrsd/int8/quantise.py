@@ -1,0 +1,217 @@
+"""Int8 after the rewrite: ONNX Runtime's own static quantiser, kept off the layers that it would spoil.
+
+Weights become int8 per channel and activations uint8 per tensor, by QuantizeLinear and DequantizeLinear
+around the nodes (QDQ). Which layers bear it is measured as sensitivities are: each is quantised alone, and
+the final outputs are compared; those that lose most for the work they save stay in float.
+
+Where sums of products saturate, weights take 7 bits of their 8.
+Source: ONNX Runtime's documentation, Quantize ONNX models, section When and why do I need to try U8U8.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+
+from onnx_lrsd.data.samples import Samples, batch_to_run
+from onnx_lrsd.errors import LrsdError, ModelError
+from onnx_lrsd.fit.sensitivity import final_outputs, movement
+from onnx_lrsd.graph.model import PROTOBUF_LIMIT, Model, in_memory, model_bytes, raised
+from onnx_lrsd.passes.count import compute_tensors, macs
+from onnx_lrsd.runtime.session import Feed, quantization, saturates, shapes, simplified
+from onnx_lrsd.types import Progress
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+QUANTISED = (*WEIGHTED, "Relu", "Clip", "MaxPool")
+"""What stands between convolutions and takes int8 as it is goes with them."""
+OPSET = 13
+"""The first with scales per channel."""
+RANGE_SAMPLES, ERROR_SAMPLES = 128, 16
+"""Samples, at most, that ranges are taken from, and others that errors are measured on."""
+GROUPS = 8
+"""Groups of samples, at least, that ranges are averaged over."""
+CLEARLY = 0.5
+"""Averaged ranges cut off what is rare: they must be so much better on the samples at hand."""
+
+
+class Quantised(NamedTuple):
+    """A quantised model: how many Conv, Gemm and MatMul are int8 in it, and the ones that stay in float.
+
+    ``left`` is by node name: the relative error of the outputs with that node alone in int8. ``error`` is
+    that of the whole, measured on calibration samples that gave no ranges.
+    """
+
+    model: Model
+    nodes: int
+    left: dict[str, float]
+    error: float
+
+
+def quantise(
+    model: Model, samples: Samples, tolerance: float, *, progress: Progress | None = None
+) -> Quantised:
+    """Make ``model`` int8 where its outputs move by at most ``tolerance``, relative to their variance.
+
+    ``tolerance`` is what int8 may add, whatever the model lost before. With no layer that bears it the
+    model comes back as it is. Raises ModelError where ONNX Runtime's quantiser does not take the model.
+    """
+    ready = _ready(model)
+    measured_on = min(ERROR_SAMPLES, samples.count // 4)
+    ranged, measured = samples, samples
+    if measured_on >= samples.smallest_batch:
+        ranged, measured = samples.split(measured_on, 0)
+    layers = _weighted(ready)
+    if not layers:
+        return Quantised(model, 0, {}, 0.0)
+    before = final_outputs(Model(ready), measured)
+
+    def error(proto: onnx.ModelProto) -> float:
+        return movement(before, final_outputs(Model(proto), measured))
+
+    ranged = ranged.take(range(min(ranged.count, RANGE_SAMPLES)))
+    ranges = _ranges(ready, ranged, averaged=False)
+    whole = _quantised(ready, ranges, layers)
+    lost = error(whole)
+    robust = _ranges(ready, ranged, averaged=True)
+    other = _quantised(ready, robust, layers)
+    if (less := error(other)) < CLEARLY * lost:
+        ranges, whole, lost = robust, other, less
+    if lost <= tolerance:
+        return Quantised(_finished(whole, model), len(layers), {}, lost)
+    alone = {}
+    for done, name in enumerate(layers):
+        alone[name] = error(_quantised(ready, ranges, [name]))
+        if progress is not None:
+            progress("int8", done + 1, len(layers))
+    work = _work(ready, next(iter(samples.batches(1))))
+    worst_first = sorted(layers, key=lambda name: -alone[name] / max(work[name], 1))
+    best, lost, count = model, 0.0, len(layers)  # what stays in float so far: all of them
+    fewest = 1
+    while fewest < count:
+        middle = (fewest + count) // 2
+        proto = _quantised(ready, ranges, worst_first[middle:])
+        found = error(proto)
+        if found <= tolerance:
+            best, lost, count = _finished(proto, model), found, middle
+        else:
+            fewest = middle + 1
+    left = {name: alone[name] for name in worst_first[:count]}
+    return Quantised(best, len(layers) - count, left, lost)
+
+
+def _ready(model: Model) -> onnx.ModelProto:
+    """A copy that the quantiser takes: simplified, every node named, the opset new enough."""
+    if model_bytes(model) > PROTOBUF_LIMIT:
+        raise ModelError("ONNX Runtime quantises models below 2 GB: leave out --int8 for this one.")
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.proto.graph.node):
+        raise ModelError("The model is quantised already: leave out --int8.")
+    proto = simplified(in_memory(raised(model, OPSET, "Int8")))
+    taken = {node.name for node in proto.graph.node}
+    for index, node in enumerate(proto.graph.node):
+        if not node.name:
+            node.name = next(
+                name for name in (node.output[0], f"{node.output[0]}_{index}") if name not in taken
+            )
+            taken.add(node.name)
+    return onnx.shape_inference.infer_shapes(proto)
+
+
+def _weighted(proto: onnx.ModelProto) -> list[str]:
+    """Names of the nodes with a constant weight in float32."""
+    constants = {t.name for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    return [n.name for n in proto.graph.node if n.op_type in WEIGHTED and n.input[1] in constants]
+
+
+def _work(proto: onnx.ModelProto, feed: Feed) -> dict[str, int]:
+    """MACs by node name."""
+    counted = macs(proto, shapes(proto, feed, compute_tensors(proto)))
+    return {node.name: counted.get(node.output[0], 0) for node in proto.graph.node if node.output}
+
+
+class _Reader:
+    """Feeds, one after the other, as ONNX Runtime's calibrators ask for them."""
+
+    def __init__(self, samples: Samples, size: int) -> None:
+        self._feeds = samples.batches(size)
+
+    def get_next(self) -> Feed | None:
+        return next(self._feeds, None)
+
+
+def _ranges(proto: onnx.ModelProto, samples: Samples, averaged: bool) -> Any:
+    """Least and greatest value of every tensor, as the quantiser wants them.
+
+    Those of all samples, or ``averaged`` over groups of them, so that one odd sample does not set the scale
+    for all others.
+    """
+    size = batch_to_run(samples)
+    if averaged:
+        size = min(size, max(samples.count // GROUPS, 1))
+    with quantization() as ort, tempfile.TemporaryDirectory() as folder:
+        source, augmented = (str(Path(folder) / name) for name in ("model.onnx", "augmented.onnx"))
+        onnx.save(proto, source)
+        try:
+            calibrator = ort.create_calibrator(
+                source,
+                list(QUANTISED),
+                augmented_model_path=augmented,
+                calibrate_method=ort.CalibrationMethod.MinMax,
+                extra_options={"moving_average": averaged},
+            )
+            calibrator.collect_data(_Reader(samples, size))
+            return calibrator.compute_data()
+        except Exception as error:  # it raises what its parts raise
+            raise _refusal(error) from error
+
+
+def _quantised(proto: onnx.ModelProto, ranges: Any, layers: Collection[str]) -> onnx.ModelProto:
+    """``proto`` with these of its weighted nodes in int8, and what lies between them."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    products = [n.name for n in proto.graph.node if n.op_type in WEIGHTED and n.name not in set(layers)]
+    with quantization() as ort:
+        try:
+            quantiser = ort.QDQQuantizer(
+                copy,
+                True,  # per channel
+                saturates(),  # weights of 7 bits, whose products do not
+                ort.QuantType.QInt8,
+                ort.QuantType.QUInt8,
+                ranges,
+                [],
+                products,
+                list(QUANTISED),
+                {},
+            )
+            quantiser.quantize_model()
+            quantiser.model.clean_initializers()
+            quantiser.model.topological_sort()
+        except Exception as error:  # it raises what its parts raise
+            raise _refusal(error) from error
+        found: onnx.ModelProto = quantiser.model.model
+        return found
+
+
+def _refusal(error: Exception) -> LrsdError:
+    said = " ".join(str(error).split())[:200]
+    return ModelError(f"ONNX Runtime cannot quantise the model ({said}): leave out --int8.")
+
+
+def _finished(proto: onnx.ModelProto, model: Model) -> Model:
+    """The quantised model with everything the original says about itself."""
+    for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        setattr(proto, field, getattr(model.proto, field))
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(model.proto.metadata_props)
+    proto.graph.doc_string = model.proto.graph.doc_string
+    for ends, originals in (
+        (proto.graph.input, model.proto.graph.input),
+        (proto.graph.output, model.proto.graph.output),
+    ):
+        del ends[:]
+        ends.extend(originals)
+    return Model(proto, model.path, model.external)

@@ -1,0 +1,1 @@
+"""What a model costs and gives: measured, not predicted."""

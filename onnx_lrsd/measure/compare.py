@@ -1,0 +1,319 @@
+"""Two models side by side on the same samples: measured, not predicted."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from onnx_lrsd.data.samples import Samples, as_fed, batch_to_run
+from onnx_lrsd.errors import DataError, LrsdError, VerificationError
+from onnx_lrsd.graph.model import Model, model_bytes
+from onnx_lrsd.passes.count import compute_tensors, macs, parameters
+from onnx_lrsd.runtime.divergence import Divergence, is_scores
+from onnx_lrsd.runtime.session import open_session, shapes
+from onnx_lrsd.runtime.timing import FEWEST_ROUNDS, busy_clock, pair_latency
+from onnx_lrsd.types import Cost, Metric, OutputError, Price, Progress, Score, Verification
+
+TRIAL_SECONDS, COMPARE_SECONDS = 0.25, 4.0
+STARTS = 6
+"""Sessions that a whole model is timed in."""
+
+THREADS = 1
+"""Timings are of one thread: what a second one adds depends on what else the machine does."""
+
+Feed = Mapping[str, npt.NDArray[Any]]
+Classes = npt.NDArray[np.int64]
+Collect = Callable[[Mapping[str, Any], int], list[Any]]
+
+GROUPS = 20
+"""Parts of the samples that are left out in turn to learn how sure a user's score is."""
+
+
+class Pace(NamedTuple):
+    """How many times faster, its 95 % interval, and the median milliseconds of both."""
+
+    ratio: float
+    interval: tuple[float, float]
+    before_ms: float
+    after_ms: float
+
+
+def total_price(model: Model, samples: Samples) -> Price:
+    """MACs of one sample, parameters and bytes of the whole model."""
+    feed = next(iter(samples.batches(1)))
+    found = cost(model, model_bytes(model), feed, samples.size_of(feed))
+    return Price(found.macs, found.parameters, found.bytes)
+
+
+def cost(model: Model, path_bytes: int, feed: Feed, samples: int = 1) -> Cost:
+    """What ``model`` costs for each of the ``samples`` in ``feed``; latency is left open.
+
+    MACs are counted from the shapes of a real run. Raises as ``runtime.shapes`` does.
+    """
+    known = shapes(model.proto, feed, compute_tensors(model.proto), model.folder)
+    total = sum(macs(model.proto, known).values())
+    return Cost(path_bytes, parameters(model.proto), round(total / samples), None)
+
+
+def compare(
+    before: Model,
+    after: Model,
+    samples: Samples,
+    *,
+    bytes_before: int | None = None,
+    bytes_after: int | None = None,
+    metric: str | Score | None = None,
+    latency: bool = True,
+    threads: int | None = THREADS,
+    seconds: float = COMPARE_SECONDS,
+    progress: Progress | None = None,
+) -> Verification:
+    """Run both models over ``samples``: errors of every output, costs, latency of one smallest batch.
+
+    Bytes are those given, or what the models take when they are written. ``metric`` 'top1' asks for the
+    score of both on ``samples.labels``, a function is such a score itself; None gives top1 where there are
+    labels of classes and an output with scores. ``latency`` takes ``seconds`` on ``threads``. Raises
+    VerificationError when the models differ in their inputs or outputs or only the first one runs,
+    DataError when the metric cannot be had.
+
+    >>> import numpy as np, onnx, onnx_lrsd
+    >>> graph = onnx.parser.parse_graph("g (float[n, 8] x) => (float[n, 8] y) { y = Relu (x) }")
+    >>> opset = onnx.helper.make_opsetid("", 17)
+    >>> model = onnx_lrsd.load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8))
+    >>> from onnx_lrsd.data.made_up import made_up_samples
+    >>> found = onnx_lrsd.compare(model, model, made_up_samples(model), latency=False)
+    >>> found.outputs, found.before.macs
+    ((OutputError(name='y', relative_error=0.0),), 0)
+    """
+    _same_interface(before.proto, after.proto)
+    labels = _labels(samples, metric)
+    collect = None if labels is None else _classes if not callable(metric) else _whole
+    outputs, kept = _differences(before, after, samples, collect, progress)
+    score = None
+    if labels is not None:
+        score = _scored(metric, *kept, labels, samples) if callable(metric) else _score(*kept, labels, metric)
+    feed = next(iter(samples.batches(1)))
+    pace = None
+    if latency:
+        models = (before.proto, before.folder), (after.proto, after.folder)
+        pace = _pace(*models, feed, threads, seconds, STARTS)
+    one, two = (
+        replace(cost(model, size or model_bytes(model), feed, samples.size_of(feed)), latency_ms=ms)
+        for model, size, ms in (
+            (before, bytes_before, pace and pace.before_ms),
+            (after, bytes_after, pace and pace.after_ms),
+        )
+    )
+    ratio, interval = (pace.ratio, pace.interval) if pace else (None, None)
+    return Verification(one, two, ratio, interval, outputs, samples.count, score)
+
+
+def time_pair(
+    before: onnx.ModelProto,
+    after: onnx.ModelProto,
+    feed: Feed,
+    *,
+    folder: Path | None = None,
+    threads: int | None = THREADS,
+    seconds: float = TRIAL_SECONDS,
+    restarts: int = 1,
+) -> Pace:
+    """How many times faster ``after`` runs on ``feed``; both find their external data in ``folder``."""
+    return _pace((before, folder), (after, folder), feed, threads, seconds, restarts)
+
+
+def _pace(
+    before: tuple[onnx.ModelProto, Path | None],
+    after: tuple[onnx.ModelProto, Path | None],
+    feed: Feed,
+    threads: int | None,
+    seconds: float,
+    restarts: int = 1,
+) -> Pace:
+    """Time two models side by side.
+
+    Where its weights come to lie makes a session up to 5 % slower or faster for good. So both are
+    opened ``restarts`` times, in turns as the first: the median of what the starts give is the ratio,
+    and six of them span its interval (their median is outside with probability 2 / 2^6).
+    """
+    clock = busy_clock() if threads == 1 else time.perf_counter
+    found: list[Pace] = []
+    for start in range(restarts):
+        sessions = {}
+        for which in (0, 1) if start % 2 == 0 else (1, 0):
+            proto, folder = (before, after)[which]
+            session = open_session(proto, folder=folder, threads=threads)
+            sessions[which] = partial(session.run, feed)
+        rounds = 1 if restarts > 1 else FEWEST_ROUNDS
+        old, new, ratio, interval = pair_latency(
+            sessions[0], sessions[1], min_rounds=rounds, seconds=seconds / restarts, clock=clock
+        )
+        found.append(Pace(ratio, interval, old, new))
+    if restarts > 1:
+        ratios = [pace.ratio for pace in found]
+        interval = min(ratios), max(ratios)
+    old, new, ratio = (float(np.median([pace[i] for pace in found])) for i in (2, 3, 0))
+    return Pace(ratio, interval, old, new)
+
+
+def _differences(
+    before: Model, after: Model, samples: Samples, collect: Collect | None, progress: Progress | None
+) -> tuple[tuple[OutputError, ...], tuple[list[Any], list[Any]]]:
+    """Errors of all outputs where there is no padding, and what ``collect`` keeps of both models' outputs."""
+    old = open_session(before.proto, folder=before.folder)
+    with _second():
+        new = open_session(after.proto, folder=after.folder)
+    samples = as_fed(samples, old.run)
+    errors = {name: Divergence() for name in old.outputs}
+    kept: tuple[list[Any], list[Any]] = [], []
+    done = 0
+    for feed in samples.batches(batch_to_run(samples)):
+        one = old.run(feed)
+        with _second():
+            two = new.run(feed)
+        real = samples.real(feed)
+        for name, error in errors.items():
+            error.add(one[name], two[name], real)
+        size = samples.size_of(feed)
+        if collect is not None:
+            for outputs, part in zip((one, two), kept, strict=True):
+                part.extend(collect(outputs, size))
+        done += size
+        if progress is not None:
+            progress("verify", done, samples.count)
+    return tuple(OutputError(name, error.relative()) for name, error in errors.items()), kept
+
+
+@contextmanager
+def _second() -> Iterator[None]:
+    """What fails here worked with the first model, so that the second is to blame."""
+    try:
+        yield
+    except LrsdError as error:
+        said = str(error).rstrip(".")
+        raise VerificationError(
+            f"The second model fails where the first runs ({said}): do not use it."
+        ) from error
+
+
+def _labels(samples: Samples, metric: str | Score | None) -> npt.NDArray[Any] | None:
+    """The label of every sample, where ``metric`` can use it. Raises DataError if ``metric`` needs them."""
+    if callable(metric):
+        if samples.labels is None:
+            raise DataError(f"{samples.source} has no labels to score by: add an array named labels.")
+        return samples.labels
+    if metric not in (None, "top1"):
+        raise DataError(f"There is no metric {metric!r}: choose top1.")
+    labels = samples.labels
+    if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) == samples.count:
+        return labels
+    if metric is not None:
+        raise DataError(f"{samples.source} has no class labels for top1: add an integer array named labels.")
+    return None
+
+
+def _whole(outputs: Mapping[str, Any], size: int) -> list[Mapping[str, Any]]:
+    return [outputs]
+
+
+def _classes(outputs: Mapping[str, Any], size: int) -> list[int]:
+    """Top class of each of ``size`` samples, from the first output with scores of classes; empty without."""
+    for output in outputs.values():
+        if isinstance(output, np.ndarray) and is_scores(output, size):
+            return list(output.reshape(size, -1).argmax(axis=1))
+    return []
+
+
+def _score(old: list[int], new: list[int], labels: npt.NDArray[Any], metric: str | None) -> Metric | None:
+    if len(old) != len(labels) or len(new) != len(labels):
+        if metric is None:
+            return None
+        raise DataError("No output of the model holds the scores of classes: leave out the metric top1.")
+    return _top1(np.array(old), np.array(new), labels)
+
+
+def _scored(
+    score: Score, old: list[Feed], new: list[Feed], labels: npt.NDArray[Any], samples: Samples
+) -> Metric:
+    """The user's own score of both, and the 95 % interval of the difference.
+
+    A function with a parameter ``inputs`` gets the samples, (count, ...) by name of the input.
+
+    Source: delete-a-group jackknife; Shao and Tu, The Jackknife and Bootstrap (1995), section 2.2.
+    """
+    count, labelled = len(labels), samples.labelled
+
+    def scored(outputs: Feed, which: npt.NDArray[np.int64]) -> float:
+        rows = (which[:, None] * labelled + np.arange(labelled)).ravel()
+        inputs = {"inputs": {name: values[rows] for name, values in samples.arrays.items()}} if asks else {}
+        return float(score({name: values[rows] for name, values in outputs.items()}, labels[which], **inputs))
+
+    def difference(which: npt.NDArray[np.int64]) -> float:
+        return scored(two, which) - scored(one, which)
+
+    try:
+        one, two = ({name: np.concatenate([f[name] for f in fs]) for name in fs[0]} for fs in (old, new))
+        asks = "inputs" in inspect.signature(score).parameters
+        whole = scored(one, np.arange(count)), scored(two, np.arange(count))
+        order, groups = np.random.default_rng(0).permutation(count), min(GROUPS, count)
+        left_out = [difference(np.sort(np.delete(order, slice(g, None, groups)))) for g in range(groups)]
+    except Exception as error:  # the user's code may raise anything
+        said = " ".join(str(error).split())[:200]
+        raise DataError(f"The metric failed ({type(error).__name__}: {said}): mend its function.") from error
+    spread = 1.96 * float(np.sqrt((groups - 1) * np.var(left_out)))
+    middle = whole[1] - whole[0]
+    name = getattr(score, "__name__", "metric")
+    return Metric(name, *whole, count, (middle - spread, middle + spread))
+
+
+def _top1(old: Classes, new: Classes, labels: npt.NDArray[Any]) -> Metric:
+    """Top-1 of both, and the 95 % interval of the difference, from the samples where only one is right.
+
+    Half a sample is added to each of the four cells of the paired table, so that a handful of samples,
+    or none, that differ does not give an interval without width.
+    Source: Agresti and Min, Statistics in Medicine 24 (2005), 729-740.
+    """
+    right, still = old == labels, new == labels
+    count = len(labels)
+    won, lost = int(np.sum(still & ~right)), int(np.sum(right & ~still))
+    total = count + 2
+    centre = (won - lost) / total
+    half = 1.96 * float(np.sqrt(((won + lost + 1) / total - centre**2) / total))
+    difference = (won - lost) / count
+    interval = min(max(centre - half, -1.0), difference), max(min(centre + half, 1.0), difference)
+    return Metric("top1", float(right.mean()), float(still.mean()), count, interval)
+
+
+def _same_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    for kind, old, new in (
+        ("inputs", _ends(before, before.graph.input), _ends(after, after.graph.input)),
+        ("outputs", _ends(before, before.graph.output), _ends(after, after.graph.output)),
+    ):
+        if old != new:
+            raise VerificationError(
+                f"The two models differ in their {kind} ({', '.join(old)}; {', '.join(new)}): "
+                "compare models with one interface."
+            )
+
+
+def _ends(proto: onnx.ModelProto, values: Iterable[onnx.ValueInfoProto]) -> list[str]:
+    """Names and types; an input with a default need not be fed, and its shape is the weight's own."""
+    defaults = {tensor.name for tensor in proto.graph.initializer}
+    return [f"{value.name} {_type(value.type)}" for value in values if value.name not in defaults]
+
+
+def _type(proto: onnx.TypeProto) -> str:
+    kind = proto.WhichOneof("value") or "of no type"
+    if kind in ("tensor_type", "sparse_tensor_type"):
+        return str(onnx.TensorProto.DataType.Name(getattr(proto, kind).elem_type)).lower()
+    return kind.removesuffix("_type")

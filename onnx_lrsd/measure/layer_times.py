@@ -1,0 +1,127 @@
+"""Where the time of a model goes: the whole run, and each layer that could take another form."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_lrsd.data.samples import Samples
+from onnx_lrsd.graph.model import Model
+from onnx_lrsd.passes.isolate import isolate
+from onnx_lrsd.runtime.session import Kernel, kernels, open_session
+from onnx_lrsd.runtime.timing import busy_clock
+from onnx_lrsd.types import Layer
+
+SESSIONS, RUNS, SECONDS = 3, 5, 0.5
+"""Sessions that the whole is timed in, runs of each at least, and seconds after which there are no more."""
+LINKS, LINK_CHANNELS = 64, 16
+"""Nodes of the longer chain that tells what a node takes beside its work, and their channels."""
+LAYOUT = ("ReorderInput", "ReorderOutput")
+"""Nodes that a convolution needs when it is alone, and not among its like."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Seconds of one sample in one thread: of the whole model, and of layers by name."""
+
+    whole: float
+    layers: Mapping[str, float]
+
+
+def anatomy(
+    model: Model,
+    layers: Sequence[Layer],
+    shapes: Mapping[str, tuple[int, ...]],
+    samples: Samples,
+) -> Anatomy:
+    """Time the whole model and each of ``layers`` alone on one smallest batch; layers alike are timed once.
+
+    ``shapes`` are those of the layers' inputs in that batch.
+    """
+    feed = next(iter(samples.batches(1)))
+    size = samples.size_of(feed)
+    rng, known = np.random.default_rng(0), dict[object, float]()
+    found = {}
+    for layer in layers:
+        shape = shapes[layer.input]
+        key = (layer.op, layer.shape, layer.axis, layer.strides, layer.pads, layer.dilations, shape)
+        if key not in known:
+            alone = isolate(model.proto, layer, shape)
+            values = {layer.input: rng.standard_normal(shape).astype(layer.dtype)}
+            nodes = kernels(alone, values, folder=model.folder, runs=RUNS)
+            known[key] = unrecorded(node for node in nodes if node.op not in LAYOUT)
+        found[layer.name] = known[key] / size
+    whole = _whole(model, feed) / size
+    fitting = min(1.0, whole / max(sum(found.values()), 1e-12))  # alone they can seem to take more than all
+    return Anatomy(whole, {name: seconds * fitting for name, seconds in found.items()})
+
+
+@dataclass(frozen=True)
+class BareNode:
+    """Seconds that any node takes beside its work, and those by which recording lengthens it."""
+
+    seconds: float
+    recording: float
+
+
+@cache
+def bare_node() -> BareNode:
+    """Measured once, from what the links of a longer chain of tiny convolutions take more."""
+    feed = {"x": np.ones((1, LINK_CHANNELS, 1, 1), np.float32)}
+    short, long = (
+        _fastest(partial(open_session(_chain(links), threads=1).run, feed)) for links in (LINKS // 2, LINKS)
+    )
+    own = max((long - short) / (LINKS - LINKS // 2), 1e-8)
+    recorded = float(np.median([node.fastest for node in kernels(_chain(LINKS), feed, runs=50)]))
+    return BareNode(own, max(recorded - own, 0.0))
+
+
+def unrecorded(nodes: Iterable[Kernel]) -> float:
+    """Seconds that ``nodes`` take without what recording them does."""
+    bare = bare_node()
+    return sum(max(node.seconds - bare.recording, bare.seconds) for node in nodes)
+
+
+def _chain(links: int) -> onnx.ModelProto:
+    """That many 1 x 1 convolutions of one position, one after the other."""
+    shape, names = [1, LINK_CHANNELS, 1, 1], ["x", *(f"link {i}" for i in range(links))]
+    nodes = [helper.make_node("Conv", [before, "w"], [name], name) for before, name in pairwise(names)]
+    weight = np.eye(LINK_CHANNELS, dtype=np.float32)[..., None, None]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in (names[0], names[-1])]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def _fastest(run: Callable[[], object]) -> float:
+    best, deadline = float("inf"), time.perf_counter() + SECONDS
+    while time.perf_counter() < deadline:
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _whole(model: Model, feed: Mapping[str, np.ndarray]) -> float:
+    """Seconds of one run, the median over a few sessions of their median runs."""
+    medians = []
+    for _ in range(SESSIONS):
+        session = open_session(model.proto, folder=model.folder, threads=1)
+        medians.append(_median(partial(session.run, feed)))
+    return float(np.median(medians))
+
+
+def _median(run: Callable[[], object]) -> float:
+    clock, times = busy_clock(), list[float]()
+    run()
+    while len(times) < RUNS or sum(times) < SECONDS:
+        start = clock()
+        run()
+        times.append(max(clock() - start, 1e-9))
+    return float(np.median(times))

@@ -1,0 +1,46 @@
+"""What it takes to open a model: measured in processes of their own, where nothing else is in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from onnx_lrsd.errors import VerificationError
+from onnx_lrsd.graph.model import Model, save
+from onnx_lrsd.types import Loading
+
+STARTS = 3
+CODE = """
+import json, sys, time
+from onnx_lrsd.runtime.session import open_file, peak_memory
+start = time.perf_counter()
+session = open_file(sys.argv[1])
+print(json.dumps([time.perf_counter() - start, peak_memory()]))
+"""
+
+
+def loading(model: Model) -> Loading:
+    """Median seconds of opening ``model`` from its file, and peak memory of the process that does so.
+
+    Raises VerificationError where the process fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save(model, path)
+        found = [_once(path) for _ in range(STARTS)]
+    return Loading(median(s for s, _ in found), round(median(b for _, b in found)))
+
+
+def _once(path: Path) -> tuple[float, float]:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(path)], capture_output=True, text=True, check=False, timeout=600
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        raise VerificationError(f"The model could not be opened by itself ({said[0]}): please report this.")
+    seconds, peak = json.loads(done.stdout.splitlines()[-1])
+    return seconds, peak

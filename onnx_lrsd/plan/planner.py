@@ -1,0 +1,263 @@
+"""Search the budget that keeps what was asked for, and a form for every layer within it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import log
+from statistics import median
+from typing import TypeAlias
+
+from onnx_lrsd.data.samples import Samples
+from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.graph.model import Model
+from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.measure.speedup import CLEARLY, speedups, speedups_within, whole_speedup
+from onnx_lrsd.passes.post_dominators import unavoidable
+from onnx_lrsd.plan.allocate import allocate, by_time, spend
+from onnx_lrsd.plan.search import Drop, bearable, drop_of, search
+from onnx_lrsd.run import Run
+from onnx_lrsd.targets import price
+from onnx_lrsd.types import (
+    COSTS,
+    DENSE,
+    N_OF_M,
+    UNSTRUCTURED,
+    ErrorCurve,
+    Factors,
+    Form,
+    Layer,
+    Point,
+    Price,
+    Verification,
+)
+
+ROUNDS = 4
+"""Allocations at most, each without the forms that the one before found to be no faster."""
+MARGIN = 0.9
+"""What a search for --max-error aims at, as a share of what was asked: other samples must confirm it."""
+MODERATE = 0.03
+"""Relative error of a layer at which its sensitivity is measured first."""
+REPAIRED = 0.1
+"""Share of the error it inherits that the fit of a rewritten layer makes good (benchmarks/RESULTS.md)."""
+SPARE, LAVISH = 1.01, 1.05
+"""A plan for latency is measured to be faster than asked by between these factors, so that it stays so."""
+WHOLE_SECONDS = 3.0
+"""How long the whole model is timed in a trial of a plan for latency."""
+
+Forms: TypeAlias = dict[str, Form]
+Fit: TypeAlias = Callable[..., tuple[Model, dict[str, Factors]]]
+"""``reconstruct`` with all but the forms filled in."""
+
+
+class Planner:
+    """Chooses a form for every layer; what measurement finds to be no faster is left dense.
+
+    ``total`` is the price of the whole model, ``shapes`` are those of the layers' inputs in the
+    smallest batch of ``samples``.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        source: Model,
+        curves: Sequence[ErrorCurve],
+        total: Price,
+        shapes: Mapping[str, tuple[int, ...]],
+        samples: Samples,
+    ) -> None:
+        self.run, self.source, self.shapes, self.samples = run, source, shapes, samples
+        self.curves = list(curves)
+        self.cost = COSTS[run.cost]
+        self.whole = self.cost(Point(Form(DENSE), 0.0, total))
+        self.rest = max(self.whole - sum(self.cost(curve.points[0]) for curve in curves), 0.0)
+        self.times: dict[object, float] = {}
+        self.sensitivity = dict.fromkeys((curve.layer.name for curve in curves), 1.0)
+
+    def weigh(self, measure: Callable[[Forms], dict[str, float]]) -> None:
+        """Sensitivities of the layers: at a moderate error of each, then at the forms that these lead to.
+
+        They are measured in the original network, where nothing is refitted; each layer that must be passed
+        on the way to the outputs takes its share off.
+        """
+        moderate = {}
+        for curve in self.curves:
+            smaller = [point for point in curve.points if not point.form.dense and point.error > 0]
+            if smaller:
+                moderate[curve.layer.name] = min(smaller, key=_far_from_moderate).form
+        able = [curve.layer for curve in self.curves if curve.layer.name in moderate]
+        behind = unavoidable(self.source.graph(), able)
+
+        def left(forms: Forms) -> dict[str, float]:
+            return {name: s * (1 - REPAIRED) ** behind[name] for name, s in measure(forms).items()}
+
+        found = left(moderate)
+        if not found:
+            return
+        self.sensitivity = dict.fromkeys(self.sensitivity, median(found.values())) | found
+        try:
+            points = self._allocate(self.run.options.ratio or self.run.target.first_ratio)
+        except BudgetError:
+            return
+        self.sensitivity |= left({n: p.form for n, p in points.items() if not p.form.dense})
+
+    def for_ratio(self, ratio: float) -> Forms:
+        """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.
+
+        Where another engine runs the result they are predicted to be. Raises BudgetError where the layers
+        do not bear it.
+        """
+        return self._for_latency(ratio) if self.run.cost == "latency" else self._planned(ratio)
+
+    def _for_latency(self, ratio: float) -> Forms:
+        """Predictions allocate, measurement decides: the aim is corrected until the whole model meets it."""
+        aim, tried = ratio * SPARE, list[tuple[float, Forms]]()
+        layers = [curve.layer for curve in self.curves]
+        for _ in range(ROUNDS):
+            try:
+                chosen = self._planned(aim)
+            except BudgetError:
+                if not tried:
+                    raise
+                break
+            if not chosen:
+                return chosen
+            got = whole_speedup(self.source, layers, chosen, self.samples, WHOLE_SECONDS)
+            tried.append((got, chosen))
+            if SPARE <= got / ratio <= LAVISH:
+                break
+            aim *= ratio * (SPARE + LAVISH) / 2 / got
+        enough = [entry for entry in tried if entry[0] >= SPARE * ratio]
+        found = min(enough, key=_first) if enough else max(tried, key=_first)
+        return found[1]
+
+    def _planned(self, ratio: float) -> Forms:
+        for _ in range(ROUNDS):
+            points = self._allocate(ratio)
+            chosen = {name: point.form for name, point in points.items() if not point.form.dense}
+            slow = self._drop_slow(chosen)
+            if not slow:
+                break
+        return {name: form for name, form in chosen.items() if name not in slow}
+
+    def for_error(self, most: float, fit: Fit, samples: Samples) -> Forms:
+        """The cheapest forms found whose outputs stay within ``most`` on ``samples``; none at all without.
+
+        A tenth is left as margin, since other samples confirm.
+        """
+
+        def error(rewritten: Model) -> float:
+            return compare(self.source, rewritten, samples, latency=False).error
+
+        return next(self._search(error, lambda: MARGIN * most, fit), Forms())
+
+    def for_drop(
+        self, most: float, fit: Fit, samples: Samples, refused: Sequence[Verification]
+    ) -> Iterator[Forms]:
+        """Forms whose score is expected to fall by at most ``most``, with one standard error to spare.
+
+        The cheapest ones come first, for other samples to confirm. What these find of a model that fell by
+        more is to be in ``refused`` before the next ones are asked for. The last ones are none at all.
+        """
+        drops: list[Drop] = []
+
+        def error(rewritten: Model) -> float:
+            metric = self.run.options.metric
+            drops.append(drop_of(compare(self.source, rewritten, samples, latency=False, metric=metric)))
+            return drops[-1].error
+
+        def limit() -> float:
+            return min([bearable(drops, most), *(bearable([drop_of(found)], most) for found in refused)])
+
+        candidates = self._search(error, limit, fit)
+        best = next(candidates, None)
+        if best is not None:
+            yield best
+            yield from candidates
+        elif drops:
+            self.run.warnings.append(
+                "No smaller model was sure to keep the score: the best one lost "
+                f"{100 * min(drop.drop for drop in drops):.2f} points on {samples.count} samples; "
+                "allow more with --max-drop, or give more samples."
+            )
+        yield Forms()
+
+    def _search(
+        self, error: Callable[[Model], float], limit: Callable[[], float], fit: Fit
+    ) -> Iterator[Forms]:
+        def missed(forms: Forms) -> float:
+            return error(fit(forms=forms, progress=None)[0])
+
+        return search(self.run.target.first_ratio, self.for_ratio, missed, limit)
+
+    def _allocate(self, ratio: float) -> dict[str, Point]:
+        points = allocate(self.curves, self.whole / ratio, self.rest, self.cost, self.sensitivity)
+        return self._by_time(points, self.whole / ratio) if self.run.cost == "macs" else points
+
+    def _by_time(self, points: dict[str, Point], most_macs: float) -> dict[str, Point]:
+        """Points with the same MACs that are predicted to run faster, if there are any.
+
+        MACs are what was asked for, time is what is wanted: allocate by predicted time and bisect its
+        budget until the MACs are met.
+        """
+        low, high = 0.0, sum(point.time for point in points.values())
+        best, slack = points, 0.0
+        for _ in range(16):
+            budget = (low + high) / 2
+            try:
+                found = allocate(self.curves, budget, 0.0, by_time, self.sensitivity)
+            except BudgetError:
+                low = budget
+                continue
+            left = most_macs - self.rest - sum(point.price.macs for point in found.values())
+            if left >= 0:
+                best, slack, low = found, left, budget
+            else:
+                high = budget
+        return spend(self.curves, best, slack, self.cost, self.sensitivity, by_time)
+
+    def _drop_slow(self, chosen: Forms) -> set[str]:
+        """Names of the layers whose form is not faster here; only much cheaper ones stay in their curves.
+
+        Each is timed alone; once all are faster so, within the whole model.
+        """
+        if not chosen or not self.run.target.timed_here:
+            return set()
+        layers = [curve.layer for curve in self.curves]
+        measured = speedups(self.source, layers, chosen, self.shapes, self.times, self.run.progress)
+        slow, where = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}, ""
+        if not slow:
+            slow, where = self._slow_within(layers, chosen), " within the model"
+        for index, curve in enumerate(self.curves):
+            name = curve.layer.name
+            if name in slow:
+                form = chosen[name]
+                self.run.reasons[name] = f"as {form} it ran {slow[name]:.2f} times as fast as before{where}"
+                faster = tuple(p for p in curve.points if p.form.dense or p.price.macs < _macs(curve, form))
+                self.curves[index] = ErrorCurve(curve.layer, faster)
+        return set(slow)
+
+    def _slow_within(self, layers: Sequence[Layer], chosen: Forms) -> dict[str, float]:
+        """How many times faster, less than once, what is slower within the model, if it is so twice.
+
+        Once may be another program's doing.
+        """
+        slow = dict.fromkeys(chosen, 0.0)
+        for _ in range(2):
+            if slow:
+                measured = speedups_within(self.source, layers, chosen, self.samples)
+                slow = {name: measured[name] for name in slow if measured.get(name, 1.0) < 1}
+        return slow
+
+
+def _far_from_moderate(point: Point) -> tuple[bool, float]:
+    """How ill a point suits a first sensitivity; single entries would take too long to fit for one."""
+    return point.form.pattern.kind in (N_OF_M, UNSTRUCTURED), abs(log(point.error / MODERATE))
+
+
+def _first(entry: tuple[float, *tuple[object, ...]]) -> float:
+    return entry[0]
+
+
+def _macs(curve: ErrorCurve, form: Form) -> int:
+    """MACs below which a form may still be tried after ``form`` was too slow: a quarter less."""
+    return price(curve.layer, form).macs * 3 // 4

@@ -1,0 +1,46 @@
+"""From the forms that were chosen to a plan that can be kept, and back from a plan to its forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from onnx_lrsd.errors import DataError
+from onnx_lrsd.run import NOT_NEEDED, Run
+from onnx_lrsd.solver.decompose import check_form
+from onnx_lrsd.targets import TARGETS
+from onnx_lrsd.types import COSTS, DENSE, Choice, ErrorCurve, Form, Layer, Plan
+
+
+def make_plan(run: Run, curves: Sequence[ErrorCurve], chosen: Mapping[str, Form]) -> Plan:
+    """The plan that gives the layers in ``chosen`` their forms; every other one says why it stays dense."""
+    choices = {}
+    for curve in curves:
+        form = chosen.get(curve.layer.name, Form(DENSE))
+        point = next(p for p in curve.points if p.form == form)
+        reason = "" if not form.dense else run.reasons.get(curve.layer.name, NOT_NEEDED)
+        choices[curve.layer.name] = Choice(form, point.error, curve.points[0].price, point.price, reason)
+    return Plan(run.options.target, run.cost, choices)
+
+
+def forms_of(plan: Plan, layers: Sequence[Layer]) -> dict[str, Form]:
+    """The forms of a plan that change something. Raises DataError for those this model cannot take."""
+    for asked, offered in ((plan.target, TARGETS), (plan.cost, COSTS)):
+        if asked not in offered:
+            raise DataError(
+                f"The plan asks for {asked}, which is none of {', '.join(offered)}: change it there."
+            )
+    known = {layer.name: layer for layer in layers}
+    forms = {name: choice.form for name, choice in plan.choices.items() if not choice.form.dense}
+    for name, form in forms.items():
+        if name not in known:
+            raise DataError(
+                f"The plan names the layer {name}, which this model does not have: "
+                "make a plan for this model with --save-plan."
+            )
+        if form.coded and TARGETS[plan.target].curve is None:
+            raise DataError(f"The plan stores {name} in codes, which its target does not: write size there.")
+        try:
+            check_form(known[name], form)
+        except ValueError as error:
+            raise DataError(f"The plan does not fit ({error}): change it there.") from error
+    return forms

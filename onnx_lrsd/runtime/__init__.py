@@ -1,0 +1,1 @@
+"""ONNX Runtime: sessions, kernels and what comes out of them."""

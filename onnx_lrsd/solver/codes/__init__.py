@@ -1,0 +1,1 @@
+"""Weights in codes of few bits: rounding, fits and curves."""

@@ -1,0 +1,240 @@
+"""The error of one layer over forms in codes: dense, factors of mixed precision, and S.
+
+How many levels a rank deserves follows from what it explains. A rank of energy e coded with noise d
+costs e d (2 with V's part), and b bits; for a price of bits each rank takes the storage of least sum, or
+none at all: reverse water-filling with the storages there are (Cover and Thomas, Elements of Information
+Theory, section 10.3.3). One price gives rank and storages together, a range of prices the curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+
+from onnx_lrsd.arrays import from_numpy, indices, namespace, to_numpy
+from onnx_lrsd.solver import separable
+from onnx_lrsd.solver.codes.fit import code_dense
+from onnx_lrsd.solver.decompose import decompose, prepare
+from onnx_lrsd.solver.layout import expand, rank_size, shared_groups
+from onnx_lrsd.solver.lowrank import low_rank
+from onnx_lrsd.solver.problem import Problem
+from onnx_lrsd.solver.resolvent import Resolvent
+from onnx_lrsd.storage import FP16, INT2, INT3, INT4, INT6, STORAGES, TERNARY, UINT8, Storage
+from onnx_lrsd.types import CHANNEL, DENSE, SPATIAL, UNSTRUCTURED, Form, Pattern
+
+MEASURED = (INT4, INT3, INT2, TERNARY)
+"""Storages of a dense weight whose error is measured; with more levels it falls as theirs squared."""
+OF_RANKS = (UINT8, INT6, INT4, INT3, INT2)
+V_SHARE = 0.3
+"""Noise of V in that of H: its errors are fed back within a row, and H is refitted to what is left."""
+PRICES = 16
+MOST_OF_DENSE = 0.6
+"""Ranks that hold more numbers than this part of the weight are not looked at."""
+DENSITIES = (0.05, 0.12, 0.25)
+BESIDE = (0.7,)
+"""Bits a weight for factors, beside an S of about as many bytes."""
+SHARES = (0.02, 0.045, 0.1, 0.22, 0.5)
+"""Parts of a weight's numbers that are left where bits do not count; errors between them follow a power."""
+OF_FACTORS = 0.3
+"""Of what is left beside an S: its share, found on convolutions of VGG-16 (benchmarks/RESULTS.md)."""
+OFFERED = 17
+"""Shares from the first to the last that are offered."""
+GAP_BITS = 4.3
+"""Of the distance to the next entry, with what bridges the long ones."""
+MOST_WORK = 3e9
+"""n m^2 up to which an S is tried: its search takes some forty such products."""
+FEWEST_ROWS, WORK, WORK_BESIDE = 64, 1e9, 4e8
+"""Where bits do not count, so many rows at least stand for a weight whose n m^2 is above WORK; up to
+WORK_BESIDE an S is also tried beside factors, which takes longer and gains less the larger a weight is."""
+
+
+def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) -> dict[Form, float]:
+    """Relative output error of forms in codes, of the given kinds; ``weights`` names their one storage."""
+    found: dict[Form, float] = {}
+    noises: dict[Form, float] = {}
+    if DENSE in kinds:
+        found |= _dense(problem, weights)
+    for kind in (SPATIAL, CHANNEL):
+        if kind in kinds and _fits(problem, kind):
+            for form, missed, noise in _factors(problem, kind, weights):
+                found[form], noises[form] = missed + noise, noise
+    sparse = problem.for_entries()
+    if weights == FP16.name:
+        return found | _in_numbers(sparse, kinds)
+    n, m = problem.weight.shape
+    if problem.metric.rows is not None or n * m**2 > MOST_WORK:
+        return found
+    return found | _with_entries(sparse, found, noises, weights)
+
+
+def _fits(problem: Problem, kind: str) -> bool:
+    """Whether a kind makes sense: spatial for kernels of two extents, without few rows."""
+    kernel = problem.layer.kernel
+    square = len(kernel) == 2 and min(kernel) > 1
+    return square and problem.metric.rows is None if kind == SPATIAL else not square
+
+
+def _dense(problem: Problem, weights: str | None) -> dict[Form, float]:
+    n = problem.layer.n
+    asked = list(STORAGES.values()) if weights is None else [STORAGES[weights]]
+    measured: dict[str, float] = {}
+
+    def error(storage: Storage) -> float:
+        if storage.name not in measured:
+            weight = code_dense(problem, _dense_form(n, storage)).weight
+            measured[storage.name] = problem.error(weight) - base
+        return measured[storage.name]
+
+    base = problem.error(problem.weight)  # not 0 where the inputs have changed
+    found = {}
+    for storage in asked:
+        if storage in MEASURED:
+            found[_dense_form(n, storage)] = max(error(storage), 0.0)
+        else:
+            found[_dense_form(n, storage)] = max(error(INT4), 0.0) * storage.noise / INT4.noise
+    return found
+
+
+def _dense_form(n: int, storage: Storage) -> Form:
+    return Form(DENSE, weights=((storage.name, n),))
+
+
+def _factors(problem: Problem, kind: str, weights: str | None) -> Iterator[tuple[Form, float, float]]:
+    """Factors that some price of bits makes best: form, what their rank misses, what coding adds."""
+    energies, missed = _energies(problem, kind)
+    offered = OF_RANKS if weights is None else (STORAGES[weights],)
+    for rank in np.unique(np.geomspace(1, len(energies), PRICES).round().astype(int)):
+        mix = _mix(energies, int(rank), offered)
+        kept = sum(mix)
+        noise = (1 + V_SHARE) * float(np.repeat([s.noise for s in offered], mix) @ energies[:kept])
+        stored = tuple((s.name, k) for s, k in zip(offered, mix, strict=True) if k)
+        yield Form(kind, kept, weights=stored), float(missed[kept]), noise
+
+
+def _energies(problem: Problem, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """What each rank explains (top,) and what is missed up to each (top + 1,), relative, damped."""
+    weight, metric = problem.weight, problem.metric
+    n, m = weight.shape
+    groups = shared_groups(problem.layer.kernel, kind)
+    top = min(int(MOST_OF_DENSE * n * m / rank_size(problem.layer, kind)), m // groups, n * groups)
+    scale = float((metric.apply(weight) * weight).sum()) / max(problem.energy, 1e-30)
+    if kind == CHANNEL:
+        missed = to_numpy(low_rank(weight, metric).errors)[: top + 1] * scale
+    else:
+        missed = to_numpy(separable.rank_errors(prepare(problem.layer, weight, metric, kind), top)) * scale
+    return np.maximum(missed[:-1] - missed[1:], 0.0), missed
+
+
+def _mix(energies: np.ndarray, last: int, offered: Sequence[Storage]) -> list[int]:
+    """How many ranks take which storage when that of number ``last`` is just worth keeping.
+
+    Energies fall but for noise; they are taken as falling, so that the first ranks get most levels.
+    """
+    falling = np.minimum.accumulate(energies)
+    cheapest = offered[-1]
+    price = falling[last - 1] * (1 - (1 + V_SHARE) * cheapest.noise) / cheapest.bits
+    costs = np.stack([falling * (1 + V_SHARE) * s.noise + price * s.bits * (1 - 1e-9) for s in offered])
+    chosen = costs.argmin(axis=0)
+    kept = (falling > costs.min(axis=0)) | (np.arange(len(falling)) < last)
+    return [int(np.sum(chosen[kept] == index)) for index in range(len(offered))]
+
+
+def _in_numbers(problem: Problem, kinds: Sequence[str]) -> dict[Form, float]:
+    """S as fp16, alone and beside factors, over the numbers that are left."""
+    n, m = problem.weight.shape
+    each = m * (m if problem.metric.rows is None else len(problem.metric.rows))
+    rows = min(max(int(WORK / each), FEWEST_ROWS), n)
+    if rows * each > MOST_WORK:
+        return {}
+    sampled = problem if rows == n else _some_rows(problem, rows)
+    held = None
+    if problem.metric.rows is not None:
+        sampled, held = sampled.halves()
+    resolvent = Resolvent(sampled.metric, sampled.weight, prod(problem.layer.kernel))
+
+    def error(form: Form) -> float:
+        of_rows = replace(
+            form, weights=(), entries="", pattern=Pattern(UNSTRUCTURED, form.pattern.count * rows // n)
+        )
+        return _expected(sampled, of_rows, resolvent, held)
+
+    kind = next((kind for kind in (SPATIAL, CHANNEL) if kind in kinds and _fits(problem, kind)), None)
+    found = {}
+    for part in (0.0, OF_FACTORS) if kind is not None and n * each <= WORK_BESIDE else (0.0,):
+        errors = [max(error(_numbers_left(problem, kind or CHANNEL, x, part)), 1e-12) for x in SHARES]
+        for share in np.geomspace(SHARES[0], SHARES[-1], OFFERED):
+            form = _numbers_left(problem, kind or CHANNEL, float(share), part)
+            found[form] = float(np.exp(np.interp(np.log(share), np.log(SHARES), np.log(errors))))
+    return found
+
+
+def _numbers_left(problem: Problem, kind: str, share: float, part: float) -> Form:
+    """Factors and S that hold ``share`` of the weight's numbers, factors ``part`` of them."""
+    n, m = problem.weight.shape
+    each = rank_size(problem.layer, kind)
+    rank = round(part * share * n * m / each)
+    left = Pattern(UNSTRUCTURED, round(share * n * m) - rank * each)
+    weights = ((FP16.name, rank),) if rank else ()
+    return Form(kind if rank else CHANNEL, rank, left, weights=weights, entries=FP16.name)
+
+
+def _some_rows(problem: Problem, rows: int) -> Problem:
+    """The problem of so many outputs, evenly over all as their energies have it."""
+    xp = namespace(problem.weight)
+    energies = xp.sum(problem.metric.undamped(problem.weight) * problem.weight, axis=1)
+    order = np.argsort(to_numpy(energies))
+    chosen = order[(np.arange(rows) + 0.5).astype(int) * len(order) // rows]
+    kept = indices(np.sort(chosen), problem.weight)
+    weight, own = (xp.take(x, kept, axis=0) for x in (problem.weight, problem.output_mean))
+    layer = replace(problem.layer, n=rows, shape=(rows, *problem.layer.shape[1:]))
+    energy = float(xp.sum(xp.take(energies, kept, axis=0)))
+    return Problem(layer, weight, problem.mean, own, problem.metric, energy)
+
+
+def _with_entries(
+    problem: Problem, errors: Mapping[Form, float], noises: Mapping[Form, float], weights: str | None
+) -> dict[Form, float]:
+    """S alone at a few densities, and beside some of the factors: brief fits, plus what coding will lose.
+
+    ``noises`` is what it loses in each form of factors, ``errors`` the whole of it.
+    """
+    n, m = problem.weight.shape
+    storage = INT4 if weights is None else STORAGES[weights]
+    resolvent = Resolvent(problem.metric, problem.weight, prod(problem.layer.kernel))
+
+    def fitted(form: Form) -> float:
+        return _expected(problem, replace(form, weights=()), resolvent)
+
+    found = {}
+    for share in DENSITIES:
+        form = Form(CHANNEL, 0, Pattern(UNSTRUCTURED, round(share * n * m)))
+        missed = fitted(form)
+        found[replace(form, entries=storage.name)] = missed + storage.noise * (1 - missed)
+    for bits in BESIDE if noises else ():
+        factors = min(noises, key=lambda form: abs(np.log(_bits(problem, form) / bits)))
+        entries = min(round(_bits(problem, factors) * n * m / (storage.bits + GAP_BITS)), n * m // 2)
+        if entries:
+            form = replace(factors, pattern=Pattern(UNSTRUCTURED, entries))
+            missed = fitted(form)
+            noise = noises[factors] + storage.noise * max(errors[factors] - missed, 0.0)
+            found[replace(form, entries=storage.name)] = missed + noise
+    return found
+
+
+def _expected(problem: Problem, form: Form, resolvent: Resolvent, held: Problem | None = None) -> float:
+    """What a brief fit is expected to lose; in sample an S of free entries looks several times better.
+
+    ``held`` judges it, if it is given, otherwise the damped metric.
+    """
+    factors = decompose(problem, form, effort="brief", resolvent=resolvent)
+    weight = from_numpy(expand(problem.layer, factors), problem.weight)
+    return problem.expected(weight) if held is None else held.error(weight)
+
+
+def _bits(problem: Problem, form: Form) -> float:
+    """Bits for each entry of the weight that factors take."""
+    kept = sum(STORAGES[name].bits * count for name, count in form.weights)
+    return float(kept * rank_size(problem.layer, form.kind) / (problem.layer.n * problem.layer.m))

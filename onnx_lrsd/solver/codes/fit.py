@@ -1,0 +1,248 @@
+"""A weight in codes: factors, a dense weight and S rounded one after the other, what is free refitted.
+
+V is coded first, in the metric of what its errors do to the output; H is then the regression of the
+outputs on the features that the coded V really gives, and coded in their Gram matrix; S comes last and
+aims at what both leave. The bias takes up the mean. So quantisation is part of the problem: each step
+mends, as far as it can, what the one before lost.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from onnx_lrsd.arrays import cast, diagonal, from_numpy, identity, namespace, to_numpy, trace
+from onnx_lrsd.solver.codes.rounding import best_scale, nearest, round_columns, settle, steps_of, upper_root
+from onnx_lrsd.solver.layout import group_metric, shared_groups, ungroup_weight
+from onnx_lrsd.solver.problem import Metric, Problem
+from onnx_lrsd.storage import FAR, FP16, NEAR, STORAGES, Storage, with_bridges
+from onnx_lrsd.types import DENSE, Array, Codes, Entries, Form, Layer, Packed
+
+RIDGE = 1e-3
+"""Of the metric of V's rows, relative to its mean diagonal."""
+SWEEPS = 2
+"""Of coordinate descent on the codes of S, which starts from plain rounding."""
+
+
+TIES = 1e-6
+"""Ridge of a Gram matrix of features, relative to its mean diagonal."""
+
+Mix: TypeAlias = tuple[tuple[str, int], ...]
+"""Storages and how many rows, one after the other, are kept in each."""
+
+
+class Coded(NamedTuple):
+    """``packed`` as it is stored, and the ``weight`` (n, m), float64, that it decodes to."""
+
+    packed: Packed
+    weight: Array
+
+
+def code_dense(problem: Problem, form: Form) -> Coded:
+    """The whole weight in the storage of ``form``."""
+    codes, weight = _code_rows(problem.weight, problem.metric, form.weights)
+    return Coded(Packed(codes), weight)
+
+
+def code_factors(
+    problem: Problem, form: Form, v: Array | None, h: Array | None, sparse: Array | None, aim: Array
+) -> Coded:
+    """Factors V (r, A), H (B, n, r) and S (n, m), each or None, in the storages of ``form``.
+
+    ``aim`` (n, m) is the weight that H and S are refitted to.
+    """
+    xp = namespace(problem.weight)
+    weight, rows, entries = xp.zeros_like(aim), None, None
+    if v is not None and h is not None:
+        rows, weight = _code_pair(problem, form, v, h, aim if sparse is None else aim - sparse)
+    if sparse is not None:
+        entries, added = _code_entries(problem.metric, aim - weight, sparse, STORAGES[form.entries])
+        weight = weight + added
+    return Coded(Packed(rows, entries), weight)
+
+
+def decode(layer: Layer, form: Form, packed: Packed) -> np.ndarray:
+    """The weight (n, m) that a runtime computes from ``packed``, float64."""
+    weight = np.zeros((layer.n, layer.m))
+    if packed.rows is not None:
+        steps = packed.rows.steps[:, None]
+        rows = np.concatenate([_centred(STORAGES[name], codes) for name, codes in packed.rows.blocks])
+        if form.kind == DENSE:
+            weight += rows * steps
+        else:
+            groups = shared_groups(layer.kernel, form.kind)
+            v, h = np.split(rows, [layer.m // groups], axis=1)
+            weight += ungroup_weight(((h * steps).T @ v).reshape(groups, layer.n, -1))
+    if packed.sparse is not None:
+        sparse = np.zeros(layer.n * layer.m)
+        sparse[packed.sparse.positions] = _centred(STORAGES[packed.sparse.storage], packed.sparse.codes)
+        weight += sparse.reshape(layer.n, layer.m) * packed.sparse.steps[:, None]
+    return weight
+
+
+def _centred(storage: Storage, codes: np.ndarray) -> np.ndarray:
+    if storage is FP16:
+        return np.asarray(codes, dtype=np.float64)
+    return codes.astype(np.float64) - (storage.levels - 1) / 2
+
+
+def _code_rows(weight: Array, metric: Metric | Array, weights: Mix) -> tuple[Codes, Array]:
+    """Rows of ``weight`` (rows, m) in their storages, and what they decode to, float64."""
+    xp = namespace(weight)
+    blocks, steps, decoded, start = [], [], [], 0
+    for name, count in weights:
+        part, storage = weight[start : start + count, :], STORAGES[name]
+        start += count
+        if storage is FP16:
+            return _halved(weight)
+        codes, step = _rounded(part, metric, storage)
+        blocks.append((name, _stored(codes, storage)))
+        steps.append(to_numpy(step)[:, 0].astype(np.float32))
+        decoded.append(cast(codes, xp.float64) * cast(step, xp.float64))
+    return Codes(tuple(blocks), np.concatenate(steps)), xp.concat(decoded, axis=0)
+
+
+def _halved(rows: Array) -> tuple[Codes, Array]:
+    """``rows`` as fp16, without a step."""
+    values = np.asarray(to_numpy(rows), dtype=np.float16)
+    return Codes(((FP16.name, values),), np.ones(len(values), np.float32)), from_numpy(
+        values.astype(np.float64), rows
+    )
+
+
+def _rounded(weight: Array, metric: Metric | Array, storage: Storage) -> tuple[Array, Array]:
+    """Centred codes of rows in a metric, and their steps (rows, 1).
+
+    A metric of few rows stands for an (m, m) matrix that is never formed: its diagonal alone decides.
+    """
+    xp = namespace(weight)
+    levels = xp.full_like(weight[:, :1], float(storage.levels))
+    if isinstance(metric, Metric):
+        if metric.rows is not None:
+            own = xp.mean(xp.square(metric.rows), axis=0) + metric.damping
+            steps = steps_of(weight, own, levels)
+            return nearest(weight, steps, levels), steps
+        metric = metric.matrix(weight)
+    steps = steps_of(weight, xp.square(diagonal(upper_root(metric))), levels)
+    codes = round_columns(weight, metric, steps, levels)
+    steps = best_scale(weight, metric, codes, steps)
+    codes = settle(weight, metric, codes, steps, levels)
+    return codes, best_scale(weight, metric, codes, steps)
+
+
+def _stored(centred: Array, storage: Storage) -> np.ndarray:
+    whole: np.ndarray = np.rint(to_numpy(centred) + (storage.levels - 1) / 2).astype(np.uint8)
+    return whole
+
+
+def _code_pair(problem: Problem, form: Form, v: Array, h: Array, aim: Array) -> tuple[Codes, Array]:
+    """Feature rows of V and H, and the product (n, m) they decode to; ``aim`` is what it should be."""
+    xp = namespace(aim)
+    metric, groups = problem.metric, shared_groups(problem.layer.kernel, form.kind)
+    blocks = None if groups == 1 else group_metric(metric.matrix(aim), groups)
+    v, h = _principal(cast(v, xp.float64), cast(h, xp.float64), metric, blocks)
+    coded_v, v = _code_rows(v, metric if blocks is None else _metric_of_v(h, blocks), form.weights)
+    features = _features(v, groups)
+    image = metric.apply(features)
+    gram = image @ features.T
+    gram = (gram + gram.T) / 2 + TIES * trace(gram) / gram.shape[0] * identity(gram.shape[0], gram)
+    best = xp.linalg.solve(gram, image @ aim.T).T
+    n, rank = aim.shape[0], v.shape[0]
+
+    def by_feature(columns: Array) -> Array:  # (n, B r) -> (r, B n)
+        return xp.reshape(xp.permute_dims(xp.reshape(columns, (n, groups, rank)), (2, 1, 0)), (rank, -1))
+
+    if form.weights[0][0] == FP16.name:
+        rows, half = _halved(xp.concat([v, by_feature(best)], axis=1))
+        h_rows = xp.reshape(half[:, v.shape[1] :], (rank, groups, n))
+        return rows, xp.reshape(xp.permute_dims(h_rows, (2, 1, 0)), (n, -1)) @ features
+    counts = [count for _, count in form.weights]
+    levels = np.repeat([float(STORAGES[name].levels) for name, _ in form.weights], counts)
+    levels = from_numpy(levels, aim)[:, None]
+    rows_of_h = by_feature(best)
+    steps = steps_of(rows_of_h, xp.ones_like(rows_of_h[0, :]), levels)
+    wide_steps, wide_levels = (xp.reshape(xp.concat([x] * groups, axis=0), (1, -1)) for x in (steps, levels))
+    codes = round_columns(best, gram, wide_steps, wide_levels)
+    codes = cast(settle(best, gram, codes, wide_steps, wide_levels), xp.float64)
+    of_h, packed, start = by_feature(codes), [], 0
+    for name, of_v in coded_v.blocks:
+        stop = start + of_v.shape[0]
+        packed.append((name, np.concatenate([of_v, _stored(of_h[start:stop, :], STORAGES[name])], axis=1)))
+        start = stop
+    both = (coded_v.steps * to_numpy(steps)[:, 0]).astype(np.float32)
+    return Codes(tuple(packed), both), (codes * wide_steps) @ features
+
+
+def _principal(v: Array, h: Array, metric: Metric, blocks: Array | None) -> tuple[Array, Array]:
+    """The same product with uncorrelated features of unit variance, those of largest effect first."""
+    xp = namespace(v)
+    if blocks is None:
+        gram = metric.apply(v) @ v.T
+    else:
+        groups = blocks.shape[0]
+        gram = v @ (sum(blocks[b, b] for b in range(groups)) / groups) @ v.T
+    values, vectors = xp.linalg.eigh((gram + gram.T) / 2)
+    root = xp.sqrt(xp.maximum(values, values[-1] * 1e-12))
+    v, h = (vectors / root).T @ v, xp.matmul(h, vectors * root)
+    effect = xp.sum(xp.matmul(xp.permute_dims(h, (0, 2, 1)), h), axis=0)
+    _, turn = xp.linalg.eigh((effect + effect.T) / 2)
+    turn = xp.flip(turn, axis=1)
+    return turn.T @ v, xp.matmul(h, turn)
+
+
+def _metric_of_v(h: Array, blocks: Array) -> Array:
+    """What an error of V's rows does to the output, the same for all rows: sum_bd tr(H_b^T H_d) C_bd."""
+    xp = namespace(h)
+    groups = blocks.shape[0]
+    flat = xp.reshape(h, (groups, -1))
+    share = flat @ flat.T
+    metric = sum(share[b, d] * blocks[b, d] for b in range(groups) for d in range(groups))
+    metric = (metric + metric.T) / (2 * xp.sum(diagonal(share)))
+    return metric + RIDGE * trace(metric) / metric.shape[0] * identity(metric.shape[0], metric)
+
+
+def _features(v: Array, groups: int) -> Array:
+    """(B r, m): row (b, q) is V's row q on the inputs of group b, so that a weight is (n, B r) times it."""
+    xp = namespace(v)
+    each = identity(groups, v)[:, None, None, :] * v[None, :, :, None]
+    return xp.reshape(each, (groups * v.shape[0], -1))
+
+
+def _code_entries(metric: Metric, aim: Array, sparse: Array, storage: Storage) -> tuple[Entries, Array]:
+    """S in codes for ``aim`` (n, m), on the support of ``sparse`` and what bridges its gaps; decoded too."""
+    xp = namespace(aim)
+    n, m = aim.shape
+    chosen = np.flatnonzero(to_numpy(sparse))
+    reach = min((NEAR, FAR), key=lambda reach: with_bridges(chosen.size, n * m, storage, reach))
+    positions = bridged(chosen, reach)
+    flat = np.zeros(n * m)
+    flat[positions] = 1.0
+    mask = xp.reshape(from_numpy(flat, aim), (n, m)) > 0
+    if storage is FP16:
+        values = xp.where(mask, sparse, xp.zeros_like(sparse))
+        half = np.reshape(to_numpy(values), -1)[positions].astype(np.float16)
+        flat[positions] = half
+        return Entries(positions, storage.name, half, np.ones(n, np.float32), reach), xp.reshape(
+            from_numpy(flat, aim), (n, m)
+        )
+    levels = xp.full_like(aim[:, :1], float(storage.levels))
+    steps = steps_of(sparse, cast(mask, aim.dtype), levels)
+    codes = nearest(cast(sparse, xp.float32), cast(steps, xp.float32), cast(levels, xp.float32))
+    if metric.rows is None:
+        matrix = metric.matrix(aim)
+        for _ in range(SWEEPS):
+            codes = settle(aim, matrix, codes, steps, levels, mask)
+        steps = best_scale(aim, matrix, xp.where(mask, codes, xp.zeros_like(codes)), steps)
+    stored = np.reshape(_stored(codes, storage), -1)[positions]
+    decoded = xp.where(mask, cast(codes, xp.float64) * steps, xp.zeros_like(aim))
+    return Entries(positions, storage.name, stored, to_numpy(steps)[:, 0].astype(np.float32), reach), decoded
+
+
+def bridged(chosen: np.ndarray, reach: int) -> np.ndarray:
+    """``chosen`` (ascending) and as many others that no two are further apart than ``reach``; from -1 on."""
+    before = np.concatenate([[-1], chosen[:-1]])
+    missing = (chosen - before - 1) // reach
+    starts = np.repeat(before, missing)
+    nth = np.arange(missing.sum()) - np.repeat(np.cumsum(missing) - missing, missing) + 1
+    return np.sort(np.concatenate([chosen, starts + nth * reach])).astype(np.int64)

@@ -1,0 +1,75 @@
+"""What to tell TensorRT: the command that builds an engine, and which nodes sparse tensor cores may take."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from onnx_lrsd.data.input_layout import Slot
+from onnx_lrsd.data.samples import Samples
+from onnx_lrsd.graph.model import Model
+from onnx_lrsd.passes.two_of_four import two_of_four
+from onnx_lrsd.runtime.session import inputs_of
+from onnx_lrsd.targets.tensorrt import BATCH
+from onnx_lrsd.types import Engine
+
+HALF = "float16"
+ROUNDED = (
+    "Sparse tensor cores take half precision, and these weights are float32: --fp16 lets TensorRT round "
+    "them. From TensorRT 11 on, convert the model with ModelOpt's AutoCast and leave --fp16 out."
+)
+NOT_TIMED = (
+    "The latency above is that of ONNX Runtime on this CPU and says nothing of TensorRT, which was not run."
+)
+
+
+def engine(model: Model, samples: Samples, output: Path | None) -> Engine:
+    """How to build an engine from ``model``, written to ``output``.
+
+    Tensors keep the types they have in the file; where only float32 weights are 2:4, TensorRT is let take
+    half precision.
+    """
+    path = Path("model.onnx") if output is None else output
+    sparse = two_of_four(model.graph())
+    rounded = bool(sparse) and all(node.dtype != HALF for node in sparse)
+    command = [
+        "trtexec",
+        f"--onnx={path}",
+        f"--saveEngine={path.with_suffix('.engine')}",
+        "--sparsity=enable",
+        "--fp16" if rounded else "--stronglyTyped",
+    ]
+    least, most = open_shapes(model, samples)
+    for flag, shapes in (("min", least), ("opt", most), ("max", most)):
+        if shapes:
+            listed = ",".join(f"{_quoted(name)}:{'x'.join(map(str, s))}" for name, s in shapes.items())
+            command.append(f"--{flag}Shapes={listed}")
+    notes = (ROUNDED, NOT_TIMED) if rounded else (NOT_TIMED,)
+    return Engine(shlex.join(command), tuple(node.name for node in sparse), notes)
+
+
+def open_shapes(
+    model: Model, samples: Samples
+) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]]:
+    """Least and greatest shapes of the inputs that leave a dimension open.
+
+    An open batch goes from one to BATCH, for which times are predicted; other open dimensions have the
+    sizes that ``samples`` have.
+    """
+    feed = next(iter(samples.batches(1)))
+    least, most = {}, {}
+    for spec in inputs_of(model.proto):
+        if spec.ranked and all(isinstance(size, int) for size in spec.shape):
+            continue
+        shape = feed[spec.name].shape
+        axis = samples.slots.get(spec.name, Slot()).axis if spec.name in samples.arrays else None
+        free = axis is not None and not (spec.ranked and isinstance(spec.shape[axis], int))
+        least[spec.name] = shape
+        most[spec.name] = tuple(BATCH if free and i == axis else size for i, size in enumerate(shape))
+    return least, most
+
+
+def _quoted(name: str) -> str:
+    """``name`` as trtexec wants it: in single quotes where it holds what separates names and shapes."""
+    return f"'{name}'" if set(name) & {":", ","} else name

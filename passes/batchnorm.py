@@ -1,0 +1,36 @@
+"""BatchNormalization into the layer before it.
+
+With g = gamma / sqrt(var + epsilon), one value for each output channel, the pair is one layer: its
+weight is g W and its bias g (b - mean) + beta. The fold happens only in layers that are split, so
+that a layer left as it is stays so to the byte.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from onnx_lrsd.passes.constants import constant_value
+
+
+def foldable_batchnorm(node: gs.Node, graph: gs.Graph) -> gs.Node | None:
+    """The inference BatchNormalization that alone reads the output of ``node``, or None."""
+    output = node.outputs[0]
+    if len(output.outputs) != 1 or any(output is o for o in graph.outputs):
+        return None
+    norm = output.outputs[0]
+    if norm.op != "BatchNormalization" or len(norm.outputs) != 1 or norm.attrs.get("training_mode", 0):
+        return None
+    if norm.inputs[0] is not output or not norm.attrs.get("spatial", 1):
+        return None
+    return norm if all(constant_value(given) is not None for given in norm.inputs[1:]) else None
+
+
+def scale_and_shift(norm: gs.Node) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """g and h (channels,), float64, such that the normalisation is g y + h."""
+    gamma, beta, mean, variance = (np.asarray(constant_value(t), dtype=np.float64) for t in norm.inputs[1:])
+    scale = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
+    return scale, beta - scale * mean

@@ -1,0 +1,1 @@
+"""One module an operator: all that is particular to it."""
