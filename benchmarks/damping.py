@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import onnx_lrsd
-from onnx_lrsd.solver import whiten
+from onnx_lrsd.solver import problem as whiten
 from onnx_lrsd.types import Plan
 
 TRIED = (None, 0.01, 0.03, 0.1, 0.3)

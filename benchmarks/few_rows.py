@@ -35,7 +35,9 @@ def main() -> None:
         common = rng.standard_normal((rows, 256), np.float32) @ rng.standard_normal((256, m), np.float32)
         return common / 16 + noise * rng.standard_normal((rows, m), np.float32)
 
-    layer = Layer("y", "fc6", "Gemm", "x", "w", (n, m), "float32", n, m)
+    layer = Layer(
+        output="y", name="fc6", op="Gemm", input="x", weight="w", shape=(n, m), dtype="float32", n=n, m=m
+    )
     weight, rows = correlated(n, 0.05), np.maximum(correlated(count, 0.3), 0)
     mean = rows.mean(axis=0, dtype=np.float64)
     rows -= mean.astype(np.float32)
@@ -43,7 +45,7 @@ def main() -> None:
     form = Form(CHANNEL, rank // 2, Pattern(UNSTRUCTURED, entries)) if entries else Form(CHANNEL, rank)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    problem = onnx_lrsd.pose(layer, weight, np.zeros(n), Moments("y", count, mean, rows=rows))
+    problem = onnx_lrsd.pose(layer, weight, np.zeros(n), Moments(name="y", count=count, mean=mean, rows=rows))
     onnx_lrsd.decompose(problem, form, effort="fast")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(

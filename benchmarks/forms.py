@@ -78,7 +78,10 @@ def halves(folder: Path, count: int | None) -> Iterator[tuple[Problem, Problem]]
     fit, held = (calibrate(model, layers, half, weight_of) for half in samples.split(0.5, 0))
     for layer in fit.layers:
         affine = read_weight(graph, layer)
-        yield pose(layer, *affine, fit.moments[layer.name]), pose(layer, *affine, held.moments[layer.name])
+        yield (
+            pose(layer, *affine, fit.moments[layer.output]),
+            pose(layer, *affine, held.moments[layer.output]),
+        )
 
 
 def main() -> None:

@@ -110,14 +110,14 @@ def whole_model(folder: Path, samples: int, devices: list[str]) -> list[dict[str
     weight_of = partial(read_weight, graph)
     given = read_samples(folder / "calib.npz", inputs_of(model.proto), limit=samples)
     known = calibrate(model, find_layers(graph)[0], given, weight_of)
-    offered = {layer.name: TARGETS["onnxruntime"].forms(layer, KINDS) for layer in known.layers}
-    layers = [layer for layer in known.layers if offered[layer.name]]
+    offered = {layer.output: TARGETS["onnxruntime"].forms(layer, KINDS) for layer in known.layers}
+    layers = [layer for layer in known.layers if offered[layer.output]]
     rows = []
     for device in devices:
-        posed = {x.name: pose(x, *weight_of(x), known.moments[x.name], device) for x in layers}
-        curves = partial(_each, [partial(errors, posed[x.name], offered[x.name]) for x in layers])
-        middle = {x.name: offered[x.name][len(offered[x.name]) // 2] for x in layers}
-        fits = partial(_each, [partial(decompose, posed[x.name], middle[x.name]) for x in layers])
+        posed = {x.output: pose(x, *weight_of(x), known.moments[x.output], device) for x in layers}
+        curves = partial(_each, [partial(errors, posed[x.output], offered[x.output]) for x in layers])
+        middle = {x.output: offered[x.output][len(offered[x.output]) // 2] for x in layers}
+        fits = partial(_each, [partial(decompose, posed[x.output], middle[x.output]) for x in layers])
         for name, work in (("error curves", curves), ("fits", fits)):
             rows.append({"problem": folder.name, "method": name, "device": device, "s": timed(work, device)})
             print(row(rows[-1]), flush=True)

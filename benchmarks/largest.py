@@ -69,7 +69,7 @@ def as_fast(source: Model, layers: list[Layer], form_of: Uniform, aim: float, sa
     low, high = 0.0, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
-        forms = {layer.name: form for layer in layers if (form := form_of(layer, middle)) is not None}
+        forms = {layer.output: form for layer in layers if (form := form_of(layer, middle)) is not None}
         fast = bool(forms) and whole_speedup(source, layers, forms, samples, SECONDS) >= aim
         low, high = (middle, high) if fast else (low, middle)
     return low or high

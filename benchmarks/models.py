@@ -29,6 +29,7 @@ import numpy.typing as npt
 import onnx_lrsd
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
+from onnx_lrsd.facts import Verification
 from onnx_lrsd.fit.calibrate import Calibration, calibrate
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.measure.compare import compare, total_price
@@ -37,7 +38,7 @@ from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.session import inputs_of, open_session
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.problem import pose
-from onnx_lrsd.types import CHANNEL, COSTS, Form, Layer, Verification
+from onnx_lrsd.types import CHANNEL, COSTS, Form, Layer
 
 Values = npt.NDArray[Any]
 Uniform = Callable[[Layer, float], Form | None]
@@ -96,7 +97,7 @@ def fitted(source: Model, known: Calibration, form_of: Uniform, keep: float, whi
     for layer in known.layers:
         form = form_of(layer, keep)
         if form is not None:
-            moments = known.moments[layer.name] if whitened else None
+            moments = known.moments[layer.output] if whitened else None
             split(graph, layer, decompose(pose(layer, *read_weight(graph, layer), moments), form))
     return source.splice(graph)
 

@@ -137,7 +137,7 @@ def run_samples(given: argparse.Namespace) -> None:
     every = read_samples({name: np.concatenate(parts) for name, parts in arrays.items()}, inputs)
     training, unseen = every.split(given.unseen, 0)
     shuffled = training.take(np.random.default_rng(0).permutation(training.count))
-    found = [x for x in find_layers(graph)[0] if re.search(given.layers, x.node)]
+    found = [x for x in find_layers(graph)[0] if re.search(given.layers, x.name)]
     layers = locate(found, input_shapes(model, found, unseen), unseen)
     held = layer_rows(model, layers, unseen, rows_held)
     counts = sorted({min(count, training.count) for count in given.counts}, reverse=True)
@@ -147,15 +147,15 @@ def run_samples(given: argparse.Namespace) -> None:
         rows = layer_rows(model, layers, shuffled.take(slice(count)), rows_wanted)
         for layer in layers:
             weight = read_weight(graph, layer)[0]
-            problem = LayerProblem(layer, weight, rows.pop(layer.name), held[layer.name], count)
+            problem = LayerProblem(layer, weight, rows.pop(layer.output), held[layer.output], count)
             for keep in given.keep:
                 for method in NAMES:
                     done = fit(problem, method, keep, given.share, given.effort)
-                    errors[keep, layer.node, method, count] = problem.errors(done.weight)
+                    errors[keep, layer.name, method, count] = problem.errors(done.weight)
                     key = keep, method, count
                     seconds[key] = seconds.get(key, 0.0) + done.seconds
                     print(
-                        f"{count} {layer.node} {method} {errors[keep, layer.node, method, count]}",
+                        f"{count} {layer.name} {method} {errors[keep, layer.name, method, count]}",
                         file=sys.stderr,
                     )
     print(f"\n{given.folder.name}, {len(layers)} layers, {unseen.count} unseen samples\n")
@@ -163,11 +163,11 @@ def run_samples(given: argparse.Namespace) -> None:
     for keep in given.keep:
         print(f"\n{1 / keep:.3g} x fewer parameters; error on the samples fitted to / on unseen ones\n")
         print(f"| layer | method | {heading} |\n|---|---|{'---|' * len(counts)}")
-        for name in (*(layer.node for layer in layers), "geometric mean"):
+        for name in (*(layer.name for layer in layers), "geometric mean"):
             for method in NAMES if name == "geometric mean" else (OURS, WHITENED):
                 cells = []
                 for count in counts:
-                    of = [layer.node for layer in layers] if name == "geometric mean" else [name]
+                    of = [layer.name for layer in layers] if name == "geometric mean" else [name]
                     pairs = [errors[keep, layer, method, count] for layer in of]
                     unseen_error, own = (geometric(column) for column in zip(*pairs, strict=True))
                     cells.append(f"{own:.4f} / {unseen_error:.4f}")
@@ -241,7 +241,7 @@ def run_networks(given: argparse.Namespace) -> None:
         rows = layer_rows(model, layers, fit_on, rows_wanted)
         held = layer_rows(model, layers, judge_by, rows_held)
         problems = [
-            LayerProblem(x, read_weight(graph, x)[0], rows.pop(x.name), held.pop(x.name), fit_on.count)
+            LayerProblem(x, read_weight(graph, x)[0], rows.pop(x.output), held.pop(x.output), fit_on.count)
             for x in layers
         ]
         for rate in given.rate:
@@ -278,7 +278,17 @@ def put(graph: gs.Graph, layer: Layer, weight: Array, bias: Array) -> None:
     """Give ``layer`` the dense ``weight`` (n, m) and ``bias`` (n,)."""
     wide = weight.reshape(layer.n, layer.channels, *layer.kernel).astype(np.float32)
     everything = tuple(range(layer.channels))
-    split(graph, layer, Factors(Form(CHANNEL, 0, NONE), (), bias.astype(np.float32), wide, everything))
+    split(
+        graph,
+        layer,
+        Factors(
+            form=Form(CHANNEL, 0, NONE),
+            kernels=(),
+            bias=bias.astype(np.float32),
+            sparse=wide,
+            channels=everything,
+        ),
+    )
 
 
 def run_full(given: argparse.Namespace) -> None:

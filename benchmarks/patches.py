@@ -78,7 +78,12 @@ def toeplitz(layer: Layer, maps: Maps) -> Moments:
     taps = [(y, x) for y in range(rows) for x in range(columns)]
     blocks = [[lag[q[0] - p[0], q[1] - p[1]] for q in taps] for p in taps]
     second = np.ascontiguousarray(np.array(blocks).transpose(2, 0, 3, 1)).reshape(layer.m, layer.m)
-    return Moments(layer.name, padded[:, 0].size, np.repeat(mean, len(taps)).astype(np.float64), second)
+    return Moments(
+        name=layer.output,
+        count=padded[:, 0].size,
+        mean=np.repeat(mean, len(taps)).astype(np.float64),
+        second=second,
+    )
 
 
 WAYS: dict[str, Callable[[Layer, Maps], Moments]] = {

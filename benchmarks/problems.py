@@ -41,7 +41,7 @@ class LayerProblem:
     @property
     def name(self) -> str:
         """What a person calls the layer."""
-        return self.layer.node
+        return self.layer.name
 
     @property
     def taps(self) -> int:
@@ -97,7 +97,7 @@ def example_problems() -> Iterator[LayerProblem]:
         for samples, wanted in zip(parts, (FIT_ROWS, HELD_ROWS), strict=True)
     )
     for layer in layers:
-        yield LayerProblem(layer, read_weight(graph, layer)[0], rows[layer.name], held[layer.name])
+        yield LayerProblem(layer, read_weight(graph, layer)[0], rows[layer.output], held[layer.output])
 
 
 def planted(like: LayerProblem, keep: float, share: float, seed: int = 0) -> tuple[LayerProblem, int, int]:
@@ -118,7 +118,7 @@ def layer_rows(
     """About ``wanted`` rows of the input of every layer, evenly over the samples, float32, by layer name."""
     session = open_session(model.proto, folder=model.folder, outputs=sorted({x.input for x in layers}))
     rng = np.random.default_rng(0)
-    parts: dict[str, list[Array]] = {layer.name: [] for layer in layers}
+    parts: dict[str, list[Array]] = {layer.output: [] for layer in layers}
     first = 0
     for feed in samples.batches():
         last = first + samples.size_of(feed)
@@ -126,16 +126,33 @@ def layer_rows(
         for layer in layers:
             share = wanted(layer) * last // samples.count - wanted(layer) * first // samples.count
             positions = sample_positions(positions_of(layer, seen[layer.input].shape), share, rng)
-            parts[layer.name].append(input_rows(layer, seen[layer.input], positions))
+            parts[layer.output].append(input_rows(layer, seen[layer.input], positions))
         first = last
     return {name: np.concatenate(batches) for name, batches in parts.items()}
 
 
 def _layer(name: str, shape: tuple[int, ...], n: int, m: int) -> Layer:
     if len(shape) < 4:
-        return Layer(name, name, "MatMul", "x", "w", shape, "float32", n, m)
+        return Layer(
+            output=name, name=name, op="MatMul", input="x", weight="w", shape=shape, dtype="float32", n=n, m=m
+        )
     ones = (1, 1)
-    return Layer(name, name, "Conv", "x", "w", shape, "float32", n, m, 1, shape[2:], ones, (0, 0, 0, 0), ones)
+    return Layer(
+        output=name,
+        name=name,
+        op="Conv",
+        input="x",
+        weight="w",
+        shape=shape,
+        dtype="float32",
+        n=n,
+        m=m,
+        axis=1,
+        kernel=shape[2:],
+        strides=ones,
+        pads=(0, 0, 0, 0),
+        dilations=ones,
+    )
 
 
 def _moments(rows: Array, samples: int = 0) -> Moments:
@@ -146,8 +163,10 @@ def _about(mean: Array, rows: Array, samples: int = 0) -> Moments:
     """Second moment (m, m) about ``mean``, float64; the centred rows where they take less than it."""
     centred = rows - mean
     if 2 * len(rows) < rows.shape[1]:
-        return Moments("rows", len(rows), mean, rows=centred, samples=samples)
-    return Moments("rows", len(rows), mean, centred.T @ centred / len(rows), samples=samples)
+        return Moments(name="rows", count=len(rows), mean=mean, rows=centred, samples=samples)
+    return Moments(
+        name="rows", count=len(rows), mean=mean, second=centred.T @ centred / len(rows), samples=samples
+    )
 
 
 def _relative(weight: Array, approximation: Array, moments: Moments) -> float:

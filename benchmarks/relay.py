@@ -77,7 +77,7 @@ def main() -> None:
         samples = read_samples(folder / "calib.npz", inputs_of(model.proto), limit=given.samples)
         wide = [x for x in find_layers(graph)[0] if min(x.n, x.channels) >= FEWEST_CHANNELS]
         known = calibrate(model, wide, samples, weight_of)
-        forms = {layer.name: form_of(layer, given.target) for layer in wide}
+        forms = {layer.output: form_of(layer, given.target) for layer in wide}
         cells, errors = [], []
         for most in (0, MOST_HELD):
             clock = Clock()

@@ -53,11 +53,11 @@ def network(channels: int, side: int) -> onnx.ModelProto:
 def rewritten(model: Model, form: Form, ordered: bool) -> Model:
     """The blocks as ``form``, their sums ``ordered`` or as they come."""
     graph = model.graph()
-    layers = [layer for layer in find_layers(graph)[0] if layer.node.startswith("layer")]
+    layers = [layer for layer in find_layers(graph)[0] if layer.name.startswith("layer")]
     for layer in layers:
         split(graph, layer, placeholder(layer, form))
     if ordered:
-        order_sums(graph, [layer.name for layer in layers])
+        order_sums(graph, [layer.output for layer in layers])
     return model.splice(graph)
 
 

@@ -31,11 +31,12 @@ import onnx_lrsd
 from models import Values, kind_of, outputs, score
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
+from onnx_lrsd.facts import LoadCost, Verification
 from onnx_lrsd.graph.model import Model, load, model_bytes
 from onnx_lrsd.measure.compare import compare, time_pair, total_price
 from onnx_lrsd.measure.load_cost import loading
 from onnx_lrsd.runtime.session import inputs_of
-from onnx_lrsd.types import DENSE, Loading, Verification
+from onnx_lrsd.types import DENSE
 
 OURS, QUANTISED, PRUNED = "ours", "quantised only", "pruned only"
 MOST_CUT, SHARES, SPEED_SECONDS = 0.98, 16, 1.0
@@ -119,7 +120,7 @@ class Case:
         return cls(folder, limit, kind, source, read_samples(arrays, inputs), calibration, labels)
 
     @cached_property
-    def opened(self) -> Loading:
+    def opened(self) -> LoadCost:
         """What it takes to open the original."""
         return loading(self.source)
 
@@ -148,7 +149,7 @@ class Case:
         return self._row(model, found, opened, macs, ratio=ratio, group=group, method=method)
 
     def _row(
-        self, model: Model, found: Verification, opened: Loading | None, macs: bool, **names: Any
+        self, model: Model, found: Verification, opened: LoadCost | None, macs: bool, **names: Any
     ) -> Row:
         """What was measured of ``model``; with ``macs``, those too."""
         metric = found.metric if self.kind == "top1" else None

@@ -46,7 +46,7 @@ def main() -> None:
     given = parser.parse_args()
     model = load(given.folder / "model.onnx")
     graph = model.graph()
-    layers = [layer for layer in find_layers(graph)[0] if re.search(given.include, layer.node)]
+    layers = [layer for layer in find_layers(graph)[0] if re.search(given.include, layer.name)]
     samples = read_samples(given.folder / "calib.npz", inputs_of(model.proto), limit=given.samples)
     weight_of = partial(read_weight, graph)
     known = calibrate(
@@ -55,9 +55,9 @@ def main() -> None:
     print("| layer | 2:4, error | time | least error in that time | as little error | s, factors | s, 2:4 |")
     print("|---|---|---|---|---|---|---|")
     for layer in known.layers:
-        if layer.name not in known.moments:
+        if layer.output not in known.moments:
             continue
-        problem = pose(layer, *weight_of(layer), known.moments[layer.name])
+        problem = pose(layer, *weight_of(layer), known.moments[layer.output])
         forms = [form for form in TENSORRT.forms(layer, KINDS) if form.pattern != TWO_OF_FOUR]
         plain, seconds = timed(problem, forms)
         sparse, more = timed(problem, [SPARSE])
@@ -68,7 +68,7 @@ def main() -> None:
         best = min(alike, key=lambda form: share[form], default=None)
         said = "none" if best is None else f"{best}: {share[best]:.2f}"
         print(
-            f"| {layer.node}, {'x'.join(map(str, layer.shape))} | {sparse[SPARSE]:.5f} | {share[SPARSE]:.2f} "
+            f"| {layer.name}, {'x'.join(map(str, layer.shape))} | {sparse[SPARSE]:.5f} | {share[SPARSE]:.2f} "
             f"| {within}: {plain[within]:.5f} | {said} | {seconds:.1f} | {more:.1f} |",
             flush=True,
         )

@@ -12,6 +12,7 @@ from onnx_lrsd.commands.unpack import unpack
 from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
+from onnx_lrsd.facts import Report, Verification
 from onnx_lrsd.fit.calibrate import Calibration, calibrate
 from onnx_lrsd.graph.model import Model, load, save
 from onnx_lrsd.measure.compare import compare
@@ -22,7 +23,7 @@ from onnx_lrsd.report import plan_from_json, plan_to_json, report_table, report_
 from onnx_lrsd.run import Options
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.problem import pose
-from onnx_lrsd.types import Factors, Form, Layer, Moments, Plan, Report, Verification
+from onnx_lrsd.types import Factors, Form, Layer, Moments, Plan
 
 __version__ = "0.1.0"
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from onnx_lrsd.facts import Engine, Int8, LoadCost
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, processor, this_machine
-from onnx_lrsd.types import COSTS, Engine, Int8, Loading, Progress, Score
+from onnx_lrsd.types import COSTS, Progress, Score
 
 NO_FORM = "no smaller form is predicted to be faster"
 NO_STORAGE = "no storage that the runtime folds makes it smaller"
@@ -73,7 +74,7 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     int8: Int8 | None = None
-    loading: tuple[Loading, Loading] | None = None
+    loading: tuple[LoadCost, LoadCost] | None = None
     engine: Engine | None = None
     target: Target = field(init=False)
     machine: Machine | None = field(init=False, default=None)

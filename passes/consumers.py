@@ -34,7 +34,7 @@ def readers(graph: gs.Graph, of: Iterable[Layer], layers: Sequence[Layer]) -> di
     tensors, by_input = graph.tensors(), dict[str, list[Layer]]()
     for layer in layers:
         by_input.setdefault(layer.input, []).append(layer)
-    found = {layer.name: _readers(tensors[layer.name], layer, by_input) for layer in of}
+    found = {layer.output: _readers(tensors[layer.output], layer, by_input) for layer in of}
     return {name: readings for name, readings in found.items() if readings}
 
 

@@ -73,7 +73,7 @@ def label(node: gs.Node) -> str:
 
 def producer(graph: gs.Graph, layer: Layer) -> gs.Node:
     """The Conv, Gemm or MatMul of ``layer`` (``layer.name`` may be that of a node folded into it)."""
-    tensor = graph.tensors()[layer.name]
+    tensor = graph.tensors()[layer.output]
     node = tensor.inputs[0]
     while node.op != layer.op:
         node = next(
@@ -85,7 +85,7 @@ def producer(graph: gs.Graph, layer: Layer) -> gs.Node:
 def read_weight(graph: gs.Graph, layer: Layer) -> tuple[Matrix, Matrix]:
     """W (n, m) and b (n,) of ``layer``, float64, with everything folded in that the layer absorbs."""
     node = producer(graph, layer)
-    last = graph.tensors()[layer.name].inputs[0]
+    last = graph.tensors()[layer.output].inputs[0]
     if layer.op == "Conv":
         weight = _float64(node.inputs[1]).reshape(layer.n, layer.m)
         bias = _float64(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2].name else np.zeros(layer.n)
@@ -180,21 +180,21 @@ def _read_conv(node: gs.Node, value: npt.NDArray[Any], side: int, graph: gs.Grap
     axes = len(kernel)
     norm = foldable_batchnorm(node, graph)
     return Layer(
-        (norm or node).outputs[0].name,
-        label(node),
-        "Conv",
-        node.inputs[0].name,
-        node.inputs[1].name,
-        tuple(value.shape),
-        value.dtype.name,
-        value.shape[0],
-        value.shape[1] * prod(kernel),
-        1,
-        kernel,
-        tuple(node.attrs.get("strides", (1,) * axes)),
-        tuple(node.attrs.get("pads", (0,) * 2 * axes)),
-        tuple(node.attrs.get("dilations", (1,) * axes)),
-        node.attrs.get("auto_pad", "NOTSET"),
+        output=(norm or node).outputs[0].name,
+        name=label(node),
+        op="Conv",
+        input=node.inputs[0].name,
+        weight=node.inputs[1].name,
+        shape=tuple(value.shape),
+        dtype=value.dtype.name,
+        n=value.shape[0],
+        m=value.shape[1] * prod(kernel),
+        axis=1,
+        kernel=kernel,
+        strides=tuple(node.attrs.get("strides", (1,) * axes)),
+        pads=tuple(node.attrs.get("pads", (0,) * 2 * axes)),
+        dilations=tuple(node.attrs.get("dilations", (1,) * axes)),
+        auto_pad=node.attrs.get("auto_pad", "NOTSET"),
     )
 
 
@@ -211,16 +211,16 @@ def _read_gemm(node: gs.Node, value: npt.NDArray[Any], side: int, graph: gs.Grap
     axis = 0 if node.attrs.get("transA", 0) else -1
     name = (norm or node).outputs[0].name
     return Layer(
-        name,
-        label(node),
-        "Gemm",
-        node.inputs[0].name,
-        node.inputs[1].name,
-        value.shape,
-        value.dtype.name,
-        n,
-        m,
-        axis,
+        output=name,
+        name=label(node),
+        op="Gemm",
+        input=node.inputs[0].name,
+        weight=node.inputs[1].name,
+        shape=value.shape,
+        dtype=value.dtype.name,
+        n=n,
+        m=m,
+        axis=axis,
     )
 
 
@@ -237,7 +237,16 @@ def _read_matmul(node: gs.Node, value: npt.NDArray[Any], side: int, graph: gs.Gr
     activation, axis = node.inputs[1 - side], -2 if left else -1
     weight = node.inputs[side].name
     return Layer(
-        name, label(node), "MatMul", activation.name, weight, value.shape, value.dtype.name, n, m, axis
+        output=name,
+        name=label(node),
+        op="MatMul",
+        input=activation.name,
+        weight=weight,
+        shape=value.shape,
+        dtype=value.dtype.name,
+        n=n,
+        m=m,
+        axis=axis,
     )
 
 

@@ -21,7 +21,7 @@ def isolate(proto: onnx.ModelProto, layer: Layer, shape: tuple[int, ...]) -> onn
     tensors at both ends.
     """
     producers = {name: node for node in proto.graph.node for name in node.output}
-    needed, waiting, kept = set[str](), [layer.name], set[int]()
+    needed, waiting, kept = set[str](), [layer.output], set[int]()
     while waiting:
         name = waiting.pop()
         if name in needed or name == layer.input:
@@ -32,11 +32,11 @@ def isolate(proto: onnx.ModelProto, layer: Layer, shape: tuple[int, ...]) -> onn
             kept.add(id(node))
             waiting.extend(node.input)
     elem_type = ELEMENTS[layer.dtype]
-    graph = onnx.GraphProto(name=layer.name)
+    graph = onnx.GraphProto(name=layer.output)
     graph.node.extend(node for node in proto.graph.node if id(node) in kept)
     graph.initializer.extend(tensor for tensor in proto.graph.initializer if tensor.name in needed)
     graph.input.append(onnx.helper.make_tensor_value_info(layer.input, elem_type, shape))
-    graph.output.append(onnx.ValueInfoProto(name=layer.name))
+    graph.output.append(onnx.ValueInfoProto(name=layer.output))
     part = onnx.ModelProto(ir_version=max(proto.ir_version, 4), graph=graph)
     part.opset_import.extend(proto.opset_import)
     return part

@@ -15,7 +15,7 @@ def unavoidable(graph: gs.Graph, layers: Sequence[Layer]) -> dict[str, int]:
     All that follow in a chain; none for what a skip leads past them. These are the layer's post-dominators
     (Muchnick, Advanced Compiler Design and Implementation, section 7.3), as sets of bits.
     """
-    bits = {layer.name: 1 << index for index, layer in enumerate(layers)}
+    bits = {layer.output: 1 << index for index, layer in enumerate(layers)}
     anything = (1 << len(layers)) - 1
     final = {id(tensor) for tensor in graph.outputs}
     passed: dict[int, int] = {}
@@ -33,4 +33,4 @@ def unavoidable(graph: gs.Graph, layers: Sequence[Layer]) -> dict[str, int]:
             own |= bits.get(tensor.name, 0)
         passed[id(node)] = met | own
     tensors = graph.tensors()
-    return {layer.name: behind(tensors[layer.name]).bit_count() for layer in layers}
+    return {layer.output: behind(tensors[layer.output]).bit_count() for layer in layers}

@@ -31,12 +31,12 @@ def split(graph: gs.Graph, layer: Layer, factors: Factors) -> None:
     >>> working = model.graph()
     >>> (layer,), _ = onnx_lrsd.find_layers(working)
     >>> v, u = np.ones((1, 64)), np.ones((64, 1))  # applied first, applied last
-    >>> onnx_lrsd.split(working, layer, Factors(Form("channel", 1), (v, u), bias=np.zeros(64)))
+    >>> onnx_lrsd.split(working, layer, Factors(form=Form("channel", 1), kernels=(v, u), bias=np.zeros(64)))
     >>> [(node.op_type, list(node.output)) for node in model.splice(working).proto.graph.node]
     [('MatMul', ['y/lrsd/V_out']), ('MatMul', ['y'])]
     """
     node = producer(graph, layer)
-    target = graph.tensors()[layer.name]
+    target = graph.tensors()[layer.output]
     last = target.inputs[0]
     source = graph.tensors()[layer.input]
     write = Writer(graph, layer, graph.opset)

@@ -67,7 +67,7 @@ class Writer:
         return output
 
     def _name(self, part: str) -> str:
-        base = f"{self._layer.node}/lrsd/{part}"
+        base = f"{self._layer.name}/lrsd/{part}"
         name, count = base, 1
         while name in self._taken:
             count += 1

@@ -32,7 +32,9 @@ MACS = COSTS["macs"]
 
 
 def curve(name: str, points: list[tuple[int, float]]) -> ErrorCurve:
-    layer = Layer(name, name, "MatMul", "x", "w", (8, 8), "float32", 8, 8)
+    layer = Layer(
+        output=name, name=name, op="MatMul", input="x", weight="w", shape=(8, 8), dtype="float32", n=8, m=8
+    )
     made = [Point(Form(CHANNEL, cost), error, Price(cost, cost, 4 * cost)) for cost, error in points]
     return ErrorCurve(layer, (Point(Form(), 0.0, Price(100, 100, 400)), *made))
 
@@ -96,7 +98,22 @@ def conv(stride: int, pad: int) -> Layer:
     size = (17, 13)
     out = [(length + 2 * pad - 3) // stride + 1 for length in size]
     shape, strides, pads = (128, 96, 3, 3), (stride, stride), (pad,) * 4
-    layer = Layer("y", "y", "Conv", "x", "w", shape, "float32", 128, 96 * 9, 1, (3, 3), strides, pads, (1, 1))
+    layer = Layer(
+        output="y",
+        name="y",
+        op="Conv",
+        input="x",
+        weight="w",
+        shape=shape,
+        dtype="float32",
+        n=128,
+        m=96 * 9,
+        axis=1,
+        kernel=(3, 3),
+        strides=strides,
+        pads=pads,
+        dilations=(1, 1),
+    )
     return replace(layer, positions=out[0] * out[1], size=size)
 
 

@@ -22,8 +22,9 @@ import onnx_lrsd.commands.optimize
 from onnx_lrsd import cli
 from onnx_lrsd.commands.doctor import Finding
 from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.facts import Promise, Report
 from onnx_lrsd.runtime.timing import pair_latency
-from onnx_lrsd.types import Choice, Form, Plan, Price, Promise, Report
+from onnx_lrsd.types import Choice, Form, Plan, Price
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "models" / "digits.onnx"
@@ -80,7 +81,17 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         if called["raises"] is not None:
             raise called["raises"]
         promise = Promise("ratio", 2.0, 1.5, called["kept"])
-        report = Report(str(model), str(options["output"]), "onnxruntime", "macs", 0, "", None, promise, ())
+        report = Report(
+            input=str(model),
+            output=str(options["output"]),
+            target="onnxruntime",
+            cost="macs",
+            calibration_samples=0,
+            calibration_source="",
+            verification=None,
+            promise=promise,
+            layers=(),
+        )
         price = Price(1, 1, 4)
         plan = Plan("onnxruntime", "macs", {"y": Choice(Form(), 0.0, price, price)})
         return onnx_lrsd.Result(onnx_lrsd.Model(onnx.ModelProto()), report, plan)

@@ -380,7 +380,7 @@ def test_samples_that_share_a_label_stay_together() -> None:
 @given(st.integers(1, 4), st.integers(2, 12), st.floats(0, 1), st.integers(0, 9))
 def test_a_split_is_disjoint_complete_and_repeatable(each: int, groups: int, share: float, seed: int) -> None:
     x = np.arange(each * groups, dtype=np.float32)[:, None]
-    samples = Samples({"x": x}, fixed=each)
+    samples = Samples(arrays={"x": x}, fixed=each)
     first, second = samples.split(share, seed)
     both = np.concatenate([first.arrays["x"], second.arrays["x"]])
     assert sorted(both[:, 0]) == list(range(each * groups))
@@ -391,9 +391,9 @@ def test_a_split_is_disjoint_complete_and_repeatable(each: int, groups: int, sha
 
 
 def test_a_split_takes_a_number_of_samples_too() -> None:
-    assert Samples({"x": np.zeros((10, 1))}).split(3, seed=0)[1].count == 3
+    assert Samples(arrays={"x": np.zeros((10, 1))}).split(3, seed=0)[1].count == 3
     with pytest.raises(DataError, match="at least 2 are needed"):
-        Samples({"x": np.zeros((1, 1))}).split(1, seed=0)
+        Samples(arrays={"x": np.zeros((1, 1))}).split(1, seed=0)
 
 
 def test_batches_fit_memory() -> None:

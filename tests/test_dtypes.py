@@ -146,7 +146,9 @@ def test_no_factor_leaves_the_range_of_half_precision(form: Form, scale: float) 
     rounded = [numpy_helper.to_array(t).astype(np.float64) for t in changed.proto.graph.initializer]
     rounded = [values for values in rounded if values.ndim == 4]
     kernels = tuple(rounded[: len(found.kernels)])
-    again = Factors(found.form, kernels, found.bias, found.sparse, found.channels)
+    again = Factors(
+        form=found.form, kernels=kernels, bias=found.bias, sparse=found.sparse, channels=found.channels
+    )
     assert np.linalg.norm(expand(layer, again) - whole) < 2 * EPSILON["float16"] * np.linalg.norm(whole)
 
 

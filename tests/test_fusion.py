@@ -68,7 +68,7 @@ def _run_as(proto: onnx.ModelProto, form: Form | None) -> list[onnx.NodeProto]:
     model = onnx_lrsd.load(proto)
     graph = model.graph()
     if form is not None:
-        (layer,) = (found for found in find_layers(graph)[0] if found.node == "layer")
+        (layer,) = (found for found in find_layers(graph)[0] if found.name == "layer")
         split(graph, layer, placeholder(layer, form))
     return list(optimised(model.splice(graph).proto).graph.node)
 
@@ -127,7 +127,7 @@ def test_in_a_residual_block_s_is_summed_last_and_everything_fuses(
         skip.input[:] = ["h", "c"]
     model, feed = onnx_lrsd.load(proto), {"x": np.random.default_rng(1).standard_normal((1, C, SIDE, SIDE))}
     graph = model.graph()
-    (layer,) = (found for found in find_layers(graph)[0] if found.node == "layer")
+    (layer,) = (found for found in find_layers(graph)[0] if found.name == "layer")
     form = Form(CHANNEL, C - kept, whole_channels(kept))
     split(graph, layer, onnx_lrsd.decompose(onnx_lrsd.pose(layer, *read_weight(graph, layer), None), form))
     assert order_sums(graph, ["c"]) == 1
@@ -154,9 +154,9 @@ def test_a_sum_that_others_read_or_that_adds_a_bias_stays_as_it_was(read_by: str
         proto.graph.initializer.append(_tensor("scalar", 1))
         skip.input[:] = ["c", "scalar"]
     graph = onnx_lrsd.load(proto).graph()
-    (layer,) = (found for found in find_layers(graph)[0] if found.node == "layer")
+    (layer,) = (found for found in find_layers(graph)[0] if found.name == "layer")
     split(graph, layer, placeholder(layer, Form(CHANNEL, 16, whole_channels(8))))
-    assert order_sums(graph, [layer.name]) == 0
+    assert order_sums(graph, [layer.output]) == 0
 
 
 def _dense(op: str, residual: bool) -> onnx.ModelProto:
@@ -198,7 +198,20 @@ def test_a_product_in_a_residual_block_costs_no_more_nodes_than_its_factors(op: 
 
 
 def test_layers_alike_are_timed_with_factors_of_their_own() -> None:
-    query, key = (Layer(name, name, "MatMul", "x", name, (C, C), "float32", C, C) for name in ("q", "k"))
+    query, key = (
+        Layer(
+            output=name,
+            name=name,
+            op="MatMul",
+            input="x",
+            weight=name,
+            shape=(C, C),
+            dtype="float32",
+            n=C,
+            m=C,
+        )
+        for name in ("q", "k")
+    )
     one, same, other = (placeholder(layer, Form(CHANNEL, 16)) for layer in (query, query, key))
     for first, again, beside in zip(one.kernels, same.kernels, other.kernels, strict=True):
         assert np.array_equal(first, again) and np.abs(first - beside).min() > 0

@@ -101,7 +101,7 @@ def test_a_weight_is_found_however_it_is_stored(
     model = make(nodes, tensors)
     graph = model.graph()
     layers, declined = find_layers(graph)
-    assert [layer.node for layer in layers] == ["layer"] and not declined
+    assert [layer.name for layer in layers] == ["layer"] and not declined
     np.testing.assert_allclose(read_weight(graph, layers[0])[0], W.T)
     changed = split_all(model)
     check(changed, model)
@@ -206,7 +206,7 @@ DECLINED = {
 def test_what_is_not_rewritten_is_declined_with_a_reason(reason: str, model: Model) -> None:
     layers, declined = find_layers(model.graph())
     assert not layers and declined
-    assert all(reason in entry.reason and entry.node for entry in declined)
+    assert all(reason in entry.reason and entry.name for entry in declined)
 
 
 def test_a_product_of_activations_is_no_layer() -> None:
@@ -221,7 +221,7 @@ def test_batchnorm_and_add_that_others_read_are_not_absorbed() -> None:
         helper.make_node("Relu", ["h"], ["z"]),
     ]
     model = make(nodes, {"w": W, "b": np.ones(10, np.float32)}, outputs=("y", "z"))
-    assert find_layers(model.graph())[0][0].name == "h"
+    assert find_layers(model.graph())[0][0].output == "h"
 
 
 def test_costs_are_counted_from_shapes() -> None:

@@ -102,7 +102,7 @@ def rich_model() -> onnx.ModelProto:
 def halve(model: Model, node: str) -> Model:
     """The model with one layer split."""
     graph = model.graph()
-    layer = next(layer for layer in find_layers(graph)[0] if layer.node == node)
+    layer = next(layer for layer in find_layers(graph)[0] if layer.name == node)
     split(graph, layer, placeholder(layer, Form(CHANNEL, 4)))
     return model.splice(graph)
 

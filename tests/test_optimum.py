@@ -23,7 +23,9 @@ Matrix = npt.NDArray[np.float64]
 
 
 def linear(n: int, m: int) -> Layer:
-    return Layer("y", "layer", "MatMul", "x", "w", (m, n), "float32", n, m)
+    return Layer(
+        output="y", name="layer", op="MatMul", input="x", weight="w", shape=(m, n), dtype="float32", n=n, m=m
+    )
 
 
 def conv(n: int, c: int, kernel: tuple[int, ...] = (3, 3)) -> Layer:
@@ -31,7 +33,20 @@ def conv(n: int, c: int, kernel: tuple[int, ...] = (3, 3)) -> Layer:
     zeros = (0,) * 2 * len(kernel)
     m = c * int(np.prod(kernel))
     return Layer(
-        "y", "layer", "Conv", "x", "w", (n, c, *kernel), "float32", n, m, 1, kernel, ones, zeros, ones
+        output="y",
+        name="layer",
+        op="Conv",
+        input="x",
+        weight="w",
+        shape=(n, c, *kernel),
+        dtype="float32",
+        n=n,
+        m=m,
+        axis=1,
+        kernel=kernel,
+        strides=ones,
+        pads=zeros,
+        dilations=ones,
     )
 
 
@@ -247,7 +262,7 @@ def test_dead_constant_and_duplicate_inputs_are_borne() -> None:
 def test_one_row_and_no_data_still_give_an_answer() -> None:
     layer = linear(4, 6)
     weight, bias = np.random.default_rng(0).standard_normal((4, 6)), np.zeros(4)
-    one = Moments("y", 1, np.ones(6), rows=np.zeros((1, 6), np.float32))
+    one = Moments(name="y", count=1, mean=np.ones(6), rows=np.zeros((1, 6), np.float32))
     for moments in (one, None):
         found = decompose(pose(layer, weight, bias, moments), Form(CHANNEL, 4))
         np.testing.assert_allclose(expand(layer, found), weight, atol=1e-8)

@@ -18,7 +18,18 @@ from onnx_lrsd.solver.rectified import Rectified
 from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Factors, Form, Layer, Moments
 
 LAYER = Layer(
-    "y", "conv", "Conv", "x", "w", (16, 8, 3, 3), "float32", 16, 72, axis=1, kernel=(3, 3), strides=(1, 1)
+    output="y",
+    name="conv",
+    op="Conv",
+    input="x",
+    weight="w",
+    shape=(16, 8, 3, 3),
+    dtype="float32",
+    n=16,
+    m=72,
+    axis=1,
+    kernel=(3, 3),
+    strides=(1, 1),
 )
 FORMS = (Form(CHANNEL, 6), Form(CHANNEL_IN, 2), Form(SPATIAL, 9), Form(TUCKER, 4, outer=8))
 RNG = np.random.default_rng(0)
@@ -32,7 +43,9 @@ READ = RNG.standard_normal((10, 9, 16)) * 0.6 ** np.arange(16)
 def posed(metric: np.ndarray | None) -> Problem:
     mean = ROWS.mean(axis=0, dtype=np.float64)
     second = ((ROWS - mean).T @ (ROWS - mean) / len(ROWS)).astype(np.float32)
-    return pose(LAYER, WEIGHT, BIAS, Moments("y", len(ROWS), mean, second), outputs=metric)
+    return pose(
+        LAYER, WEIGHT, BIAS, Moments(name="y", count=len(ROWS), mean=mean, second=second), outputs=metric
+    )
 
 
 def counted(factors: Factors, metric: np.ndarray, limits: tuple[float, float] = (-inf, inf)) -> float:
@@ -79,7 +92,7 @@ def found(body: str, sizes: dict[str, tuple[int, ...]]) -> dict[str, list[tuple[
     working = load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)).graph()
     layers, _ = find_layers(working)
     by_name = readers(working, layers, layers)
-    return {name: [(r.layer.name, r.last) for r in readings] for name, readings in by_name.items()}
+    return {name: [(r.layer.output, r.last) for r in readings] for name, readings in by_name.items()}
 
 
 def test_readers_are_found_behind_what_keeps_channels_apart() -> None:

@@ -90,8 +90,8 @@ def test_moments_are_those_of_real_tokens_alone(flat: bool) -> None:
     first = next(layer for layer in known.layers if layer.weight == "w0")
     table = onnx.numpy_helper.to_array(next(t for t in model.proto.graph.initializer if t.name == "table"))
     tokens = table[arrays["ids"][arrays[MASK] == 1]].astype(np.float64)
-    moments = known.moments[first.name]
-    assert moments.count == len(tokens) == len(known.kept[first.name])
+    moments = known.moments[first.output]
+    assert moments.count == len(tokens) == len(known.kept[first.output])
     np.testing.assert_allclose(moments.mean, tokens.mean(axis=0), atol=1e-6)
     assert moments.second is not None
     np.testing.assert_allclose(moments.second, np.cov(tokens.T, bias=True), atol=1e-5)
@@ -99,7 +99,7 @@ def test_moments_are_those_of_real_tokens_alone(flat: bool) -> None:
 
 def fitted(model: Model, arrays: dict[str, np.ndarray], rank: int = 12) -> Model:
     known = calibrated(model, padded(model, arrays))
-    forms = {layer.name: Form("channel", rank) for layer in known.layers}
+    forms = {layer.output: Form("channel", rank) for layer in known.layers}
     return reconstruct(model, known.layers, forms, partial(read_weight, model.graph()), known)[0]
 
 

@@ -47,7 +47,20 @@ def conv(n: int = 128, channels: int = 128, side: int = 28, extent: int = 3) -> 
     shape, pads = (n, channels, *kernel), (extent // 2,) * 4
     m = channels * extent**2
     return Layer(
-        *("y", "y", "Conv", "x", "w", shape, "float32", n, m, 1, kernel, ones, pads, ones),
+        output="y",
+        name="y",
+        op="Conv",
+        input="x",
+        weight="w",
+        shape=shape,
+        dtype="float32",
+        n=n,
+        m=m,
+        axis=1,
+        kernel=kernel,
+        strides=ones,
+        pads=pads,
+        dilations=ones,
         positions=side * side,
         size=(side, side),
     )

@@ -29,7 +29,18 @@ from onnx_lrsd.types import (
 )
 
 LAYER = Layer(
-    "y", "conv", "Conv", "x", "w", (16, 8, 3, 3), "float32", 16, 72, axis=1, kernel=(3, 3), strides=(1, 1)
+    output="y",
+    name="conv",
+    op="Conv",
+    input="x",
+    weight="w",
+    shape=(16, 8, 3, 3),
+    dtype="float32",
+    n=16,
+    m=72,
+    axis=1,
+    kernel=(3, 3),
+    strides=(1, 1),
 )
 ENTRIES = Pattern(UNSTRUCTURED, 40)
 FORMS = (
@@ -55,10 +66,10 @@ def problem() -> tuple[Problem, np.ndarray, np.ndarray]:
     mean, middle = seen.mean(axis=0, dtype=np.float64), outputs.mean(axis=0, dtype=np.float64)
     centred, wanted = seen - mean, outputs - middle
     moments = Moments(
-        "y",
-        len(rows),
-        mean,
-        (centred.T @ centred / len(rows)).astype(np.float32),
+        name="y",
+        count=len(rows),
+        mean=mean,
+        second=(centred.T @ centred / len(rows)).astype(np.float32),
         cross=wanted.T @ centred / len(rows),
         output_mean=middle,
         output_energy=float((wanted**2).sum()) / len(rows),
@@ -104,12 +115,14 @@ def test_a_wide_layer_of_few_rows_is_never_given_a_matrix_of_its_inputs(
 
     monkeypatch.setattr("onnx_lrsd.solver.problem.Metric.matrix", refuse)
     n, m, count = 12, 3000, 40
-    layer = Layer("y", "dense", "Gemm", "x", "w", (n, m), "float32", n, m)
+    layer = Layer(
+        output="y", name="dense", op="Gemm", input="x", weight="w", shape=(n, m), dtype="float32", n=n, m=m
+    )
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((count, m))
     weight = rng.standard_normal((n, m)) / m**0.5
     outputs = rows @ weight.T
-    moments = Moments("y", count, np.zeros(m), rows=rows.astype(np.float32))
+    moments = Moments(name="y", count=count, mean=np.zeros(m), rows=rows.astype(np.float32))
     seen = Rectified(rows.astype(np.float32), outputs.astype(np.float32), 0.0, inf)
     posed = pose(layer, weight, np.zeros(n), moments)
     for form in (Form(CHANNEL, 3), Form(CHANNEL, 3, weights=(("fp16", 3),))):

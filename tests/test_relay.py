@@ -62,7 +62,7 @@ def test_the_fit_is_the_same_and_the_network_runs_about_once(monkeypatch: pytest
     weight_of = partial(read_weight, graph)
     samples = read_samples({"x": x}, inputs_of(model.proto))
     known = calibrate(model, find_layers(graph)[0], samples, weight_of)
-    forms = {layer.name: Form("channel", 12) for layer in known.layers}
+    forms = {layer.output: Form("channel", 12) for layer in known.layers}
     convolutions: list[int] = []
 
     def counting(proto: onnx.ModelProto, *, given: Any = None, **options: Any) -> Any:

@@ -10,6 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnx_lrsd.errors import DataError
+from onnx_lrsd.facts import (
+    Engine,
+    Inspection,
+    LayerReport,
+    ModelCost,
+    OutputError,
+    Promise,
+    Report,
+    ScoreChange,
+    Verification,
+)
 from onnx_lrsd.report import (
     comparison_to_json,
     inspection_table,
@@ -26,48 +37,66 @@ from onnx_lrsd.types import (
     NONE,
     UNSTRUCTURED,
     Choice,
-    Cost,
     Declined,
-    Engine,
     Form,
-    Inspection,
     Layer,
-    LayerReport,
-    Metric,
-    OutputError,
     Pattern,
     Plan,
     Price,
-    Promise,
-    Report,
-    Verification,
 )
 
 VERIFIED = Verification(
-    Cost(4_000_000, 1_000_000, 3_999_999, 2.0),
-    Cost(2_000_000, 500_000, 2_000_000, 1.0),
-    1.998,
-    (1.9, 2.1),
-    (OutputError("scores", 0.001201),),
-    400,
-    Metric("top1", 0.985, 0.9825, 400, (-0.0094, 0.0044)),
+    before=ModelCost(4_000_000, 1_000_000, 3_999_999, 2.0),
+    after=ModelCost(2_000_000, 500_000, 2_000_000, 1.0),
+    latency_ratio=1.998,
+    latency_interval=(1.9, 2.1),
+    outputs=(OutputError("scores", 0.001201),),
+    samples=400,
+    metric=ScoreChange("top1", 0.985, 0.9825, 400, (-0.0094, 0.0044)),
 )
 SPLIT = LayerReport(
-    "conv1", "Conv", (64, 64, 3, 3), "spatial", 16, 0, "none", 10**7, 10**6, 400, 40, 100, 10, 0.00101
+    name="conv1",
+    op="Conv",
+    shape=(64, 64, 3, 3),
+    form="spatial",
+    rank=16,
+    nonzeros=0,
+    pattern="none",
+    macs_before=10**7,
+    macs_after=10**6,
+    bytes_before=400,
+    bytes_after=40,
+    parameters_before=100,
+    parameters_after=10,
+    error=0.00101,
 )
 LEFT = LayerReport(
-    "head", "Gemm", (10, 64), "dense", 0, 0, "none", 640, 640, 40, 40, 10, 10, 0.0, "no smaller form pays"
+    name="head",
+    op="Gemm",
+    shape=(10, 64),
+    form="dense",
+    rank=0,
+    nonzeros=0,
+    pattern="none",
+    macs_before=640,
+    macs_after=640,
+    bytes_before=40,
+    bytes_after=40,
+    parameters_before=10,
+    parameters_after=10,
+    error=0.0,
+    reason="no smaller form pays",
 )
 REPORT = Report(
-    "net.onnx",
-    "net.lrsd.onnx",
-    "onnxruntime",
-    "macs",
-    300,
-    "calib.npz",
-    VERIFIED,
-    Promise("ratio", 2.0, 1.9999995, False),
-    (SPLIT, LEFT),
+    input="net.onnx",
+    output="net.lrsd.onnx",
+    target="onnxruntime",
+    cost="macs",
+    calibration_samples=300,
+    calibration_source="calib.npz",
+    verification=VERIFIED,
+    promise=Promise("ratio", 2.0, 1.9999995, False),
+    layers=(SPLIT, LEFT),
     warnings=("Careful.",),
     seconds={"load": 0.5, "verify": 1.0},
     versions={"onnx-lrsd": "0.1.0"},
@@ -219,7 +248,18 @@ def test_a_report_for_tensorrt_has_its_command_and_the_nodes_that_are_2_4() -> N
 
 
 def test_an_inspection_says_what_can_be_worked_on() -> None:
-    layer = Layer("y", "conv1", "Conv", "x", "w", (64, 64, 3, 3), "float32", 64, 576, kernel=(3, 3))
+    layer = Layer(
+        output="y",
+        name="conv1",
+        op="Conv",
+        input="x",
+        weight="w",
+        shape=(64, 64, 3, 3),
+        dtype="float32",
+        n=64,
+        m=576,
+        kernel=(3, 3),
+    )
     found = Inspection(
         ((layer, Price(900, 10, 40)),), (Declined("gate", "MatMul", "inside If"),), Price(1000, 12, 48)
     )

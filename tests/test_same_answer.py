@@ -297,23 +297,23 @@ def test_calibration_repeats_to_the_bit_and_passes_over_what_nobody_asked_for() 
     samples = read_samples(data, inputs_of(model.proto))
     once, again = (calibrate(model, layers, samples, partial(read_weight, graph)) for _ in range(2))
     for layer in once.layers:
-        count = len(once.kept[layer.name])
+        count = len(once.kept[layer.output])
         assert count == min(4096, 300 * layer.positions)  # a bound on rows, however many samples
-        assert np.array_equal(once.kept[layer.name], again.kept[layer.name])
-        one, two = once.moments[layer.name].second, again.moments[layer.name].second
+        assert np.array_equal(once.kept[layer.output], again.kept[layer.output])
+        one, two = once.moments[layer.output].second, again.moments[layer.output].second
         assert one is not None and two is not None and np.array_equal(one, two)
-    names = [layer.name for layer in layers]
+    names = [layer.output for layer in layers]
     second, pairs = recalibrate(model, once.layers, once, partial(read_weight, graph), names)
     for layer in once.layers:  # an unchanged network: cross moment = W times the second moment
-        found, (weight, bias) = second[layer.name], read_weight(graph, layer)
-        rows, outputs = pairs[layer.name]
+        found, (weight, bias) = second[layer.output], read_weight(graph, layer)
+        rows, outputs = pairs[layer.output]
         np.testing.assert_allclose(outputs, rows @ weight.T + bias, atol=1e-3)
-        assert found.count == len(once.kept[layer.name])
+        assert found.count == len(once.kept[layer.output])
         assert found.second is not None and found.cross is not None
         np.testing.assert_allclose(found.cross, weight @ found.second, atol=1e-3)
-    last = layers[-1].name
+    last = layers[-1].output
     some = calibrate(
-        model, layers, samples, partial(read_weight, graph), asked=lambda layer: layer.name == last
+        model, layers, samples, partial(read_weight, graph), asked=lambda layer: layer.output == last
     )
     assert {*some.moments} == {*some.kept} == {last} and len(some.layers) == 2
 
@@ -331,8 +331,8 @@ def test_the_outputs_that_calibration_keeps_of_a_convolution_are_its_own() -> No
     data = {"x": rng.standard_normal((10, 16, 7, 7)).astype(np.float32)}
     samples = read_samples(data, inputs_of(model.proto))
     known = calibrate(model, layers, samples, partial(read_weight, graph))
-    _, pairs = recalibrate(model, known.layers, known, partial(read_weight, graph), [layers[0].name])
-    rows, outputs = pairs[layers[0].name]
+    _, pairs = recalibrate(model, known.layers, known, partial(read_weight, graph), [layers[0].output])
+    rows, outputs = pairs[layers[0].output]
     weight, bias = read_weight(graph, layers[0])
     assert outputs.shape == (250, 8) and rows.shape == (250, 144)  # every position of so few samples
     np.testing.assert_allclose(outputs, rows @ weight.T + bias, atol=1e-4)
@@ -354,10 +354,10 @@ def test_every_third_row_behind_rewritten_layers_is_the_original_one(outputs: in
     samples, weight_of = read_samples(data, inputs_of(before.proto)), partial(read_weight, graph)
     known = calibrate(before, layers, samples, weight_of)
     last = known.layers[-1]
-    moments, pairs = recalibrate(after, [last], known, weight_of, [last.name])
-    rows, wanted = pairs[last.name]
+    moments, pairs = recalibrate(after, [last], known, weight_of, [last.output])
+    rows, wanted = pairs[last.output]
     scale = np.full((len(rows), 1), 2.0)
     scale[::3] = 1
     weight, _ = weight_of(last)
     np.testing.assert_allclose(rows @ weight.T, scale * wanted, atol=1e-3)
-    np.testing.assert_allclose(moments[last.name].mean, rows.mean(axis=0), atol=1e-3)
+    np.testing.assert_allclose(moments[last.output].mean, rows.mean(axis=0), atol=1e-3)

@@ -49,7 +49,7 @@ def measured(model: Model) -> dict[str, float]:
     data = np.random.default_rng(1).standard_normal((400, 3, 12)).astype(np.float32)
     samples = read_samples({"x": data}, inputs_of(model.proto))
     known = calibrate(model, layers, samples, weight_of)
-    forms = {layer.name: Form(CHANNEL, 6) for layer in layers}
+    forms = {layer.output: Form(CHANNEL, 6) for layer in layers}
     return sensitivities(model, known.layers, forms, weight_of, known.moments, samples)
 
 
@@ -80,13 +80,13 @@ def test_single_entries_are_measured_by_rounding_where_rows_are_few_and_not_at_a
     entries = Form(CHANNEL, 0, Pattern(UNSTRUCTURED, 72))
 
     def found(moments: Moments) -> dict[str, float]:
-        known = {layer.name: moments for layer in layers}
+        known = {layer.output: moments for layer in layers}
         forms = dict.fromkeys(known, entries)
         return sensitivities(model, layers, forms, partial(read_weight, graph), known, samples)
 
-    few = found(Moments("", 400, np.zeros(12), rows=rows))
+    few = found(Moments(name="", count=400, mean=np.zeros(12), rows=rows))
     assert few["mA"] / few["mB"] == pytest.approx(4.0, rel=0.5)
-    assert found(Moments("", 400, np.zeros(12), rows.T @ rows / 400)) == {}
+    assert found(Moments(name="", count=400, mean=np.zeros(12), second=rows.T @ rows / 400)) == {}
 
 
 def test_layers_are_behind_another_where_no_path_leads_past_them() -> None:
@@ -107,7 +107,12 @@ def test_layers_are_behind_another_where_no_path_leads_past_them() -> None:
         )
     )
     names = ["first", "inner", "block", "left", "right", "seen", "late"]
-    layers = [Layer(name, name, "MatMul", "", "w", (4, 4), "float32", 4, 4) for name in names]
+    layers = [
+        Layer(
+            output=name, name=name, op="MatMul", input="", weight="w", shape=(4, 4), dtype="float32", n=4, m=4
+        )
+        for name in names
+    ]
     expected = {"first": 1, "inner": 2, "block": 1, "left": 1, "right": 1, "seen": 0, "late": 0}
     assert unavoidable(graph, layers) == expected
 
@@ -127,7 +132,12 @@ def test_an_error_counts_less_the_more_layers_are_refitted_behind_it() -> None:
             <float[2, 2] w = {1, 2, 3, 4}> { a = MatMul(x, w)  b = MatMul(a, w)  y = MatMul(b, w) }"""
         )
     )
-    layers = [Layer(name, name, "MatMul", "", "w", (2, 2), "float32", 2, 2) for name in "aby"]
+    layers = [
+        Layer(
+            output=name, name=name, op="MatMul", input="", weight="w", shape=(2, 2), dtype="float32", n=2, m=2
+        )
+        for name in "aby"
+    ]
     points = Point(Form(), 0.0, Price(4, 4, 16)), Point(Form(CHANNEL, 1), 0.03, Price(2, 2, 8))
     curves = [ErrorCurve(layer, points) for layer in layers]
     samples = read_samples({"x": np.ones((8, 2), np.float32)}, inputs_of(model.proto))

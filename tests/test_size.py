@@ -83,7 +83,7 @@ def correlated(width: int) -> Moments:
     rows = rng.standard_normal((4 * width, width)) @ (
         np.eye(width) + rng.standard_normal((width, width)) / width**0.5
     )
-    return Moments("y", len(rows), rows.mean(axis=0), np.cov(rows.T, bias=True))
+    return Moments(name="y", count=len(rows), mean=rows.mean(axis=0), second=np.cov(rows.T, bias=True))
 
 
 def rewritten(proto: onnx.ModelProto, form: Form) -> tuple[onnx_lrsd.Model, Layer, onnx_lrsd.Factors, Any]:
@@ -249,10 +249,10 @@ def convolution() -> Problem:
     model = onnx_lrsd.load(EXAMPLE / "digits.onnx")
     graph = model.graph()
     samples = onnx_lrsd.read_samples(EXAMPLE / "digits_calib.npz", inputs_of(model.proto), limit=100)
-    layers = [layer for layer in find_layers(graph)[0] if layer.node == "conv4"]
+    layers = [layer for layer in find_layers(graph)[0] if layer.name == "conv4"]
     known = calibrate(model, layers, samples, partial(read_weight, graph))
     (layer,) = known.layers
-    return pose(layer, *read_weight(graph, layer), known.moments[layer.name])
+    return pose(layer, *read_weight(graph, layer), known.moments[layer.output])
 
 
 def numbers(form: Form, layer: Layer) -> int:
@@ -292,13 +292,20 @@ def test_rows_kept_apart_tell_what_s_loses_where_there_are_few(monkeypatch: pyte
 
     monkeypatch.setattr("onnx_lrsd.solver.problem.Metric.matrix", refuse)
     n, m, count, rank = 12, 800, 60, 20
-    layer = Layer("y", "dense", "Gemm", "x", "w", (n, m), "float32", n, m)
+    layer = Layer(
+        output="y", name="dense", op="Gemm", input="x", weight="w", shape=(n, m), dtype="float32", n=n, m=m
+    )
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((2 * count, rank)) @ rng.standard_normal((rank, m))
     inputs += 0.3 * rng.standard_normal(inputs.shape)
     weight = rng.standard_normal((n, m)) / m**0.5
     posed, others = (
-        pose(layer, weight, np.zeros(n), Moments("y", count, np.zeros(m), rows=rows.astype(np.float32)))
+        pose(
+            layer,
+            weight,
+            np.zeros(n),
+            Moments(name="y", count=count, mean=np.zeros(m), rows=rows.astype(np.float32)),
+        )
         for rows in (inputs[:count], inputs[count:])
     )
     curve = coded_errors(posed, KINDS, "fp16")
@@ -355,7 +362,17 @@ def test_memory_that_opening_takes_is_not_that_of_the_process_which_asks() -> No
 
 def test_a_weight_that_a_runtime_would_not_fold_is_left() -> None:
     def layer(n: int) -> Layer:
-        return Layer("y", "y", "MatMul", "x", "w", (n, 16_384), "float32", n, 16_384)
+        return Layer(
+            output="y",
+            name="y",
+            op="MatMul",
+            input="x",
+            weight="w",
+            shape=(n, 16_384),
+            dtype="float32",
+            n=n,
+            m=16_384,
+        )
 
     forms = TARGETS["size"].forms
     assert forms(layer(16_384), ("dense",)) and not forms(layer(16_385), ("dense",))

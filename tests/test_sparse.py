@@ -240,7 +240,20 @@ def test_nearly_singular_inputs_are_safe_in_single_precision() -> None:
 def conv(n: int = 12, c: int = 8) -> Layer:
     ones = (1, 1)
     return Layer(
-        "y", "layer", "Conv", "x", "w", (n, c, 3, 3), "float32", n, 9 * c, 1, (3, 3), ones, (0, 0, 0, 0), ones
+        output="y",
+        name="layer",
+        op="Conv",
+        input="x",
+        weight="w",
+        shape=(n, c, 3, 3),
+        dtype="float32",
+        n=n,
+        m=9 * c,
+        axis=1,
+        kernel=(3, 3),
+        strides=ones,
+        pads=(0, 0, 0, 0),
+        dilations=ones,
     )
 
 

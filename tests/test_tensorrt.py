@@ -192,8 +192,22 @@ def layer_of(op: str, n: int, channels: int, kernel: int = 3, dtype: str = "floa
     size = (28,) * axes
     positions = prod(size) if axes else rows
     return Layer(
-        *("y", "layer", op, "x", "w", shape, dtype, n, channels * prod(taps), 1 if axes else -1),
-        *(taps, (1,) * axes, pads, (1,) * axes, "NOTSET", positions, size),
+        output="y",
+        name="layer",
+        op=op,
+        input="x",
+        weight="w",
+        shape=shape,
+        dtype=dtype,
+        n=n,
+        m=channels * prod(taps),
+        axis=1 if axes else -1,
+        kernel=taps,
+        strides=(1,) * axes,
+        pads=pads,
+        dilations=(1,) * axes,
+        positions=positions,
+        size=size,
     )
 
 

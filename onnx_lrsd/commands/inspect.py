@@ -7,13 +7,14 @@ from pathlib import Path
 import onnx
 
 from onnx_lrsd.data.made_up import made_up_samples
+from onnx_lrsd.facts import Inspection
 from onnx_lrsd.fit.calibrate import input_shapes, locate
 from onnx_lrsd.graph.model import load
 from onnx_lrsd.measure.compare import total_price
 from onnx_lrsd.passes.find_layers import find_layers
 from onnx_lrsd.run import NO_FORM, Options
 from onnx_lrsd.targets import TARGETS, price
-from onnx_lrsd.types import DENSE, KINDS, Declined, Form, Inspection
+from onnx_lrsd.types import DENSE, KINDS, Declined, Form
 
 
 def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
@@ -27,7 +28,7 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     located = locate(layers, input_shapes(source, layers, samples), samples)
     forms = TARGETS[Options.target].forms
     useful = [layer for layer in located if forms(layer, KINDS)]
-    useless = [Declined(layer.node, layer.op, NO_FORM) for layer in located if layer not in useful]
+    useless = [Declined(layer.name, layer.op, NO_FORM) for layer in located if layer not in useful]
     return Inspection(
         tuple((layer, price(layer, Form(DENSE))) for layer in useful),
         (*declined, *useless),

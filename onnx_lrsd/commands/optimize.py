@@ -18,6 +18,7 @@ import onnx
 from onnx_lrsd.data.holdout import fit_and_check, search_and_confirm
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import BudgetError, DataError, UnsupportedModelError
+from onnx_lrsd.facts import Report, Verification
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf, calibrate, input_shapes, locate
 from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.fit.sensitivity import sensitivities
@@ -36,17 +37,7 @@ from onnx_lrsd.run import OUT_OF_REACH, Options, Run
 from onnx_lrsd.targets import TARGETS, price
 from onnx_lrsd.targets.tensorrt import TENSORRT
 from onnx_lrsd.targets.trtexec import engine
-from onnx_lrsd.types import (
-    KINDS,
-    Declined,
-    Factors,
-    Form,
-    Layer,
-    Plan,
-    Progress,
-    Report,
-    Verification,
-)
+from onnx_lrsd.types import KINDS, Declined, Factors, Form, Layer, Plan, Progress
 
 MUCH = 0.1
 """Output error from which a result that only met its ratio carries a warning."""
@@ -181,10 +172,10 @@ def _select(
     """
     kept, out = [], list(declined)
     for layer in found:
-        if options.include is not None and not re.search(options.include, layer.node):
-            out.append(Declined(layer.node, layer.op, "not named by --include"))
-        elif options.exclude is not None and re.search(options.exclude, layer.node):
-            out.append(Declined(layer.node, layer.op, "named by --exclude"))
+        if options.include is not None and not re.search(options.include, layer.name):
+            out.append(Declined(layer.name, layer.op, "not named by --include"))
+        elif options.exclude is not None and re.search(options.exclude, layer.name):
+            out.append(Declined(layer.name, layer.op, "named by --exclude"))
         else:
             kept.append(layer)
     if not kept and not out:
@@ -211,7 +202,17 @@ def _calibrate(
     if fit_on is None:
         shapes = input_shapes(source, layers, check_on)
         located = locate(layers, shapes, check_on)
-        return Calibration(located, {}, {}, {}, 1, shapes, check_on, 1, run.options.seed)
+        return Calibration(
+            layers=located,
+            moments={},
+            kept={},
+            inputs={},
+            every=1,
+            shapes=shapes,
+            samples=check_on,
+            batch=1,
+            seed=run.options.seed,
+        )
     kinds = run.options.forms or KINDS
     planned = {name for name, choice in plan.choices.items() if not choice.form.dense} if plan else set()
     return calibrate(
@@ -219,7 +220,7 @@ def _calibrate(
         layers,
         fit_on,
         weight_of,
-        asked=lambda layer: layer.name in planned or bool(run.target.forms(layer, kinds)),
+        asked=lambda layer: layer.output in planned or bool(run.target.forms(layer, kinds)),
         seed=run.options.seed,
         progress=run.progress,
     )
@@ -325,9 +326,9 @@ def _verify(
 
 def _held(found: Verification, layers: Sequence[Layer], factors: Mapping[str, Factors]) -> int:
     """Parameters that a model in codes stands for: numbers of factors and entries, not bytes."""
-    rewritten = [layer for layer in layers if layer.name in factors]
-    held = {layer.name: price(layer, factors[layer.name].form).parameters for layer in rewritten}
-    return found.before.parameters - sum(price(x, Form()).parameters - held[x.name] for x in rewritten)
+    rewritten = [layer for layer in layers if layer.output in factors]
+    held = {layer.output: price(layer, factors[layer.output].form).parameters for layer in rewritten}
+    return found.before.parameters - sum(price(x, Form()).parameters - held[x.output] for x in rewritten)
 
 
 def _no_gain(run: Run, found: Verification) -> str:

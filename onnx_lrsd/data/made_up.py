@@ -60,4 +60,6 @@ def made_up(
             constants[spec.name] = layout[spec.name].lay_out(values)
         else:
             arrays[spec.name] = values
-    return Samples(arrays, constants, None, "made up", fixed, (), layout)
+    return Samples(
+        arrays=arrays, constants=constants, labels=None, source="made up", fixed=fixed, notes=(), slots=layout
+    )

@@ -23,7 +23,7 @@ RUN_BYTES, ACTIVATIONS_PER_INPUT = 64 << 20, 16
 the high side, for each byte of input."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Samples:
     """Samples for a model: input name -> array whose first axis counts samples.
 
@@ -261,7 +261,16 @@ class _Gathered:
             why = f"the model takes batches of {fixed}" if (fixed or 1) > 1 else "one is needed to verify on"
             least = 2 * (fixed or 1)
             raise DataError(f"{self.source} holds {_counted(count)} but {why}: give at least {least}.")
-        found = Samples(arrays, constants, labels, self.source, fixed, tuple(notes), self.slots, labelled)
+        found = Samples(
+            arrays=arrays,
+            constants=constants,
+            labels=labels,
+            source=self.source,
+            fixed=fixed,
+            notes=tuple(notes),
+            slots=self.slots,
+            labelled=labelled,
+        )
         return found if whole == count or not arrays else found.take(slice(whole))
 
     def _joined(self, name: str, parts: Sequence[Values]) -> Values:

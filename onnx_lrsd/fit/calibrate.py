@@ -51,7 +51,7 @@ Values = npt.NDArray[Any]
 WeightOf = Callable[[Layer], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """What one run over the calibration samples taught.
 
@@ -119,28 +119,38 @@ def calibrate(
     for layer in watched:
         wanted = _wanted(layer, samples.count)
         if not _keeps_inputs(layer):
-            inputs[layer.name] = np.empty((-(-wanted // every), layer.m), np.float32)
-        strides[layer.name] = _stride(layer, wanted, samples)
-        accumulators[layer.name] = MomentAccumulator(layer, -(-wanted // strides[layer.name]))
-        kept[layer.name] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
+            inputs[layer.output] = np.empty((-(-wanted // every), layer.m), np.float32)
+        strides[layer.output] = _stride(layer, wanted, samples)
+        accumulators[layer.output] = MomentAccumulator(layer, -(-wanted // strides[layer.output]))
+        kept[layer.output] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
         if not _keeps_inputs(layer) and layer.op != "Conv":
-            weights[layer.name] = _single(weight_of(layer))
+            weights[layer.output] = _single(weight_of(layer))
     done = dict.fromkeys(accumulators, 0)
-    into = {layer.name: kept[layer.name] for layer in watched if _keeps_inputs(layer)}
+    into = {layer.output: kept[layer.output] for layer in watched if _keeps_inputs(layer)}
     outputs = {name: rows for name, rows in kept.items() if name not in into and name not in weights}
     runs = _runs(model, watched, samples, batch, outputs, Relay(), ())
     for layer, rows in _observe(runs, watched, samples, seed, into, outputs, progress):
-        start, stop = done[layer.name], done[layer.name] + len(rows)
-        if layer.name in weights:
-            _outputs(rows, weights[layer.name], kept[layer.name][start:stop])
-        if layer.name in inputs:
-            inputs[layer.name][_which(start, stop, every)] = _nth(rows, start, every)
-        accumulators[layer.name].add(_nth(rows, start, strides[layer.name]))  # wherever the batches end
-        done[layer.name] = stop
+        start, stop = done[layer.output], done[layer.output] + len(rows)
+        if layer.output in weights:
+            _outputs(rows, weights[layer.output], kept[layer.output][start:stop])
+        if layer.output in inputs:
+            inputs[layer.output][_which(start, stop, every)] = _nth(rows, start, every)
+        accumulators[layer.output].add(_nth(rows, start, strides[layer.output]))  # wherever the batches end
+        done[layer.output] = stop
     kept = {name: values[: done[name]] for name, values in kept.items()}
     inputs |= {name: kept[name][::every] for name in into}
     moments = _results(accumulators, samples)
-    return Calibration(located, moments, kept, inputs, every, shapes, samples, batch, seed)
+    return Calibration(
+        layers=located,
+        moments=moments,
+        kept=kept,
+        inputs=inputs,
+        every=every,
+        shapes=shapes,
+        samples=samples,
+        batch=batch,
+        seed=seed,
+    )
 
 
 def recalibrate(
@@ -163,22 +173,24 @@ def recalibrate(
     ``layers`` and ``later`` ones may change.
     """
     samples, kept, every = reference.samples, dict(reference.kept), reference.every
-    done = dict.fromkeys((layer.name for layer in layers), 0)
+    done = dict.fromkeys((layer.output for layer in layers), 0)
     for layer in layers:
         if _keeps_inputs(layer):
-            rows = kept[layer.name]
+            rows = kept[layer.output]
             outputs = np.empty((len(rows), layer.n), np.float32)
-            kept[layer.name] = _outputs(rows, _single(weight_of(layer)), outputs)
-    accumulators = {layer.name: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in layers}
-    into = {la.name: np.empty((len(kept[la.name]), la.m), np.float32) for la in layers if la.name in paired}
-    changing = {name for layer in (*layers, *later) for name in (layer.name, layer.weight)}
+            kept[layer.output] = _outputs(rows, _single(weight_of(layer)), outputs)
+    accumulators = {layer.output: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in layers}
+    into = {
+        la.output: np.empty((len(kept[la.output]), la.m), np.float32) for la in layers if la.output in paired
+    }
+    changing = {name for layer in (*layers, *later) for name in (layer.output, layer.weight)}
     handed = [] if relay is None else frontier(model.proto, changing)
     runs = _runs(model, layers, samples, reference.batch, (), relay or Relay(), handed)
     for layer, rows in _observe(runs, layers, samples, reference.seed, into, {}):
-        start, stop = done[layer.name], done[layer.name] + len(rows)
-        _nth(rows, start, every)[:] = reference.inputs[layer.name][_which(start, stop, every)]
-        accumulators[layer.name].add(rows, kept[layer.name][start:stop])
-        done[layer.name] = stop
+        start, stop = done[layer.output], done[layer.output] + len(rows)
+        _nth(rows, start, every)[:] = reference.inputs[layer.output][_which(start, stop, every)]
+        accumulators[layer.output].add(rows, kept[layer.output][start:stop])
+        done[layer.output] = stop
     return _results(accumulators, samples), {name: (rows, kept[name]) for name, rows in into.items()}
 
 
@@ -262,14 +274,14 @@ def _observe(
     overwritten by the next ones. Outputs of the convolutions in ``outputs`` are gathered there.
     """
     seen = dict.fromkeys(outputs, 0)
-    buffers = {layer.name: into.get(layer.name, np.empty((0, layer.m), np.float32)) for layer in layers}
+    buffers = {layer.output: into.get(layer.output, np.empty((0, layer.m), np.float32)) for layer in layers}
     given = dict.fromkeys(buffers, 0)
     filled = dict.fromkeys(buffers, 0)
     first = 0
     for count, real, activations in _ahead(runs):
         last = first + count == samples.count
         for layer in layers:
-            name, values = layer.name, activations[layer.input]
+            name, values = layer.output, activations[layer.input]
             positions = _positions(layer, values.shape, real, first, count, samples.count, seed)
             start, stop = filled[name], filled[name] + len(positions)
             if stop > len(buffers[name]):  # batches but the last are alike: once, as a rule

@@ -60,8 +60,8 @@ def reconstruct(
     refitted alone has factors of a dense form.
     """
     graph = model.graph()
-    chosen = [layer for layer in layers if layer.name in forms]
-    limits = rectifiers(graph, [layer.name for layer in chosen])
+    chosen = [layer for layer in layers if layer.output in forms]
+    limits = rectifiers(graph, [layer.output for layer in chosen])
     read = readers(graph, chosen, layers)
     if calibration is not None:
         chosen = _with_dense(graph, layers, forms, weight_of, calibration)
@@ -71,23 +71,25 @@ def reconstruct(
     for stage in _stages(chosen):
         moments, pairs = dict[str, Moments](), dict[str, tuple[Rows, Rows]]()
         if calibration is not None:
-            behind = [layer.name for layer in stage if layer.name in limits]
+            behind = [layer.output for layer in stage if layer.output in limits]
             later = chosen[done:]
             moments, pairs = recalibrate(rewritten, stage, calibration, weight_of, behind, relay, later)
         for layer in stage:
             weight, bias = weight_of(layer)
-            known, form = moments.get(layer.name), forms.get(layer.name)
+            known, form = moments.get(layer.output), forms.get(layer.output)
             if form is None:
                 problem = pose(layer, weight, bias, known, device, pull=PULL)
                 factors = refit(problem) if problem.error(to_device(weight, device)) > TOUCHED else None
             else:
-                outputs = _output_metric(layer, read.get(layer.name, ()), weight_of)
+                outputs = _output_metric(layer, read.get(layer.output, ()), weight_of)
                 entries = form.pattern.kind == UNSTRUCTURED
                 problem = pose(layer, weight, bias, known, device, outputs, entries)
-                seen = Rectified(*pairs[layer.name], *limits[layer.name]) if layer.name in pairs else None
+                seen = (
+                    Rectified(*pairs[layer.output], *limits[layer.output]) if layer.output in pairs else None
+                )
                 factors = decompose(problem, form, rectified=seen)
             if factors is not None:
-                fitted[layer.name] = factors
+                fitted[layer.output] = factors
                 split(graph, layer, factors)
             done += 1
             if progress is not None:
@@ -118,10 +120,10 @@ def _with_dense(
         samples = calibration.samples
         if layer.positions * samples.count * samples.filled < ROWS_TO_REFIT * layer.m:
             return False
-        return layer.name in calibration.kept and (layer.op != "MatMul" or bool(weight_of(layer)[1].any()))
+        return layer.output in calibration.kept and (layer.op != "MatMul" or bool(weight_of(layer)[1].any()))
 
     for layer in layers:
-        if layer.name in forms or (found and may_be_refitted(layer)):
+        if layer.output in forms or (found and may_be_refitted(layer)):
             found.append(layer)
     return found
 

@@ -53,7 +53,7 @@ def sensitivities(
     everything. Several outputs add up. Empty where no output is a floating number, or nothing was lost.
     Layers whose form has single entries are left out, which take too long to fit, but for those of few rows.
     """
-    probes = [(layer, _probe(layer, forms.get(layer.name), moments.get(layer.name))) for layer in layers]
+    probes = [(layer, _probe(layer, forms.get(layer.output), moments.get(layer.output))) for layer in layers]
     chosen = [(layer, form) for layer, form in probes if form is not None]
     wanted = max(FEWEST, min(MOST_SAMPLES, RUNS * samples.count // max(len(chosen), 1)))
     if samples.count >= wanted + 2 * samples.smallest_batch:
@@ -61,13 +61,13 @@ def sensitivities(
     before = final_outputs(model, samples)
     found = {}
     for done, (layer, form) in enumerate(chosen):
-        problem = pose(layer, *weight_of(layer), moments.get(layer.name), device)
+        problem = pose(layer, *weight_of(layer), moments.get(layer.output), device)
         factors = decompose(problem, form, effort="brief")
         graph = model.graph()
         split(graph, layer, factors)
         moved = movement(before, final_outputs(model.splice(graph), samples))
         if factors.error > 0 and moved > 0:
-            found[layer.name] = moved / factors.error
+            found[layer.output] = moved / factors.error
         if progress is not None:
             progress("sensitivity", done + 1, len(chosen))
     middle = float(np.median(list(found.values()))) if found else 0.0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import ModelError
+from onnx_lrsd.facts import Int8, Verification
 from onnx_lrsd.graph.model import Model, check
 from onnx_lrsd.int8.quantise import Quantised, quantise
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.plan.planner import Fit, Forms
 from onnx_lrsd.run import Run
 from onnx_lrsd.runtime.session import saturates
-from onnx_lrsd.types import Factors, Int8, Progress, Verification
+from onnx_lrsd.types import Factors, Progress
 
 TOLERANCE = 0.01
 """Output error that int8 may add, where the user names none for the whole."""

@@ -17,12 +17,13 @@ import onnx
 
 from onnx_lrsd.data.samples import Samples, as_fed, batch_to_run
 from onnx_lrsd.errors import DataError, LrsdError, VerificationError
+from onnx_lrsd.facts import ModelCost, OutputError, ScoreChange, Verification
 from onnx_lrsd.graph.model import Model, model_bytes
 from onnx_lrsd.passes.count import compute_tensors, macs, parameters
 from onnx_lrsd.runtime.divergence import Divergence, is_scores
 from onnx_lrsd.runtime.session import open_session, shapes
 from onnx_lrsd.runtime.timing import FEWEST_ROUNDS, busy_clock, pair_latency
-from onnx_lrsd.types import Cost, Metric, OutputError, Price, Progress, Score, Verification
+from onnx_lrsd.types import Price, Progress, Score
 
 TRIAL_SECONDS, COMPARE_SECONDS = 0.25, 4.0
 STARTS = 6
@@ -55,14 +56,14 @@ def total_price(model: Model, samples: Samples) -> Price:
     return Price(found.macs, found.parameters, found.bytes)
 
 
-def cost(model: Model, path_bytes: int, feed: Feed, samples: int = 1) -> Cost:
+def cost(model: Model, path_bytes: int, feed: Feed, samples: int = 1) -> ModelCost:
     """What ``model`` costs for each of the ``samples`` in ``feed``; latency is left open.
 
     MACs are counted from the shapes of a real run. Raises as ``runtime.shapes`` does.
     """
     known = shapes(model.proto, feed, compute_tensors(model.proto), model.folder)
     total = sum(macs(model.proto, known).values())
-    return Cost(path_bytes, parameters(model.proto), round(total / samples), None)
+    return ModelCost(path_bytes, parameters(model.proto), round(total / samples), None)
 
 
 def compare(
@@ -115,7 +116,15 @@ def compare(
         )
     )
     ratio, interval = (pace.ratio, pace.interval) if pace else (None, None)
-    return Verification(one, two, ratio, interval, outputs, samples.count, score)
+    return Verification(
+        before=one,
+        after=two,
+        latency_ratio=ratio,
+        latency_interval=interval,
+        outputs=outputs,
+        samples=samples.count,
+        metric=score,
+    )
 
 
 def time_pair(
@@ -234,7 +243,9 @@ def _classes(outputs: Mapping[str, Any], size: int) -> list[int]:
     return []
 
 
-def _score(old: list[int], new: list[int], labels: npt.NDArray[Any], metric: str | None) -> Metric | None:
+def _score(
+    old: list[int], new: list[int], labels: npt.NDArray[Any], metric: str | None
+) -> ScoreChange | None:
     if len(old) != len(labels) or len(new) != len(labels):
         if metric is None:
             return None
@@ -244,7 +255,7 @@ def _score(old: list[int], new: list[int], labels: npt.NDArray[Any], metric: str
 
 def _scored(
     score: Score, old: list[Feed], new: list[Feed], labels: npt.NDArray[Any], samples: Samples
-) -> Metric:
+) -> ScoreChange:
     """The user's own score of both, and the 95 % interval of the difference.
 
     A function with a parameter ``inputs`` gets the samples, (count, ...) by name of the input.
@@ -273,10 +284,10 @@ def _scored(
     spread = 1.96 * float(np.sqrt((groups - 1) * np.var(left_out)))
     middle = whole[1] - whole[0]
     name = getattr(score, "__name__", "metric")
-    return Metric(name, *whole, count, (middle - spread, middle + spread))
+    return ScoreChange(name, *whole, count, (middle - spread, middle + spread))
 
 
-def _top1(old: Classes, new: Classes, labels: npt.NDArray[Any]) -> Metric:
+def _top1(old: Classes, new: Classes, labels: npt.NDArray[Any]) -> ScoreChange:
     """Top-1 of both, and the 95 % interval of the difference, from the samples where only one is right.
 
     Half a sample is added to each of the four cells of the paired table, so that a handful of samples,
@@ -291,7 +302,7 @@ def _top1(old: Classes, new: Classes, labels: npt.NDArray[Any]) -> Metric:
     half = 1.96 * float(np.sqrt(((won + lost + 1) / total - centre**2) / total))
     difference = (won - lost) / count
     interval = min(max(centre - half, -1.0), difference), max(min(centre + half, 1.0), difference)
-    return Metric("top1", float(right.mean()), float(still.mean()), count, interval)
+    return ScoreChange("top1", float(right.mean()), float(still.mean()), count, interval)
 
 
 def _same_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> None:

@@ -57,7 +57,7 @@ def anatomy(
             values = {layer.input: rng.standard_normal(shape).astype(layer.dtype)}
             nodes = kernels(alone, values, folder=model.folder, runs=RUNS)
             known[key] = unrecorded(node for node in nodes if node.op not in LAYOUT)
-        found[layer.name] = known[key] / size
+        found[layer.output] = known[key] / size
     whole = _whole(model, feed) / size
     fitting = min(1.0, whole / max(sum(found.values()), 1e-12))  # alone they can seem to take more than all
     return Anatomy(whole, {name: seconds * fitting for name, seconds in found.items()})

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import median
 
 from onnx_lrsd.errors import VerificationError
+from onnx_lrsd.facts import LoadCost
 from onnx_lrsd.graph.model import Model, save
-from onnx_lrsd.types import Loading
 
 STARTS = 3
 CODE = """
@@ -23,7 +23,7 @@ print(json.dumps([time.perf_counter() - start, peak_memory()]))
 """
 
 
-def loading(model: Model) -> Loading:
+def loading(model: Model) -> LoadCost:
     """Median seconds of opening ``model`` from its file, and peak memory of the process that does so.
 
     Raises VerificationError where the process fails.
@@ -32,7 +32,7 @@ def loading(model: Model) -> Loading:
         path = Path(folder) / "model.onnx"
         save(model, path)
         found = [_once(path) for _ in range(STARTS)]
-    return Loading(median(s for s, _ in found), round(median(b for _, b in found)))
+    return LoadCost(median(s for s, _ in found), round(median(b for _, b in found)))
 
 
 def _once(path: Path) -> tuple[float, float]:

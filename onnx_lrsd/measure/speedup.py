@@ -39,18 +39,18 @@ def speedups(
 
     ``shapes`` are those of the layers' inputs; ``known`` keeps results between calls.
     """
-    chosen = [layer for layer in layers if layer.name in forms]
+    chosen = [layer for layer in layers if layer.output in forms]
     rewritten = _rewritten(model, chosen, forms)
     found: dict[str, float] = {}
     rng = np.random.default_rng(0)
     for done, layer in enumerate(chosen):
         shape = shapes[layer.input]
-        key = (layer.op, layer.shape, layer.strides, layer.pads, layer.dilations, shape, forms[layer.name])
+        key = (layer.op, layer.shape, layer.strides, layer.pads, layer.dilations, shape, forms[layer.output])
         if key not in known:
             feed = {layer.input: rng.standard_normal(shape).astype(layer.dtype)}
             before, after = isolate(model.proto, layer, shape), isolate(rewritten.proto, layer, shape)
             known[key] = time_pair(before, after, feed, folder=model.folder)[0]
-        found[layer.name] = known[key]
+        found[layer.output] = known[key]
         if progress is not None:
             progress("trial", done + 1, len(chosen))
     return found
@@ -65,12 +65,12 @@ def speedups_within(
     models are lined up by their names; a stretch that differs, with the one behind it, is its layers' work.
     Layers in one stretch have one ratio; those that left no trace have none.
     """
-    chosen = [layer for layer in layers if layer.name in forms]
+    chosen = [layer for layer in layers if layer.output in forms]
     rewritten = _rewritten(model, chosen, forms, whole=True)
     feed = next(iter(samples.batches(1)))
     old, new = (kernels(x.proto, feed, folder=model.folder) for x in (model, rewritten))
     before, after = ([kernel.name for kernel in each] for each in (old, new))
-    owners = {k: layer.name for k in after for layer in chosen if k.startswith(f"{layer.node}/lrsd/")}
+    owners = {k: layer.output for k in after for layer in chosen if k.startswith(f"{layer.name}/lrsd/")}
     found: dict[str, float] = {}
     for what, i, i_end, j, j_end in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
         stretch = old[i : i_end + 1], new[j : j_end + 1]
@@ -84,7 +84,7 @@ def whole_speedup(
     model: Model, layers: Sequence[Layer], forms: Mapping[str, Form], samples: Samples, seconds: float
 ) -> float:
     """How many times faster the whole model gets with ``forms``, measured on one smallest batch."""
-    chosen = [layer for layer in layers if layer.name in forms]
+    chosen = [layer for layer in layers if layer.output in forms]
     rewritten = _rewritten(model, chosen, forms, whole=True)
     feed = next(iter(samples.batches(1)))
     pair = model.proto, rewritten.proto
@@ -96,15 +96,15 @@ def _rewritten(
 ) -> Model:
     graph = model.graph()
     for layer in layers:
-        split(graph, layer, placeholder(layer, forms[layer.name]))
+        split(graph, layer, placeholder(layer, forms[layer.output]))
     if whole:
-        order_sums(graph, [layer.name for layer in layers if forms[layer.name].channels])
+        order_sums(graph, [layer.output for layer in layers if forms[layer.output].channels])
     return model.splice(graph)
 
 
 def placeholder(layer: Layer, form: Form) -> Factors:
     """Random factors of the right shapes that keep the variance of their inputs, and a small bias."""
-    rng = np.random.default_rng(list(layer.name.encode()))
+    rng = np.random.default_rng(list(layer.output.encode()))
     kernels: tuple[np.ndarray, ...] = ()
     if form.rank:
         groups = shared_groups(layer.kernel, form.kind)
@@ -112,7 +112,13 @@ def placeholder(layer: Layer, form: Form) -> Factors:
         kernels = tuple(_random(k.shape, rng) for k in factor_kernels(layer, form.kind, v, h, form.outer))
     channels = layer.channels if form.pattern.kind in (UNSTRUCTURED, N_OF_M) else form.channels
     sparse = _random((layer.n, channels, *layer.kernel), rng) if channels else None
-    return Factors(form, kernels, rng.standard_normal(layer.n) / 10, sparse, tuple(range(channels)))
+    return Factors(
+        form=form,
+        kernels=kernels,
+        bias=rng.standard_normal(layer.n) / 10,
+        sparse=sparse,
+        channels=tuple(range(channels)),
+    )
 
 
 def _random(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

@@ -51,15 +51,16 @@ def allocate(
     met, when even the cheapest points cost more.
 
     >>> from onnx_lrsd.types import COSTS, Form, Layer, Price
-    >>> layer = Layer("y", "dense", "Gemm", "x", "w", (64, 64), "float32", 64, 64)
+    >>> weight = {"weight": "w", "shape": (64, 64), "dtype": "float32", "n": 64, "m": 64}
+    >>> layer = Layer(output="y", name="dense", op="Gemm", input="x", **weight)
     >>> dense = Point(Form(), 0.0, Price(4096, 4096, 16384))
     >>> split = Point(Form("channel", 16), 0.01, Price(2048, 2048, 8192))
     >>> chosen = allocate([ErrorCurve(layer, (dense, split))], 3000, 0, COSTS["macs"])
     >>> str(chosen["y"].form)
     'channel 16'
     """
-    weights = {c.layer.name: 1.0 if sensitivity is None else sensitivity[c.layer.name] for c in curves}
-    hulls = {c.layer.name: lower_hull(c.points, cost) for c in curves}
+    weights = {c.layer.output: 1.0 if sensitivity is None else sensitivity[c.layer.output] for c in curves}
+    hulls = {c.layer.output: lower_hull(c.points, cost) for c in curves}
     steps = []
     for name, hull in hulls.items():
         for index, (dear, cheap) in enumerate(pairwise(hull)):
@@ -102,7 +103,7 @@ def spend(
     while True:
         best: tuple[float, str, Point] | None = None
         for curve in curves:
-            name, present = curve.layer.name, chosen[curve.layer.name]
+            name, present = curve.layer.output, chosen[curve.layer.output]
             for point in curve.points:
                 extra = cost(point) - cost(present)
                 saved = (present.error - point.error) * (1.0 if sensitivity is None else sensitivity[name])

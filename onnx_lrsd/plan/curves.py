@@ -25,11 +25,11 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
     for done, layer in enumerate(known.layers):
         dense = _point(run.target, layer, Form(DENSE), 0.0)
         forms = run.target.forms(layer, kinds)
-        moments = known.moments.get(layer.name)
+        moments = known.moments.get(layer.output)
         if not forms:
-            run.reasons[layer.name] = NO_FORM if run.target.curve is None else NO_STORAGE
+            run.reasons[layer.output] = NO_FORM if run.target.curve is None else NO_STORAGE
         elif moments is not None and not np.isfinite(moments.mean).all():
-            run.reasons[layer.name] = "its input is not finite on the calibration data"
+            run.reasons[layer.output] = "its input is not finite on the calibration data"
             forms = ()
         points = [dense]
         if forms:
@@ -38,7 +38,7 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
             found = errors(problem, forms) if curve is None else curve(problem, kinds, run.weights)
             points += [_point(run.target, layer, f, e) for f, e in found.items() if e <= MOST_ERROR]
             if len(points) == 1:
-                run.reasons[layer.name] = "every smaller form loses too much of its output"
+                run.reasons[layer.output] = "every smaller form loses too much of its output"
         curves.append(ErrorCurve(layer, tuple(points)))
         if run.progress is not None:
             run.progress("curves", done + 1, len(known.layers))
@@ -53,7 +53,7 @@ def with_seconds(curves: list[ErrorCurve], measured: Anatomy) -> list[ErrorCurve
     """The curves with ``price.seconds``: the measured time of the dense layer times the predicted ratio."""
     return [
         ErrorCurve(curve.layer, tuple(_timed(p, curve.points[0].time, seconds) for p in curve.points))
-        if (seconds := measured.layers.get(curve.layer.name)) is not None
+        if (seconds := measured.layers.get(curve.layer.output)) is not None
         else curve
         for curve in curves
     ]

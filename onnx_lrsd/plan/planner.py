@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.facts import Verification
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.measure.speedup import CLEARLY, speedups, speedups_within, whole_speedup
@@ -17,19 +18,7 @@ from onnx_lrsd.plan.allocate import allocate, by_time, spend
 from onnx_lrsd.plan.search import Drop, bearable, drop_of, search
 from onnx_lrsd.run import Run
 from onnx_lrsd.targets import price
-from onnx_lrsd.types import (
-    COSTS,
-    DENSE,
-    N_OF_M,
-    UNSTRUCTURED,
-    ErrorCurve,
-    Factors,
-    Form,
-    Layer,
-    Point,
-    Price,
-    Verification,
-)
+from onnx_lrsd.types import COSTS, DENSE, N_OF_M, UNSTRUCTURED, ErrorCurve, Factors, Form, Layer, Point, Price
 
 ROUNDS = 4
 """Allocations at most, each without the forms that the one before found to be no faster."""
@@ -71,7 +60,7 @@ class Planner:
         self.whole = self.cost(Point(Form(DENSE), 0.0, total))
         self.rest = max(self.whole - sum(self.cost(curve.points[0]) for curve in curves), 0.0)
         self.times: dict[object, float] = {}
-        self.sensitivity = dict.fromkeys((curve.layer.name for curve in curves), 1.0)
+        self.sensitivity = dict.fromkeys((curve.layer.output for curve in curves), 1.0)
 
     def weigh(self, measure: Callable[[Forms], dict[str, float]]) -> None:
         """Sensitivities of the layers: at a moderate error of each, then at the forms that these lead to.
@@ -83,8 +72,8 @@ class Planner:
         for curve in self.curves:
             smaller = [point for point in curve.points if not point.form.dense and point.error > 0]
             if smaller:
-                moderate[curve.layer.name] = min(smaller, key=_far_from_moderate).form
-        able = [curve.layer for curve in self.curves if curve.layer.name in moderate]
+                moderate[curve.layer.output] = min(smaller, key=_far_from_moderate).form
+        able = [curve.layer for curve in self.curves if curve.layer.output in moderate]
         behind = unavoidable(self.source.graph(), able)
 
         def left(forms: Forms) -> dict[str, float]:
@@ -228,7 +217,7 @@ class Planner:
         if not slow:
             slow, where = self._slow_within(layers, chosen), " within the model"
         for index, curve in enumerate(self.curves):
-            name = curve.layer.name
+            name = curve.layer.output
             if name in slow:
                 form = chosen[name]
                 self.run.reasons[name] = f"as {form} it ran {slow[name]:.2f} times as fast as before{where}"

@@ -15,10 +15,10 @@ def make_plan(run: Run, curves: Sequence[ErrorCurve], chosen: Mapping[str, Form]
     """The plan that gives the layers in ``chosen`` their forms; every other one says why it stays dense."""
     choices = {}
     for curve in curves:
-        form = chosen.get(curve.layer.name, Form(DENSE))
+        form = chosen.get(curve.layer.output, Form(DENSE))
         point = next(p for p in curve.points if p.form == form)
-        reason = "" if not form.dense else run.reasons.get(curve.layer.name, NOT_NEEDED)
-        choices[curve.layer.name] = Choice(form, point.error, curve.points[0].price, point.price, reason)
+        reason = "" if not form.dense else run.reasons.get(curve.layer.output, NOT_NEEDED)
+        choices[curve.layer.output] = Choice(form, point.error, curve.points[0].price, point.price, reason)
     return Plan(run.options.target, run.cost, choices)
 
 
@@ -29,7 +29,7 @@ def forms_of(plan: Plan, layers: Sequence[Layer]) -> dict[str, Form]:
             raise DataError(
                 f"The plan asks for {asked}, which is none of {', '.join(offered)}: change it there."
             )
-    known = {layer.name: layer for layer in layers}
+    known = {layer.output: layer for layer in layers}
     forms = {name: choice.form for name, choice in plan.choices.items() if not choice.form.dense}
     for name, form in forms.items():
         if name not in known:

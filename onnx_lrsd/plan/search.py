@@ -7,7 +7,7 @@ from math import inf, log
 from typing import NamedTuple, TypeVar
 
 from onnx_lrsd.errors import BudgetError
-from onnx_lrsd.types import Verification
+from onnx_lrsd.facts import Verification
 
 SEARCHES = 6
 """Fits of the whole model that a search may take."""

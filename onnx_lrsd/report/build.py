@@ -7,26 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from onnx_lrsd.data.samples import Samples
+from onnx_lrsd.facts import LayerReport, Promise, Report, Verification
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.run import NOT_NEEDED, REFITTED, Run
 from onnx_lrsd.solver.pattern import nonzeros
 from onnx_lrsd.targets import price
-from onnx_lrsd.types import (
-    COSTS,
-    DENSE,
-    N_OF_M,
-    Declined,
-    Factors,
-    Form,
-    Layer,
-    LayerReport,
-    Plan,
-    Point,
-    Price,
-    Promise,
-    Report,
-    Verification,
-)
+from onnx_lrsd.types import COSTS, DENSE, N_OF_M, Declined, Factors, Form, Layer, Plan, Point, Price
 
 
 def make_report(
@@ -41,7 +27,7 @@ def make_report(
     verification: Verification | None,
 ) -> Report:
     """Everything there is to say; ``factors`` holds the layers that were rewritten in the end."""
-    rows = [_layer_report(layer, plan, factors.get(layer.name), run.reasons) for layer in layers]
+    rows = [_layer_report(layer, plan, factors.get(layer.output), run.reasons) for layer in layers]
     rows += [_declined_report(entry) for entry in declined]
     versions = {}
     for package in ("onnx-lrsd", "onnx", "onnxruntime", "onnx-graphsurgeon", "numpy"):
@@ -50,25 +36,25 @@ def make_report(
         except PackageNotFoundError:
             continue
     return Report(
-        str(source.path or "model"),
-        str(output or ""),
-        plan.target,
-        plan.cost,
-        0 if fit_on is None else fit_on.count,
-        "" if fit_on is None else fit_on.source,
-        verification,
-        None
+        input=str(source.path or "model"),
+        output=str(output or ""),
+        target=plan.target,
+        cost=plan.cost,
+        calibration_samples=0 if fit_on is None else fit_on.count,
+        calibration_source="" if fit_on is None else fit_on.source,
+        verification=verification,
+        promise=None
         if verification is None
         else _promise(run, plan, verification, bool(factors) or run.int8 is not None),
-        tuple(rows),
-        run.int8,
-        run.loading,
-        tuple(run.warnings),
-        dict(run.seconds),
-        versions,
-        run.engine,
-        _predicted(run, plan, factors if verification is not None else plan.choices),
-        run.table if run.whole is not None else "",
+        layers=tuple(rows),
+        int8=run.int8,
+        loading=run.loading,
+        warnings=tuple(run.warnings),
+        seconds=dict(run.seconds),
+        versions=versions,
+        engine=run.engine,
+        predicted=_predicted(run, plan, factors if verification is not None else plan.choices),
+        table=run.table if run.whole is not None else "",
     )
 
 
@@ -108,40 +94,56 @@ def _promise(run: Run, plan: Plan, found: Verification, smaller: bool) -> Promis
 def _layer_report(
     layer: Layer, plan: Plan, factors: Factors | None, reasons: Mapping[str, str]
 ) -> LayerReport:
-    choice = plan.choices.get(layer.name)
+    choice = plan.choices.get(layer.output)
     before = price(layer, Form(DENSE))
     form = Form(DENSE)
-    error, reason = 0.0, reasons.get(layer.name) or (choice.reason if choice else "") or NOT_NEEDED
+    error, reason = 0.0, reasons.get(layer.output) or (choice.reason if choice else "") or NOT_NEEDED
     if factors is not None and factors.form.dense:
         error, reason = factors.error, f"{reason}; {REFITTED}"
     elif factors is not None:
         form, error, reason = factors.form, factors.error, ""
-    elif choice is not None and not choice.form.dense and layer.name not in reasons:
+    elif choice is not None and not choice.form.dense and layer.output not in reasons:
         form, error, reason = choice.form, choice.error, "planned"
     after = price(layer, form)
     taps = layer.m // layer.channels
     return LayerReport(
-        layer.node,
-        layer.op,
-        layer.shape,
-        form.kind,
-        form.rank,
-        nonzeros(form.pattern, layer.n, layer.m, taps),
-        form.pattern.kind,
-        before.macs,
-        after.macs,
-        before.bytes,
-        after.bytes,
-        before.parameters,
-        after.parameters,
-        error,
-        reason,
-        form.pattern.count if form.pattern.kind == N_OF_M else 0,
-        form.pattern.block,
-        dict(form.weights),
-        form.entries,
+        name=layer.name,
+        op=layer.op,
+        shape=layer.shape,
+        form=form.kind,
+        rank=form.rank,
+        nonzeros=nonzeros(form.pattern, layer.n, layer.m, taps),
+        pattern=form.pattern.kind,
+        macs_before=before.macs,
+        macs_after=after.macs,
+        bytes_before=before.bytes,
+        bytes_after=after.bytes,
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        error=error,
+        reason=reason,
+        kept=form.pattern.count if form.pattern.kind == N_OF_M else 0,
+        of=form.pattern.block,
+        weights=dict(form.weights),
+        entries=form.entries,
     )
 
 
 def _declined_report(entry: Declined) -> LayerReport:
-    return LayerReport(entry.node, entry.op, (), DENSE, 0, 0, "none", 0, 0, 0, 0, 0, 0, 0.0, entry.reason)
+    return LayerReport(
+        name=entry.name,
+        op=entry.op,
+        shape=(),
+        form=DENSE,
+        rank=0,
+        nonzeros=0,
+        pattern="none",
+        macs_before=0,
+        macs_after=0,
+        bytes_before=0,
+        bytes_after=0,
+        parameters_before=0,
+        parameters_after=0,
+        error=0.0,
+        reason=entry.reason,
+    )

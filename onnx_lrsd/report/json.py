@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
 from onnx_lrsd.errors import DataError
+from onnx_lrsd.facts import Engine, Inspection, Int8, LayerReport, LoadCost, ModelCost, Report, Verification
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.types import (
     CHANNELS,
@@ -23,19 +24,11 @@ from onnx_lrsd.types import (
     NONE,
     UNSTRUCTURED,
     Choice,
-    Cost,
-    Engine,
     Form,
-    Inspection,
-    Int8,
     Layer,
-    LayerReport,
-    Loading,
     Pattern,
     Plan,
     Price,
-    Report,
-    Verification,
 )
 
 SCHEMA = 1
@@ -91,7 +84,7 @@ def inspection_to_json(found: Inspection, model: str) -> str:
         "model": {"input": model},
         "total": _price(found.total),
         "layers": [_inspected(layer, price) for layer, price in found.layers],
-        "declined": [{"name": d.node, "op": d.op, "reason": d.reason} for d in found.declined],
+        "declined": [{"name": d.name, "op": d.op, "reason": d.reason} for d in found.declined],
     }
     return _dump(facts)
 
@@ -235,7 +228,7 @@ def _int8(int8: Int8) -> Json:
     }
 
 
-def _loading(loading: tuple[Loading, Loading] | None) -> Json | None:
+def _loading(loading: tuple[LoadCost, LoadCost] | None) -> Json | None:
     return None if loading is None else {"before": asdict(loading[0]), "after": asdict(loading[1])}
 
 
@@ -247,7 +240,7 @@ def _metric(found: Verification | None) -> Json | None:
     return None if found is None or found.metric is None else asdict(found.metric)
 
 
-def _cost(cost: Cost) -> Json:
+def _cost(cost: ModelCost) -> Json:
     return asdict(cost)
 
 
@@ -265,7 +258,7 @@ def _layer(layer: LayerReport) -> Json:
 
 
 def _inspected(layer: Layer, price: Price) -> Json:
-    return {"name": layer.node, "op": layer.op, "shape": layer.shape, **_price(price)}
+    return {"name": layer.name, "op": layer.op, "shape": layer.shape, **_price(price)}
 
 
 def _choice(choice: Choice) -> Json:

@@ -12,19 +12,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from onnx_lrsd.storage import STORAGES
-from onnx_lrsd.targets.machine import MATRIX, Machine
-from onnx_lrsd.types import (
+from onnx_lrsd.facts import (
     Engine,
     Inspection,
     Int8,
     LayerReport,
-    Loading,
-    Metric,
+    LoadCost,
     Promise,
     Report,
+    ScoreChange,
     Verification,
 )
+from onnx_lrsd.storage import STORAGES
+from onnx_lrsd.targets.machine import MATRIX, Machine
 
 WIDTH = 100
 NAMES = 3
@@ -94,7 +94,7 @@ def inspection_table(found: Inspection, model: str, *, colour: bool = False, eve
     shown = found.layers if every else found.layers[:MOST_ROWS]
     rows: list[Row] = [
         (
-            layer.node,
+            layer.name,
             layer.op,
             "x".join(map(str, layer.shape)),
             _count(price.macs),
@@ -109,7 +109,7 @@ def inspection_table(found: Inspection, model: str, *, colour: bool = False, eve
     if found.declined:
         groups = defaultdict(list)
         for entry in found.declined:
-            groups[entry.reason].append(entry.node)
+            groups[entry.reason].append(entry.name)
         title = f"{_plural(len(found.declined), 'node')} left as they are:"
         parts.append("\n".join([title, *_grouped(groups, every)]))
     return "\n\n".join(parts)
@@ -230,7 +230,7 @@ def _engine(engine: Engine, ink: _Ink) -> str:
     return "\n".join([*lines, *map(_paragraph, engine.notes)])
 
 
-def _metric(metric: Metric) -> Row:
+def _metric(metric: ScoreChange) -> Row:
     low, high = (100 * bound for bound in metric.interval)
     points = 100 * (metric.after - metric.before)
     note = f"{low:+.2f} to {high:+.2f} at 95 %, {_plural(metric.samples, 'sample')}"
@@ -252,7 +252,7 @@ def _promise(promise: Promise, cost: str) -> str:
     return f"promise       {said}: {verdict}"
 
 
-def _loading(before: Loading, after: Loading) -> str:
+def _loading(before: LoadCost, after: LoadCost) -> str:
     """What decoding costs: when the model is opened, and where a runtime does not fold it."""
     peaks = f"{_size(before.peak_bytes)} -> {_size(after.peak_bytes)}"
     return _paragraph(

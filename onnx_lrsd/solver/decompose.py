@@ -87,7 +87,8 @@ def decompose(
 
     >>> import numpy as np, onnx_lrsd
     >>> from onnx_lrsd.types import Form, Layer
-    >>> layer = Layer("y", "dense", "Gemm", "x", "w", (8, 6), "float32", n=8, m=6)
+    >>> named = {"output": "y", "name": "dense", "op": "Gemm", "input": "x", "weight": "w"}
+    >>> layer = Layer(**named, shape=(8, 6), dtype="float32", n=8, m=6)
     >>> weight = np.outer(np.arange(8.0), np.ones(6))
     >>> factors = onnx_lrsd.decompose(onnx_lrsd.pose(layer, weight, np.zeros(8), None), Form("channel", 1))
     >>> v, u = factors.kernels
@@ -116,13 +117,13 @@ def decompose(
         sparse = wide[:, list(channels)]
     bias, error = _bias_and_error(problem, approximation, parts.shift)
     return Factors(
-        form,
-        tuple(to_numpy(kernel) for kernel in kernels),
-        to_numpy(bias),
-        sparse,
-        channels,
-        error,
-        parts.converged and bool(xp.all(xp.isfinite(approximation))),
+        form=form,
+        kernels=tuple(to_numpy(kernel) for kernel in kernels),
+        bias=to_numpy(bias),
+        sparse=sparse,
+        channels=channels,
+        error=error,
+        converged=parts.converged and bool(xp.all(xp.isfinite(approximation))),
     )
 
 
@@ -131,7 +132,14 @@ def refit(problem: Problem) -> Factors:
     layer = problem.layer
     bias, error = _bias_and_error(problem, problem.weight, None)
     weight = np.reshape(to_numpy(problem.weight), (layer.n, layer.channels, *layer.kernel))
-    return Factors(Form(DENSE), (), to_numpy(bias), weight, tuple(range(layer.channels)), error)
+    return Factors(
+        form=Form(DENSE),
+        kernels=(),
+        bias=to_numpy(bias),
+        sparse=weight,
+        channels=tuple(range(layer.channels)),
+        error=error,
+    )
 
 
 def _coded(
@@ -152,7 +160,7 @@ def _coded(
         aim = weight if shift is None else parts.product
         coded = code_factors(problem, form, parts.v, parts.h, parts.sparse, aim)
     bias, error = _bias_and_error(problem, coded.weight, shift)
-    return Factors(form, (), to_numpy(bias), error=error, packed=coded.packed)
+    return Factors(form=form, kernels=(), bias=to_numpy(bias), error=error, packed=coded.packed)
 
 
 def _bias_and_error(problem: Problem, weight: Array, shift: Array | None) -> tuple[Array, float]:
@@ -307,29 +315,29 @@ def check_form(layer: Layer, form: Form) -> None:
     groups = shared_groups(layer.kernel, form.kind)
     limit = min(layer.n * groups, layer.m // groups)
     if not 0 <= form.rank <= limit:
-        raise ValueError(f"rank {form.rank} of {layer.node} is not between 0 and {limit}")
+        raise ValueError(f"rank {form.rank} of {layer.name} is not between 0 and {limit}")
     outer = min(layer.n, form.rank * groups) if form.kind == TUCKER else 0
     if not min(outer, 1) <= form.outer <= outer:
         raise ValueError(
-            f"outer rank {form.outer} of {layer.node} is not between {min(outer, 1)} and {outer}"
+            f"outer rank {form.outer} of {layer.name} is not between {min(outer, 1)} and {outer}"
         )
     if form.channels >= layer.channels:
-        raise ValueError(f"{form.channels} channels for S of {layer.node}, which has {layer.channels} inputs")
+        raise ValueError(f"{form.channels} channels for S of {layer.name}, which has {layer.channels} inputs")
     check_pattern(form.pattern, layer.n, layer.m, prod(layer.kernel))
     if not form.rank and form.pattern == NONE:
-        raise ValueError(f"form {form} of {layer.node} has neither factors nor a sparse part")
+        raise ValueError(f"form {form} of {layer.name} has neither factors nor a sparse part")
 
 
 def _check_storages(layer: Layer, form: Form) -> None:
     rows = layer.n if form.kind == DENSE else form.rank
     if form.coded and sum(count for _, count in form.weights) != rows:
-        raise ValueError(f"the storages of {layer.node} do not add up to {rows}")
+        raise ValueError(f"the storages of {layer.name} do not add up to {rows}")
     names = [name for name, count in form.weights if count > 0] + ([form.entries] if form.entries else [])
     if len(names) < len(form.weights) or not set(names) <= set(STORAGES):
-        raise ValueError(f"the storages of {layer.node} are none of {', '.join(STORAGES)}")
+        raise ValueError(f"the storages of {layer.name} are none of {', '.join(STORAGES)}")
     if FP16.name in [name for name, _ in form.weights] and len(form.weights) > 1:
-        raise ValueError(f"fp16 mixes with no other storage in {layer.node}")
+        raise ValueError(f"fp16 mixes with no other storage in {layer.name}")
     if form.coded and (form.pattern.kind not in ("none", UNSTRUCTURED) or form.kind not in CODED_KINDS):
-        raise ValueError(f"form {form} of {layer.node} is none that codes are made for")
+        raise ValueError(f"form {form} of {layer.name} is none that codes are made for")
     if form.coded and bool(form.entries) != (form.pattern != NONE):
-        raise ValueError(f"the entries of S of {layer.node} need a storage")
+        raise ValueError(f"the entries of S of {layer.name} need a storage")

@@ -173,8 +173,8 @@ class MomentAccumulator:
             self._merge()
         if self._sums is None:
             m = self.layer.m
-            return Moments(self.layer.name, 0, np.zeros(m), np.zeros((m, m)))
-        return self._sums.moments(self.layer.name)
+            return Moments(name=self.layer.output, count=0, mean=np.zeros(m), second=np.zeros((m, m)))
+        return self._sums.moments(self.layer.output)
 
     def _thin_result(self) -> Moments:
         rows, targets = self._waiting()
@@ -182,13 +182,13 @@ class MomentAccumulator:
         mean = rows.mean(axis=0, dtype=np.float64) if count else np.zeros(self.layer.m)
         centred = rows - mean.astype(np.float32)
         if self._targets is None:
-            return Moments(self.layer.name, count, mean, rows=centred)
+            return Moments(name=self.layer.output, count=count, mean=mean, rows=centred)
         output_mean = targets.mean(axis=0, dtype=np.float64)
         difference = targets - output_mean.astype(np.float32)
         return Moments(
-            self.layer.name,
-            count,
-            mean,
+            name=self.layer.output,
+            count=count,
+            mean=mean,
             rows=centred,
             cross=(difference.T @ centred).astype(np.float64) / count,
             output_mean=output_mean,
@@ -230,12 +230,12 @@ class _Sums:
         second -= np.outer(shift.astype(np.float32), shift.astype(np.float32))
         mean = self.origin + shift
         if not len(target_shift):
-            return Moments(name, self.count, mean, second)
+            return Moments(name=name, count=self.count, mean=mean, second=second)
         return Moments(
-            name,
-            self.count,
-            mean,
-            second,
+            name=name,
+            count=self.count,
+            mean=mean,
+            second=second,
             cross=self.cross / np.float32(self.count) - np.outer(target_shift, shift).astype(np.float32),
             output_mean=self.target_origin + target_shift,
             output_energy=max(self.energy / self.count - float(target_shift @ target_shift), 0.0),

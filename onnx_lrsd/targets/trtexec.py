@@ -8,11 +8,11 @@ from pathlib import Path
 
 from onnx_lrsd.data.input_layout import Slot
 from onnx_lrsd.data.samples import Samples
+from onnx_lrsd.facts import Engine
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.passes.two_of_four import two_of_four
 from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.targets.tensorrt import BATCH
-from onnx_lrsd.types import Engine
 
 HALF = "float16"
 ROUNDED = (

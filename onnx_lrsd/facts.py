@@ -1,0 +1,169 @@
+"""What is said about a run: measured facts, plain and frozen, for every face of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from onnx_lrsd.types import DENSE, Declined, Layer, Price
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What became of one layer. ``form`` is 'dense' where it was left, and ``reason`` says why.
+
+    ``kept`` of each ``of`` input channels are not zero where the pattern is N:M. ``weights`` and
+    ``entries`` are the storages of a layer in codes, as in ``Form``.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    form: str
+    rank: int
+    nonzeros: int
+    pattern: str
+    macs_before: int
+    macs_after: int
+    bytes_before: int
+    bytes_after: int
+    parameters_before: int
+    parameters_after: int
+    error: float
+    reason: str = ""
+    kept: int = 0
+    of: int = 0
+    weights: Mapping[str, int] = field(default_factory=dict)
+    entries: str = ""
+
+    @property
+    def left(self) -> bool:
+        """Whether the layer has the form it had."""
+        return self.form == DENSE and not self.weights
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """|new - old|^2 / |old - E old|^2 over the held-out samples of one output of the model."""
+
+    name: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Measured facts of one model file: bytes of the file(s), parameters, MACs and latency of one run."""
+
+    bytes: int
+    parameters: int
+    macs: int
+    latency_ms: float | None
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What was asked for, what came out, and whether it holds."""
+
+    kind: str
+    asked: float
+    got: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class ScoreChange:
+    """A score of both models on the same labelled samples; ``interval`` is that of after - before."""
+
+    name: str
+    before: float
+    after: float
+    samples: int
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Two models side by side: measured, not predicted."""
+
+    before: ModelCost
+    after: ModelCost
+    latency_ratio: float | None
+    latency_interval: tuple[float, float] | None
+    outputs: tuple[OutputError, ...]
+    samples: int
+    metric: ScoreChange | None = None
+
+    @property
+    def error(self) -> float:
+        """Relative error of the output that changed most."""
+        return max((output.relative_error for output in self.outputs), default=0.0)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """What quantisation did: ``kept`` names the one of ``steps`` that is the result.
+
+    ``nodes`` are int8 in it; ``left`` are Conv, Gemm and MatMul that stay in float, by name, with the
+    relative error of the outputs were that one int8. ``steps``: low rank alone, int8 alone, both.
+    """
+
+    kept: str
+    nodes: int
+    left: Mapping[str, float]
+    steps: Mapping[str, Verification]
+
+
+@dataclass(frozen=True)
+class LoadCost:
+    """What it takes to open a model in ONNX Runtime: seconds, and peak memory of a fresh process in bytes."""
+
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What TensorRT is to be told: ``command`` builds the engine, by trtexec.
+
+    ``sparse`` are the nodes whose weight is 2:4, which sparse tensor cores may take.
+    """
+
+    command: str
+    sparse: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything the tool says about one run: schema 1 of the JSON, the table, nothing else.
+
+    ``predicted`` is the latency ratio that the table of a machine led to expect of the layers as they are
+    now, low rank alone; ``table`` says which table that was. None and empty where nothing was predicted.
+    """
+
+    input: str
+    output: str
+    target: str
+    cost: str
+    calibration_samples: int
+    calibration_source: str
+    verification: Verification | None
+    promise: Promise | None
+    layers: tuple[LayerReport, ...]
+    int8: Int8 | None = None
+    loading: tuple[LoadCost, LoadCost] | None = None
+    warnings: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    engine: Engine | None = None
+    predicted: float | None = None
+    table: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in a model: layers with their dense price, what was declined, and the whole."""
+
+    layers: tuple[tuple[Layer, Price], ...]
+    declined: tuple[Declined, ...]
+    total: Price
