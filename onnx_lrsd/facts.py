@@ -98,6 +98,11 @@ class Verification:
         """Relative error of the output that changed most."""
         return max((output.relative_error for output in self.outputs), default=0.0)
 
+    @property
+    def error_bound(self) -> float:
+        """The upper end of what the error may be on other samples: promises are held by it."""
+        return self.error
+
 
 @dataclass(frozen=True)
 class Int8:
