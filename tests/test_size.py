@@ -278,7 +278,7 @@ def test_some_rows_of_a_large_weight_tell_what_s_loses(
 ) -> None:
     whole = coded_errors(convolution, KINDS, "fp16")
     for name, value in {"FEWEST_ROWS": 32, "WORK": 1.0, "WORK_BESIDE": 1.0}.items():
-        monkeypatch.setattr(f"onnx_lrsd.solver.coded_curve.{name}", value)
+        monkeypatch.setattr(f"onnx_lrsd.solver.codes.curve.{name}", value)
     some = coded_errors(convolution, KINDS, "fp16")
     tried = [form for form in some if form.entries]
     assert tried and all(form in whole for form in tried)

@@ -66,7 +66,9 @@ def test_the_wheel_holds_onnx_lrsd_alone(wheel: list[str]) -> None:
 
 def test_every_module_is_in_the_wheel(wheel: list[str]) -> None:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "onnx_lrsd").glob("**/*.py")}
-    modules |= {f"onnx_lrsd/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
+    modules |= {
+        f"onnx_lrsd/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "passes").glob("**/*.py")
+    }
     assert {name for name in wheel if name.endswith(".py")} == modules
     assert "onnx_lrsd/py.typed" in wheel
 
