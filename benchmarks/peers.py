@@ -1,242 +1,340 @@
-"""What onnxsim's pruning and ONNX Runtime's quantisers make of a model, for targets.py.
+"""The targets beside other tools, at the same bytes or the same time, on the same model and data.
 
-onnxsim is no dependency of the package: `pip install onnxsim==0.8.1` brings it.
+    python benchmarks/targets.py FOLDER... --target size|onnxruntime [--ratios 4,8,12] [--limit N]
+        [--pruners NAMES]
+
+A FOLDER is one that models.py takes. ``--target size``: bytes of the file beside "quantised only" (the same
+solver without low rank and sparse parts, and ONNX Runtime's quantisers at the size that they give) and
+"pruned only" (onnxsim's, the entries that are left stored in the best coding), then the scores over the
+bytes. ``--target onnxruntime``: MACs and latency beside onnxsim's structured pruning at the same MACs and
+at the same measured latency. ``--limit`` is the number of calibration samples, for all alike, and
+``--pruners`` names some of SparseGPT,Wanda,magnitude,magnitude everywhere.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import argparse
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx
-from onnx import numpy_helper
+import peers
 
-from onnx_lrsd.data.samples import Samples
-from onnx_lrsd.graph.model import Model, model_bytes, raised
-from onnx_lrsd.runtime.session import quantization, simplified
-from onnx_lrsd.solver.codes.rounding import nearest, steps_of
-from onnx_lrsd.storage import FP16, INT4, UINT8, Storage, entry_bytes
+import onnx_lrsd
+from models import Values, kind_of, outputs, score
+from onnx_lrsd.data.samples import Samples, read_samples
+from onnx_lrsd.errors import LrsdError
+from onnx_lrsd.facts import LoadCost, Verification
+from onnx_lrsd.graph.model import Model, load, model_bytes
+from onnx_lrsd.measure.compare import compare, time_pair, total_price
+from onnx_lrsd.measure.load_cost import loading
+from onnx_lrsd.runtime.session import inputs_of
+from onnx_lrsd.types import DENSE
 
-Values = npt.NDArray[Any]
-
-PRUNERS = ("SparseGPT", "Wanda", "magnitude", "magnitude everywhere")
-STRUCTURED = ("magnitude", "Wanda")
-"""Ways to rank the entries of single weights, of all weights together, and whole channels."""
-VALUES = (FP16, UINT8, INT4)
-"""What the entries that are left may be stored in."""
-STEP_BYTES = 4
-"""Of the step of one row of codes."""
-LEAST_SPARSITY = 0.02
-"""With fewer zeros a row is no longer one of pruning."""
-NEAR_ENOUGH = 0.005
-QUANTISED_OPSET = 13
-BLOCK = 32
-"""Inputs that share a step in MatMulNBits."""
+OURS, QUANTISED, PRUNED = "ours", "quantised only", "pruned only"
+MOST_CUT, SHARES, SPEED_SECONDS = 0.98, 16, 1.0
+"""Structured pruning ends here. Shares of the channels that are tried for a latency, seconds for each."""
 
 
-class Weight(NamedTuple):
-    """A pruned weight: ``values`` as its initializer has them, and whether its rows are its last axis."""
+@dataclass(frozen=True)
+class Row:
+    """One result, of a ``group``. Ratios are of the original to it; ``says`` tells why there are none.
 
-    values: Values
-    by_column: bool
-
-    @property
-    def rows(self) -> Values:
-        """(n, m)."""
-        values = self.values.T if self.by_column else self.values
-        return values.reshape(len(values), -1)
-
-    def like(self, rows: Values) -> Values:
-        """``rows`` (n, m) in the layout of the initializer."""
-        if self.by_column:
-            rows = rows.T
-        return np.ascontiguousarray(rows.reshape(self.values.shape), dtype=self.values.dtype)
-
-
-def onnxsim() -> ModuleType | None:
-    """The module, where it is installed."""
-    try:
-        import onnxsim
-    except ImportError:
-        return None
-    module: ModuleType = onnxsim
-    return module
-
-
-def prune(tool: ModuleType, method: str, proto: onnx.ModelProto, sparsity: float, seen: Samples) -> Any:
-    """``proto`` with this share of the entries of its weights set to zero, as onnxsim does it."""
-    if method == "SparseGPT":
-        return tool.apply_sparsegpt_pruning(proto, list(seen.batches()), sparsity=sparsity)
-    if method == "Wanda":
-        return tool.apply_wanda_pruning(proto, list(seen.batches()), sparsity=sparsity)
-    return tool.apply_magnitude_pruning(proto, sparsity, global_sparsity=method.endswith("everywhere"))
-
-
-def at_bytes(
-    tool: ModuleType, method: str, source: Model, wanted: int, storage: Storage, seen: Samples
-) -> tuple[Model, int] | None:
-    """``source`` pruned so that it takes about ``wanted`` bytes with its entries in ``storage``.
-
-    None where so many bytes leave no need for zeros.
+    ``points`` are hundredths of the score; ``error`` is the squared change of the outputs over their
+    variance. Opening is in milliseconds and MB of the process.
     """
-    prunable = pruned_weights(source.proto, prune(tool, "magnitude", source.proto, 0.5, seen))
-    aim = wanted
-    for _ in range(4):
-        sparsity = _sparsity(source, prunable, aim, storage)
-        if not LEAST_SPARSITY < sparsity < 1:
-            return None
-        model, taken = stored(source, prune(tool, method, source.proto, sparsity, seen), storage)
-        if abs(taken / wanted - 1) <= NEAR_ENOUGH or method == "SparseGPT":
-            break
-        aim = round(aim * wanted / taken)
-    return model, taken
+
+    model: str
+    ratio: float | None
+    group: str
+    method: str
+    bytes: float = float("nan")
+    macs: float | None = None
+    latency: float | None = None
+    interval: tuple[float, float] | None = None
+    opening_ms: float | None = None
+    peak_mb: float | None = None
+    before: float = float("nan")
+    after: float = float("nan")
+    points: tuple[float, float] | None = None
+    error: float = 0.0
+    says: str = ""
+
+    def line(self, target: str) -> str:
+        """Its line in the table of a target."""
+        asked = "" if self.ratio is None else f"{self.ratio:g} x"
+        start = f"| {self.model} | {asked} | {self.group}: {self.method} |"
+        if self.says:
+            return f"{start} {self.says} | | | | | | |"
+        macs = "" if self.macs is None else f"{self.macs:.2f} x"
+        speed = "" if self.latency is None else f"{self.latency:.2f} x"
+        if self.interval is not None:
+            speed += " ({:.2f} to {:.2f})".format(*self.interval)
+        opening = "" if self.opening_ms is None else f"{self.opening_ms:.0f} ms, {self.peak_mb:.0f} MB"
+        cost = f"{speed} | {opening}" if target == "size" else f"{macs} | {speed}"
+        lost = f"{100 * (self.after - self.before):+.2f}"
+        if self.points is not None:
+            lost += " ({:+.2f} to {:+.2f})".format(*(100 * p for p in self.points))
+        scores = f"{100 * self.before:.2f} | {100 * self.after:.2f} | {lost} | {self.error:.2g}"
+        return f"{start} {self.bytes:.2f} x | {cost} | {scores} |"
 
 
-def pruned_weights(before: onnx.ModelProto, after: onnx.ModelProto) -> dict[str, Weight]:
-    """Weights of Conv, Gemm and MatMul that pruning changed, by their names in ``before``."""
-    old, new = ({t.name: t for t in proto.graph.initializer} for proto in (before, after))
-    nodes = {node.output[0]: node for node in after.graph.node}
-    found = {}
-    for node in before.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.output[0] not in nodes:
-            continue
-        name = node.input[1]
-        now = nodes[node.output[0]].input[1]
-        if name not in old or now not in new:
-            continue
-        values = numpy_helper.to_array(new[now])
-        if np.array_equal(values, numpy_helper.to_array(old[name])):
-            continue
-        transposed = any(a.name == "transB" and a.i for a in node.attribute)
-        found[name] = Weight(values, node.op_type != "Conv" and not transposed)
-    return found
+COSTS = {"size": "latency (95 %) | opening, peak", "onnxruntime": "MACs | latency (95 %)"}
 
 
-def stored(source: Model, pruned: onnx.ModelProto, storage: Storage) -> tuple[Model, int]:
-    """``source`` with the pruned weights as they are after storing, and the bytes its file would take.
-
-    No reader of such files exists but ours, so bytes are counted: the entries with their distances in the
-    package's coding, or with a bit a place, whichever is smaller; not even nodes to decode them.
-    """
-    proto, total = onnx.ModelProto(), model_bytes(source)
-    proto.CopyFrom(source.proto)
-    weights = pruned_weights(source.proto, pruned)
-    for tensor in proto.graph.initializer:
-        if tensor.name in weights:
-            weight = weights[tensor.name]
-            rows = weight.rows
-            n, m = rows.shape
-            total += sparse_bytes(int(np.count_nonzero(rows)), n, m, storage) - weight.values.nbytes
-            tensor.CopyFrom(numpy_helper.from_array(weight.like(rounded(rows, storage)), tensor.name))
-    return Model(proto), total
+def header(target: str) -> str:
+    """Of the table of a target: what decoding does not change is left out, MACs or opening."""
+    columns = f"model | asked | method | bytes | {COSTS[target]} | score before | after | points (95 %)"
+    return f"| {columns} | output error |\n" + 10 * "|---" + "|"
 
 
-def sparse_bytes(count: int, n: int, m: int, storage: Storage) -> int:
-    """Of ``count`` entries of an (n, m) weight, with the steps of its rows."""
-    steps = 0 if storage is FP16 else STEP_BYTES * n
-    bitmap = -(-n * m // 8) + storage.bytes(count)
-    return steps + min(entry_bytes(count, n * m, storage), bitmap, storage.bytes(n * m))
+@dataclass(frozen=True)
+class Case:
+    """A folder: the model, its samples, and how it is scored."""
 
+    folder: Path
+    limit: int | None
+    kind: str
+    source: Model = field(repr=False)
+    evaluation: Samples = field(repr=False)
+    calibration: Samples = field(repr=False)
+    labels: Values = field(repr=False)
 
-def rounded(rows: Values, storage: Storage) -> Values:
-    """The non-zero entries of (n, m) to the nearest value of ``storage``, with the best step for each row."""
-    if storage is FP16:
-        return rows.astype(np.float16).astype(np.float64)
-    rows, kept = rows.astype(np.float64), rows != 0
-    levels = np.full((len(rows), 1), float(storage.levels))
-    steps = steps_of(rows, kept.astype(np.float64), levels)
-    return np.where(kept, nearest(rows, steps, levels) * steps, 0.0)
+    @classmethod
+    def read(cls, folder: Path, limit: int | None) -> Case:
+        """As models.py reads it."""
+        kind = kind_of(folder)
+        source = load(folder / "model.onnx")
+        with np.load(folder / "eval.npz") as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        labels = arrays["labels"] if kind == "top1" else arrays.pop("labels")
+        inputs = inputs_of(source.proto)
+        calibration = read_samples(folder / "calib.npz", inputs, limit=limit)
+        return cls(folder, limit, kind, source, read_samples(arrays, inputs), calibration, labels)
 
+    @cached_property
+    def opened(self) -> LoadCost:
+        """What it takes to open the original."""
+        return loading(self.source)
 
-def _sparsity(source: Model, weights: Mapping[str, Weight], wanted: int, storage: Storage) -> float:
-    """The same for all weights, so that the file takes ``wanted`` bytes; 1 where it cannot."""
-    rest = model_bytes(source) - sum(w.values.nbytes for w in weights.values())
+    @cached_property
+    def plain(self) -> float:
+        """Score of the original."""
+        return self.scored(self.source)
 
-    def taken(sparsity: float) -> int:
-        def of(weight: Weight) -> int:
-            n, m = weight.rows.shape
-            return sparse_bytes(round((1 - sparsity) * weight.values.size), n, m, storage)
+    def scored(self, model: Model) -> float:
+        """Score of ``model`` on the evaluation samples."""
+        return score(self.kind, outputs(model, self.evaluation), self.labels)
 
-        return rest + sum(map(of, weights.values()))
+    def judged(
+        self,
+        model: Model,
+        group: str,
+        method: str,
+        ratio: float | None = None,
+        counted: int | None = None,
+        opens: bool = False,
+    ) -> Row:
+        """The row of ``model``. With ``counted`` bytes it is no file of its own: nothing of it is timed."""
+        found = compare(self.source, model, self.evaluation, bytes_after=counted, latency=counted is None)
+        opened = loading(model) if opens else None
+        macs = counted is None and not opens
+        return self._row(model, found, opened, macs, ratio=ratio, group=group, method=method)
 
-    return bisect(lambda sparsity: taken(sparsity) > wanted)
-
-
-def bisect(too_little: Callable[[float], bool], steps: int = 20) -> float:
-    """The least sparsity of 0..1 that is enough."""
-    low, high = 0.0, 1.0
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (middle, high) if too_little(middle) else (low, middle)
-    return high
-
-
-def structured(tool: ModuleType, method: str, source: Model, sparsity: float, seen: Samples) -> Model:
-    """``source`` without this share of the channels of every chain that onnxsim can cut."""
-    if method == "Wanda":
-        return Model(
-            tool.apply_structured_wanda_pruning(source.proto, list(seen.batches()), sparsity=sparsity)
+    def _row(
+        self, model: Model, found: Verification, opened: LoadCost | None, macs: bool, **names: Any
+    ) -> Row:
+        """What was measured of ``model``; with ``macs``, those too."""
+        metric = found.metric if self.kind == "top1" else None
+        return Row(
+            self.folder.name,
+            **names,
+            bytes=found.before.bytes / found.after.bytes,
+            macs=found.before.macs / found.after.macs if macs else None,
+            latency=found.latency_ratio,
+            interval=found.latency_interval,
+            opening_ms=opened and 1e3 * opened.seconds,
+            peak_mb=opened and opened.peak_bytes / 1e6,
+            before=metric.before if metric else self.plain,
+            after=metric.after if metric else self.scored(model),
+            points=metric.interval if metric else None,
+            error=found.error,
         )
-    return Model(tool.apply_structured_pruning(source.proto, sparsity))
 
-
-def folded(source: Model) -> Model:
-    """``source`` with BatchNormalization in its convolutions where that can be, as peers want it."""
-    plain = simplified(raised(source, QUANTISED_OPSET, "Int8").proto)
-    return Model(onnx.shape_inference.infer_shapes(plain))
-
-
-class _Reader:
-    """Feeds as ONNX Runtime's calibrators ask for them."""
-
-    def __init__(self, samples: Samples) -> None:
-        self._feeds = samples.batches()
-
-    def get_next(self) -> dict[str, Values] | None:
-        return next(self._feeds, None)
-
-
-def quantisers(source: Model, seen: Samples) -> Iterator[tuple[str, Model | str]]:
-    """ONNX Runtime's quantisers with the settings its documentation advises: a model, or what went wrong."""
-    newer, ready = raised(source, QUANTISED_OPSET, "Int8").proto, folded(source).proto
-    for name, quantise, taken in (
-        ("dynamic int8", _dynamic, ready),
-        ("static int8, QDQ", _static, ready),
-        ("4 bits of MatMul", _nbits, newer),  # which simplifying makes a Gemm
-    ):
+    def ours(self, target: str, ratio: float, group: str, **options: object) -> tuple[Row, Model | None]:
+        """The package's own row and model."""
         try:
-            with quantization() as ort, tempfile.TemporaryDirectory() as folder:
-                found = quantise(ort, taken, seen, Path(folder))
-            if not any("MatMulNBits" in n.op_type or "Linear" in n.op_type for n in found.graph.node):
-                yield name, "no layer that it takes"
-            else:
-                yield name, Model(found)
-        except Exception as error:  # it raises what its parts raise
-            yield name, " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            model, report, _ = onnx_lrsd.optimize(
+                self.folder / "model.onnx",
+                self.folder / "calib.npz",
+                evaluation=self.evaluation,
+                target=target,
+                ratio=ratio,
+                samples=self.limit,
+                **options,
+            )
+        except LrsdError as error:
+            return Row(self.folder.name, ratio, group, "onnx-lrsd", says=str(error)), None
+        found = report.verification
+        assert found is not None
+        opened = report.loading and report.loading[1]
+        names = {"ratio": ratio, "group": group, "method": "onnx-lrsd"}
+        return self._row(model, found, opened, target != "size", **names), model
+
+    def original(self) -> Row:
+        """What all others are measured by."""
+        opened = self.opened
+        return Row(
+            self.folder.name, None, "original", "as it is", 1.0, None, None, None,
+            1e3 * opened.seconds, opened.peak_bytes / 1e6, self.plain, self.plain,
+        )  # fmt: skip
 
 
-def _dynamic(ort: ModuleType, ready: onnx.ModelProto, seen: Samples, folder: Path) -> onnx.ModelProto:
-    # ConvInteger of ONNX Runtime takes no signed weights on a CPU
-    ort.quantize_dynamic(ready, folder / "out.onnx", per_channel=True, weight_type=ort.QuantType.QUInt8)
-    return onnx.load(folder / "out.onnx")
+def size_rows(case: Case, ratios: list[float], tool: ModuleType | None, methods: list[str]) -> Iterator[Row]:
+    """Ours, quantised only and pruned only at each ratio of bytes; ONNX Runtime's quantisers first."""
+    yield case.original()
+    for method, model in peers.quantisers(case.source, case.calibration):
+        name = f"ONNX Runtime, {method}"
+        if isinstance(model, str):
+            yield Row(case.folder.name, None, QUANTISED, name, says=model)
+        else:
+            yield case.judged(model, QUANTISED, name, opens=True)
+    for ratio in ratios:
+        yield case.ours("size", ratio, OURS)[0]
+        yield case.ours("size", ratio, QUANTISED, forms=(DENSE,))[0]
+        for method in methods:
+            yield pruned(case, ratio, method, tool)
 
 
-def _static(ort: ModuleType, ready: onnx.ModelProto, seen: Samples, folder: Path) -> onnx.ModelProto:
-    ort.quantize_static(ready, folder / "out.onnx", _Reader(seen), per_channel=True)
-    return onnx.load(folder / "out.onnx")
+def pruned(case: Case, ratio: float, method: str, tool: ModuleType | None) -> Row:
+    """onnxsim's pruning at this ratio of bytes.
+
+    Of the storages of its values that which scores best on the evaluation samples: a choice that ours,
+    which sees none of them, is not given.
+    """
+    name = f"onnxsim, {method}"
+    if tool is None:
+        return Row(case.folder.name, ratio, PRUNED, name, says="onnxsim is not installed")
+    wanted, best = round(model_bytes(case.source) / ratio), None
+    for storage in peers.VALUES:
+        found = peers.at_bytes(tool, method, case.source, wanted, storage, case.calibration)
+        if found is not None:
+            row = case.judged(found[0], PRUNED, f"{name}, {storage.name}", ratio, found[1])
+            if best is None or (row.after, -row.error) > (best.after, -best.error):
+                best = row
+    return best or Row(case.folder.name, ratio, PRUNED, name, says="no storage of its values needs zeros")
 
 
-def _nbits(ort: ModuleType, ready: onnx.ModelProto, seen: Samples, folder: Path) -> onnx.ModelProto:
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+def speed_rows(case: Case, ratios: list[float], tool: ModuleType | None, methods: list[str]) -> Iterator[Row]:
+    """Ours and structured pruning at the same MACs, and at the same latency."""
+    for ratio in ratios:
+        row, model = case.ours("onnxruntime", ratio, OURS)
+        yield row
+        if model is None:
+            continue
+        for method in (m for m in methods if m in peers.STRUCTURED):
+            name = f"onnxsim, structured, {method}"
+            if tool is None:
+                yield Row(case.folder.name, ratio, PRUNED, name, says="onnxsim is not installed")
+                continue
+            try:
+                yield from structured(case, tool, method, row, model)
+            except Exception as error:  # of another tool: it raises what it likes
+                said = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+                yield Row(case.folder.name, ratio, PRUNED, name, says=said)
 
-    copy = onnx.ModelProto()
-    copy.CopyFrom(ready)  # it works in place
-    quantiser = MatMulNBitsQuantizer(copy, block_size=BLOCK, is_symmetric=True)
-    quantiser.process()
-    found: onnx.ModelProto = quantiser.model.model
-    return found
+
+def structured(case: Case, tool: ModuleType, method: str, ours: Row, model: Model) -> Iterator[Row]:
+    """onnxsim's structured pruning with as few MACs as ``ours``, and as fast as ``model``."""
+    ready = peers.folded(case.source)
+
+    def cut(sparsity: float) -> Model:
+        return peers.structured(tool, method, ready, sparsity, case.calibration)
+
+    most, total = total_price(model, case.evaluation).macs, total_price(case.source, case.evaluation).macs
+    feed = next(iter(case.evaluation.batches(1)))
+    name = f"onnxsim, structured, {method}"
+
+    def too_many(sparsity: float) -> bool:
+        return total_price(cut(sparsity), case.evaluation).macs > most
+
+    def fast_enough(sparsity: float) -> bool:
+        return time_pair(model.proto, cut(sparsity).proto, feed, seconds=SPEED_SECONDS).ratio >= 1
+
+    def fewest() -> float:  # kernels work on blocks of channels: fewer are not always faster
+        shares = (share / SHARES for share in range(1, SHARES))
+        return next((share for share in shares if fast_enough(share)), 1.0)
+
+    for says, search in (
+        ("same MACs", lambda: peers.bisect(too_many, 10)),
+        ("same latency", fewest),
+    ):
+        sparsity = search()
+        if sparsity > MOST_CUT:
+            least = total / total_price(cut(MOST_CUT), case.evaluation).macs
+            text = f"{says}: out of reach, {least:.2f} x MACs with {MOST_CUT:.0%} of the channels cut"
+            yield Row(case.folder.name, ours.ratio, PRUNED, name, says=text)
+        else:
+            yield case.judged(cut(sparsity), PRUNED, f"{name}, {says}", ours.ratio)
+
+
+def frontier(rows: list[Row], ratios: list[float]) -> Iterator[str]:
+    """Scores over bytes, in brackets output errors: ours, quantised only, and the best of pruned only."""
+    yield "| model | bytes | ours | quantised only | pruned only, best of all |\n|---|---|---|---|---|"
+    for name in dict.fromkeys(row.model for row in rows):
+        for ratio in ratios:
+            cells = []
+            for group in (OURS, QUANTISED, PRUNED):
+                found = [r for r in rows if (r.model, r.ratio, r.group, r.says) == (name, ratio, group, "")]
+                best = max(found, key=lambda row: (row.after, -row.error), default=None)
+                cells.append(f"{100 * best.after:.2f} ({best.error:.2g})" if best else "")
+            yield f"| {name} | {ratio:g} x | {' | '.join(cells)} |"
+
+
+def versions() -> str:
+    """Of what takes part."""
+    found = [f"Python {platform.python_version()}"]
+    for name in ("onnx", "onnxruntime", "numpy", "onnxsim"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} missing")
+    return ", ".join(found)
+
+
+def main() -> None:
+    """Print the tables of the models given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--target", choices=tuple(COSTS), required=True)
+    parser.add_argument("--ratios", default="4,8,12")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--pruners", default=",".join(peers.PRUNERS))
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    ratios = [float(ratio) for ratio in given.ratios.split(",")]
+    tool, methods, rows = peers.onnxsim(), given.pruners.split(","), []
+    print(f"{versions()}\n\n{header(given.target)}", flush=True)
+    for folder in given.folders:
+        case = Case.read(folder, given.limit)
+        found = size_rows if given.target == "size" else speed_rows
+        for row in found(case, ratios, tool, methods):
+            rows.append(row)
+            print(row.line(given.target), flush=True)
+            if given.json is not None:
+                given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if given.target == "size":
+        print("\n" + "\n".join(frontier(rows, ratios)))
+
+
+if __name__ == "__main__":
+    main()
