@@ -1,6 +1,6 @@
 """Any model at all through the whole tool: an optimised model that holds what was promised, or one sentence.
 
-    python benchmarks/corpus.py [FOLDER_OR_MODEL...] [--ratio R] [--timeout S] [--target T] [--filled]
+    python -m benchmarks corpus [FOLDER_OR_MODEL...] [--ratio R] [--timeout S] [--target T] [--filled]
 
 Without arguments: the models that the installed onnx package ships with its backend tests. Each runs
 in a process of its own, so that a crash or a hang is a row of the table, on random data of the shapes
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ import onnx
 from onnx import numpy_helper
 
 import onnx_lrsd
+from benchmarks.options import heading
 from onnx_lrsd.data.made_up import GUESSES, made_up
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
@@ -34,6 +35,8 @@ from onnx_lrsd.graph.model import Model, check, load
 from onnx_lrsd.runtime.session import inputs_of, open_session
 from onnx_lrsd.targets import TARGETS
 
+OPTIONS = ()
+ROOT = Path(__file__).parent.parent
 SHIPPED = Path(onnx.__file__).parent / "backend" / "test" / "data"
 SAMPLES = 20
 FAILED = "FAILED"
@@ -128,41 +131,49 @@ def ends(model: Model, end: str) -> list[str]:
     return list(map(str, inputs_of(model.proto) if end == "input" else model.proto.graph.output))
 
 
-def main() -> None:
-    """Run every model in a process of its own and print a markdown row for it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def rows(study: str, paths: Iterable[Path], timeout: float, options: Sequence[str]) -> Iterator[str]:
+    """Every model in a process of its own: what ``verdict`` of the study says, and the counts at the end.
+
+    Raises SystemExit with 1 behind the last row if there was a failure.
+    """
+    counts: Counter[str] = Counter()
+    for path in paths:
+        command = [sys.executable, "-m", "benchmarks", study, str(path.resolve()), "--here", *options]
+        try:
+            run = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT
+            )
+            said = run.stdout.strip().splitlines()
+            row = said[-1] if said else f"{FAILED} | exit status {run.returncode} | | | |"
+            if run.returncode or FAILED in row:
+                sys.stderr.write(run.stderr)
+        except subprocess.TimeoutExpired:
+            row = f"{FAILED} | not done after {timeout:g} s | | | |"
+        counts[row.split(" | ")[0]] += 1
+        name = path.stem if path.stem != "model" else path.parent.name
+        yield f"| {name} | {row} |"
+    yield f"\n{', '.join(f'{count} x {kind}' for kind, count in counts.items())}."
+    if counts[FAILED]:
+        raise SystemExit(1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this study alone."""
     parser.add_argument("models", nargs="*", type=Path, default=[SHIPPED])
     parser.add_argument("--ratio", type=float, default=1.3)
     parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--target", choices=list(TARGETS), default="onnxruntime")
     parser.add_argument("--filled", action="store_true")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+
+
+def run(given: argparse.Namespace) -> None:
+    """Print a markdown row for every model."""
     if given.here:
         print(verdict(given.models[0], given.ratio, given.filled, given.target))
         return
-    print(
-        "| model | came out | what | MACs | bytes | latency | output error |\n|---|---|---|---|---|---|---|"
-    )
-    counts: Counter[str] = Counter()
-    for path in models(given.models):
-        command = [sys.executable, __file__, str(path), "--here", "--ratio", str(given.ratio)]
-        command += ["--target", given.target]
-        command += ["--filled"] if given.filled else []
-        try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=given.timeout, check=False)
-            row = run.stdout.strip() or f"{FAILED} | exit status {run.returncode} | | | |"
-            sys.stderr.write(run.stderr)
-        except subprocess.TimeoutExpired:
-            row = f"{FAILED} | not done after {given.timeout:g} s | | | |"
-        counts[row.split(" | ")[0]] += 1
-        name = path.stem if path.stem != "model" else path.parent.name
-        print(f"| {name} | {row} |", flush=True)
-    print(f"\n{', '.join(f'{count} x {kind}' for kind, count in counts.items())}.")
-    sys.exit(FAILED in counts)
-
-
-if __name__ == "__main__":
-    main()
+    options = ["--ratio", str(given.ratio), "--target", given.target]
+    options += ["--filled"] if given.filled else []
+    print(heading("model", "came out", "what", "MACs", "bytes", "latency", "output error"))
+    for row in rows("corpus", models(given.models), given.timeout, options):
+        print(row, flush=True)

@@ -1,32 +1,30 @@
 """Models that TensorRT takes are still taken after `--target tensorrt`: its own parser and builder judge.
 
-    python benchmarks/engines.py FOLDER_OR_MODEL... [--ratio R] [--timeout S]
+    python -m benchmarks engines FOLDER_OR_MODEL... [--ratio R] [--timeout S]
 
 Needs `pip install -e ".[cpu,tensorrt]"`; TensorRT-RTX builds engines ahead of time on a machine without a
-GPU. Each model runs in a process of its own on random data of the shapes it takes, as in corpus.py: it is
-parsed and built as it is, optimised, and parsed and built again. A row is a failure when TensorRT parsed
+GPU. Each model runs in a process of its own on random data of the shapes it takes, as in corpus: it is parsed
+and built as it is, optimised, and parsed and built again. A row is a failure when TensorRT parsed
 or built the model before and does not after. Exits 1 if there was a failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from corpus import models, samples_for
-
 import onnx_lrsd
+from benchmarks.corpus import FAILED, models, rows, samples_for
+from benchmarks.options import heading
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.targets.trtexec import open_shapes
 
-REFUSED, FAILED = "refused before", "FAILED"
+OPTIONS = ()
+REFUSED = "refused before"
 
 
 class Taken(NamedTuple):
@@ -90,35 +88,19 @@ def verdict(path: Path, ratio: float) -> str:
     return f"{'built' if after.size else 'parsed'} | {said} | {gained:.2f} x | {sizes}"
 
 
-def main() -> None:
-    """Run every model in a process of its own and print a markdown row for it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this study alone."""
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--ratio", type=float, default=1.3)
     parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+
+
+def run(given: argparse.Namespace) -> None:
+    """Print a markdown row for every model."""
     if given.here:
         print(verdict(given.models[0], given.ratio))
         return
-    print("| model | came out | what | MACs | engine before, MB | after |\n|---|---|---|---|---|---|")
-    counts: Counter[str] = Counter()
-    for path in models(given.models):
-        command = [sys.executable, __file__, str(path), "--here", "--ratio", str(given.ratio)]
-        try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=given.timeout, check=False)
-            row = run.stdout.strip().splitlines()[-1:] or [f"{FAILED} | exit status {run.returncode} | | |"]
-            if run.returncode:
-                sys.stderr.write(run.stderr)
-        except subprocess.TimeoutExpired:
-            row = [f"not done | after {given.timeout:g} s | | |"]
-        counts[row[0].split(" | ")[0]] += 1
-        print(f"| {path.stem} | {row[0]} |", flush=True)
-    print(f"\n{', '.join(f'{count} x {kind}' for kind, count in counts.items())}.")
-    sys.exit(FAILED in counts)
-
-
-if __name__ == "__main__":
-    main()
+    print(heading("model", "came out", "what", "MACs", "engine before, MB", "after"))
+    for row in rows("engines", models(given.models), given.timeout, ["--ratio", str(given.ratio)]):
+        print(row, flush=True)

@@ -1,6 +1,6 @@
 """The solver on a GPU beside the CPU, and beside published methods and a plain SVD on the same GPU.
 
-    python benchmarks/gpu.py [--size 4096] [--folder FOLDER [--samples N]] [--cpu-only] [--json FILE]
+    python -m benchmarks gpu [--size 4096] [--folder FOLDER [--samples N]] [--cpu-only] [--json FILE]
 
 One problem of ``size`` x ``size`` at keep 30 % (a planted spectrum, inputs of decaying variance), and, with a
 FOLDER that holds model.onnx and calib.npz, every layer of that model: its error curves and one fit each.
@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reference.oats import oats
-from reference.patterns import largest, largest_in_rows
-from reference.three_basil import three_basil
 
+from benchmarks.options import JSON, heading
+from benchmarks.reference.oats import oats
+from benchmarks.reference.patterns import largest, largest_in_rows
+from benchmarks.reference.three_basil import three_basil
 from onnx_lrsd import arrays
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.fit.calibrate import calibrate
@@ -40,6 +41,7 @@ from onnx_lrsd.solver.problem import Metric, pose
 from onnx_lrsd.targets import TARGETS
 from onnx_lrsd.types import KINDS, UNSTRUCTURED, Array, Pattern
 
+OPTIONS = (JSON,)
 KEEP, SHARE = 0.3, 0.3
 
 
@@ -134,28 +136,23 @@ def row(entry: dict[str, Any]) -> str:
     return f"| {entry['problem']} | {entry['method']} | {entry['device']} | {entry['s']:.2f} |"
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this study alone."""
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--cpu-only", action="store_true")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+
+
+def run(given: argparse.Namespace) -> None:
+    """Print the table."""
     if not given.cpu_only and arrays.cupy() is None:
         sys.exit('CuPy finds no CUDA device: pip install "onnx-lrsd[gpu]" on a machine with one.')
     devices = ["cpu"] if given.cpu_only else ["cuda", "cpu"]
     print(f"Python {platform.python_version()}, numpy {np.__version__}", file=sys.stderr)
-    print("| problem | method | device | s |\n|---|---|---|---|")
+    print(heading("problem", "method", "device", "s"))
     rows = one_problem(given.size, devices)
     if given.folder is not None:
         rows += whole_model(given.folder, given.samples, devices)
     if given.json is not None:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

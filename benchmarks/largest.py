@@ -1,8 +1,8 @@
 """The largest speed-up that --max-drop allows, beside simple decompositions at the same measured latency.
 
-    python benchmarks/largest.py FOLDER... [--drop 1] [--samples N]
+    python -m benchmarks largest FOLDER... [--drop 1] [--samples N]
 
-Folders as models.py has them. Half of the evaluation samples go to the tool, which searches on half of these
+Half of the evaluation samples go to the tool, which searches on half of these
 and confirms on the others; all rows are scored on the other half, which nothing has seen. *Plain SVD* and
 *whitened SVD* give every layer the same keep rate, *Tucker-2* as well (both ranks by one share; whitened SVD
 where a layer has no kernel positions), fitted in the metric of the data. Their keep rate is bisected until
@@ -15,23 +15,25 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from math import prod, sqrt
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import onnx_lrsd
-from models import Uniform, Values, fitted, kind_of, outputs, pooled, score, uniform
+from benchmarks.models import Uniform, fitted, uniform
+from benchmarks.options import FOLDERS, LIMIT, heading
+from benchmarks.prepared import TOP1, Prepared, outputs, read, score, spearman
 from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.fit.calibrate import calibrate
-from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.measure.speedup import CLEARLY, whole_speedup
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.types import TUCKER, Form, Layer
 
+OPTIONS = (FOLDERS, LIMIT)
 STEPS = 7
 """Bisections of a keep rate."""
 SECONDS = 2.0
@@ -59,11 +61,6 @@ BASELINES: dict[str, tuple[Uniform, bool]] = {
 """A form by keep rate, and whether the fit knows the data."""
 
 
-def spearman(values: dict[str, Values], labels: Values, inputs: dict[str, Values]) -> float:
-    """As models.py has it, of sentences from the first output."""
-    return score("spearman", pooled(next(iter(values.values())), inputs), labels)
-
-
 def as_fast(source: Model, layers: list[Layer], form_of: Uniform, aim: float, samples: Samples) -> float:
     """The largest keep rate at which the model is ``aim`` times faster; the least tried if none is."""
     low, high = 0.0, 1.0
@@ -75,17 +72,13 @@ def as_fast(source: Model, layers: list[Layer], form_of: Uniform, aim: float, sa
     return low or high
 
 
-def rows(folder: Path, drop: float, count: int | None) -> list[str]:
+def rows(case: Prepared, drop: float) -> list[str]:
     """Markdown rows: ours, then the baselines."""
-    kind = kind_of(folder)
-    source = load(folder / "model.onnx")
-    calibration, evaluation = (
-        without_padding(source, read_samples(folder / f"{part}.npz", inputs_of(source.proto)))
-        for part in ("calib", "eval")
-    )
-    calibration = calibration.take(slice(count)) if count else calibration
+    kind, source = case.scored_by, case.source
+    calibration = without_padding(source, case.calibration)
+    evaluation = without_padding(source, read_samples(case.folder / "eval.npz", inputs_of(source.proto)))
     shown, held = evaluation.split(0.5, 0)
-    metric: Any = "top1" if kind == "top1" else spearman
+    metric: Any = TOP1 if kind == TOP1 else spearman
     result = onnx_lrsd.optimize(source.proto, calibration, evaluation=shown, max_drop=drop, metric=metric)
     found = result.report.verification
     assert found is not None and held.labels is not None
@@ -97,7 +90,7 @@ def rows(folder: Path, drop: float, count: int | None) -> list[str]:
         low, high = interval or (ratio, ratio)
         error = compare(source, model, held, latency=False).error
         return (
-            f"| {folder.name} | {method} | {ratio:.2f} x ({low:.2f} to {high:.2f}) | {100 * before:.2f} "
+            f"| {case.name} | {method} | {ratio:.2f} x ({low:.2f} to {high:.2f}) | {100 * before:.2f} "
             f"| {100 * after:.2f} | {100 * (after - before):+.2f} | {error:.4f} |"
         )
 
@@ -117,21 +110,14 @@ def rows(folder: Path, drop: float, count: int | None) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Print one markdown row for each method and model."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="+", type=Path)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this study alone."""
     parser.add_argument("--drop", type=float, default=1.0)
-    parser.add_argument("--samples", type=int)
-    given = parser.parse_args()
-    print("| model | method | latency (95 %) | score before | after | points | output error |")
-    print("|---|---|---|---|---|---|---|")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Print one markdown row for each method and model."""
+    print(heading("model", "method", "latency (95 %)", "score before", "after", "points", "output error"))
     for folder in given.folders:
-        for line in rows(folder, given.drop, given.samples):
+        for line in rows(read(folder, given.samples), given.drop):
             print(line, flush=True)
-
-
-if __name__ == "__main__":
-    main()

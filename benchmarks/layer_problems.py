@@ -53,6 +53,13 @@ class LayerProblem:
         """Mean and centred second moment of all rows, float64; the rows themselves where they are few."""
         return _moments(self.rows, self.samples)
 
+    @property
+    def second(self) -> Array:
+        """Second moment (m, m) about the mean. Raises ValueError where the rows are fewer than it needs."""
+        if self.moments.second is None:
+            raise ValueError(f"{self.name} has {len(self.rows)} rows for {self.layer.m} inputs")
+        return self.moments.second
+
     @cached_property
     def folds(self) -> tuple[Problem, Problem]:
         """The problem of the first 70 % of the rows, and of the rest: other samples."""
@@ -92,10 +99,8 @@ def example_problems() -> Iterator[LayerProblem]:
     ]
     found = [x for x in find_layers(graph)[0] if FEWEST_INPUTS <= x.m <= MOST_INPUTS]
     layers = locate(found, input_shapes(model, found, parts[0]), parts[0])
-    rows, held = (
-        layer_rows(model, layers, samples, lambda _, wanted=wanted: wanted)
-        for samples, wanted in zip(parts, (FIT_ROWS, HELD_ROWS), strict=True)
-    )
+    rows = layer_rows(model, layers, parts[0], lambda _: FIT_ROWS)
+    held = layer_rows(model, layers, parts[1], lambda _: HELD_ROWS)
     for layer in layers:
         yield LayerProblem(layer, read_weight(graph, layer)[0], rows[layer.output], held[layer.output])
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from problems import LayerProblem
-from reference.alps import alps
-from reference.hassle_free import hassle_free
-from reference.magnitude import magnitude
-from reference.oats import oats
-from reference.patterns import largest, largest_in_groups, largest_in_rows
-from reference.sparsegpt import BLOCK, sparsegpt
-from reference.three_basil import three_basil
-from reference.truncated_svd import truncated_svd
-from reference.wanda import wanda
-from reference.whitened_svd import whitened_svd
 
+from benchmarks.layer_problems import LayerProblem
+from benchmarks.reference.alps import alps
+from benchmarks.reference.hassle_free import hassle_free
+from benchmarks.reference.magnitude import magnitude
+from benchmarks.reference.oats import oats
+from benchmarks.reference.patterns import largest, largest_in_groups, largest_in_rows
+from benchmarks.reference.sparsegpt import BLOCK, sparsegpt
+from benchmarks.reference.three_basil import three_basil
+from benchmarks.reference.truncated_svd import truncated_svd
+from benchmarks.reference.wanda import wanda
+from benchmarks.reference.whitened_svd import whitened_svd
 from onnx_lrsd.solver.admm import low_rank_plus_sparse
 from onnx_lrsd.solver.problem import Problem
 from onnx_lrsd.solver.share import choose_split, split_forms
@@ -79,7 +79,7 @@ def budgets(problem: LayerProblem, method: str, keeps: list[float]) -> list[Budg
     return [*found, Budget(0.5 + RANKED, round(RANKED * n * m / (n + m)), 0.5, TWO_OF_FOUR)]
 
 
-def run(problem: LayerProblem, method: str, budget: Budget) -> Row:
+def run_method(problem: LayerProblem, method: str, budget: Budget) -> Row:
     """Fit, judge, and time the fit on one thread."""
     problem.moments, problem.held_moments  # noqa: B018 (computed now, not within the time)
     n, m = problem.weight.shape
@@ -132,7 +132,7 @@ def _peer(solve: Callable[..., Array]) -> Callable[[LayerProblem, Budget], Array
     """A reference on our problem. For 2:4 its columns are put in the order (kernel position, channel)."""
 
     def fit(problem: LayerProblem, budget: Budget) -> Array:
-        weight, second, mean = problem.weight, problem.moments.second, problem.moments.mean
+        weight, second, mean = problem.weight, problem.second, problem.moments.mean
         order = np.arange(weight.shape[1])
         if budget.pattern == TWO_OF_FOUR:
             order = order.reshape(-1, problem.taps).T.reshape(-1)
@@ -182,4 +182,4 @@ METHODS: dict[str, tuple[float | None, Callable[[LayerProblem, Budget], Array]]]
 
 def _damping(problem: LayerProblem) -> float:
     """The relative damping that our own fit has: the whitened SVD is then the optimum for S = 0."""
-    return problem.posed().metric.damping / float(np.mean(np.diagonal(problem.moments.second)))
+    return problem.posed().metric.damping / float(np.mean(np.diagonal(problem.second)))

@@ -1,4 +1,4 @@
-"""What onnxsim's pruning and ONNX Runtime's quantisers make of a model, for targets.py.
+"""What onnxsim's pruning and ONNX Runtime's quantisers make of a model, for the study peers.
 
 onnxsim is no dependency of the package: `pip install onnxsim==0.8.1` brings it.
 """

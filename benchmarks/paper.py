@@ -1,9 +1,9 @@
 """The comparison of the paper that the tool follows, on models and images that are at hand.
 
-    python benchmarks/paper.py samples FOLDER [--keep .2,.0667] [--counts 1000,500,...] [--layers RE]
-    python benchmarks/paper.py networks MODEL... --rate R,... [--images FILE.npz] [--samples N] [--share S]
+    python -m benchmarks paper samples FOLDER [--keep .2,.0667] [--counts 1000,500,...] [--layers RE]
+    python -m benchmarks paper networks MODEL... --rate R,... [--images FILE.npz] [--samples N] [--share S]
                                         [--methods NAME,...]
-    python benchmarks/paper.py full MODEL.onnx --images FILE.npz [--ratio 4] [--samples 32]
+    python -m benchmarks paper full MODEL.onnx --images FILE.npz [--ratio 4] [--samples 32]
 
 Yu, Liu, Wang, Tao, On Compressing Deep Models by Low Rank and Sparse Decomposition, CVPR 2017. Parameters of
 a layer are those of its two factors and the non-zeros of S. The error of a layer is that of its feature maps,
@@ -20,10 +20,6 @@ is then fed the images of --images, in the size that it wants, half of them to f
 """
 
 from __future__ import annotations
-
-import os
-
-os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1"))
 
 import argparse
 import json
@@ -43,11 +39,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
-from methods import METHODS, SHARE, chosen, spend
-from problems import LayerProblem, layer_rows
-from reference.magnitude import magnitude
-from reference.patterns import largest
 
+from benchmarks.layer_problems import LayerProblem, layer_rows
+from benchmarks.methods import METHODS, SHARE, chosen, spend
+from benchmarks.options import comma_separated
+from benchmarks.reference.magnitude import magnitude
+from benchmarks.reference.patterns import largest
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.fit.calibrate import FEWEST_ROWS, MOST_ROWS, ROWS_PER_INPUT, input_shapes, locate
 from onnx_lrsd.graph.model import Model, load
@@ -61,6 +58,7 @@ from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.problem import Metric
 from onnx_lrsd.types import CHANNEL, NONE, UNSTRUCTURED, Array, Factors, Form, Layer, Pattern
 
+OPTIONS = ()
 OURS, SVD, WHITENED, MAGNITUDE = "U V + S", "plain SVD", "whitened SVD", "magnitude"
 NAMES = (OURS, WHITENED, MAGNITUDE, SVD)
 DATA_FREE = (SVD, MAGNITUDE)
@@ -324,39 +322,31 @@ def peak(who: int) -> int:
     return resource.getrusage(who).ru_maxrss // 1024
 
 
-def numbers(text: str) -> list[float]:
-    """Numbers with commas between them."""
-    return [float(part) for part in text.split(",")]
-
-
 def versions() -> Iterator[str]:
     """What the tables depend on."""
     yield f"Python {platform.python_version()}"
     yield from (f"{module.__name__} {module.__version__}" for module in (np, onnx, onnxruntime))
 
 
-def main() -> None:
-    """Run one of the three."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The three parts and what each takes."""
     parts = parser.add_subparsers(required=True)
     samples = parts.add_parser("samples", help="errors over the number of samples")
     samples.add_argument("folder", type=Path)
-    samples.add_argument("--keep", type=numbers, default=list(KEEPS))
+    samples.add_argument("--keep", type=comma_separated, default=list(KEEPS))
     samples.add_argument(
         "--counts", type=lambda text: [int(x) for x in text.split(",")], default=list(COUNTS)
     )
     samples.add_argument("--unseen", type=int, default=100)
     samples.add_argument("--layers", default=LAYERS, help="a regular expression over names of nodes")
-    samples.set_defaults(run=run_samples)
+    samples.set_defaults(part=run_samples)
     networks = parts.add_parser("networks", help="whole models at the same parameters")
     networks.add_argument("models", nargs="+", type=Path)
-    networks.add_argument("--rate", type=numbers, required=True)
+    networks.add_argument("--rate", type=comma_separated, required=True)
     networks.add_argument("--images", type=Path)
     networks.add_argument("--samples", type=int)
     networks.add_argument("--methods", type=lambda text: text.split(","), default=list(NAMES))
-    networks.set_defaults(run=run_networks)
+    networks.set_defaults(part=run_networks)
     for part in (samples, networks):
         part.add_argument("--share", type=float, help="of the factors in the budget (default: by a fold)")
         part.add_argument("--effort", default="standard", choices=["brief", "fast", "standard", "thorough"])
@@ -365,11 +355,10 @@ def main() -> None:
     full.add_argument("--images", type=Path, required=True)
     full.add_argument("--ratio", type=float, default=4)
     full.add_argument("--samples", type=int, default=32)
-    full.set_defaults(run=run_full)
-    given = parser.parse_args()
+    full.set_defaults(part=run_full)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Run one of the three."""
     print(f"{', '.join(versions())}, one thread of the solver\n")
-    given.run(given)
-
-
-if __name__ == "__main__":
-    main()
+    given.part(given)

@@ -1,14 +1,13 @@
 """The targets beside other tools, at the same bytes or the same time, on the same model and data.
 
-    python benchmarks/targets.py FOLDER... --target size|onnxruntime [--ratios 4,8,12] [--limit N]
+    python -m benchmarks peers FOLDER... --target size|onnxruntime [--ratios 4,8,12] [--samples N]
         [--pruners NAMES]
 
-A FOLDER is one that models.py takes. ``--target size``: bytes of the file beside "quantised only" (the same
-solver without low rank and sparse parts, and ONNX Runtime's quantisers at the size that they give) and
-"pruned only" (onnxsim's, the entries that are left stored in the best coding), then the scores over the
-bytes. ``--target onnxruntime``: MACs and latency beside onnxsim's structured pruning at the same MACs and
-at the same measured latency. ``--limit`` is the number of calibration samples, for all alike, and
-``--pruners`` names some of SparseGPT,Wanda,magnitude,magnitude everywhere.
+``--target size``: bytes of the file beside "quantised only" (the same solver without low rank and sparse
+parts, and ONNX Runtime's quantisers at the size that they give) and "pruned only" (onnxsim's, the entries
+that are left stored in the best coding), then the scores over the bytes. ``--target onnxruntime``: MACs and
+latency beside onnxsim's structured pruning at the same MACs and at the same measured latency. ``--samples``
+counts for all alike, and ``--pruners`` names some of SparseGPT,Wanda,magnitude,magnitude everywhere.
 """
 
 from __future__ import annotations
@@ -16,28 +15,25 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import peers
-
 import onnx_lrsd
-from models import Values, kind_of, outputs, score
-from onnx_lrsd.data.samples import Samples, read_samples
+from benchmarks import other_tools
+from benchmarks.options import FOLDERS, JSON, LIMIT, comma_separated
+from benchmarks.prepared import TOP1, Prepared, read
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.facts import LoadCost, Verification
-from onnx_lrsd.graph.model import Model, load, model_bytes
+from onnx_lrsd.graph.model import Model, model_bytes
 from onnx_lrsd.measure.compare import compare, time_pair, total_price
 from onnx_lrsd.measure.load_cost import loading
-from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.types import DENSE
 
+OPTIONS = (FOLDERS, LIMIT, JSON)
 OURS, QUANTISED, PRUNED = "ours", "quantised only", "pruned only"
 MOST_CUT, SHARES, SPEED_SECONDS = 0.98, 16, 1.0
 """Structured pruning ends here. Shares of the channels that are tried for a latency, seconds for each."""
@@ -86,52 +82,26 @@ class Row:
         return f"{start} {self.bytes:.2f} x | {cost} | {scores} |"
 
 
-COSTS = {"size": "latency (95 %) | opening, peak", "onnxruntime": "MACs | latency (95 %)"}
+COLUMNS = {"size": "latency (95 %) | opening, peak", "onnxruntime": "MACs | latency (95 %)"}
 
 
 def header(target: str) -> str:
     """Of the table of a target: what decoding does not change is left out, MACs or opening."""
-    columns = f"model | asked | method | bytes | {COSTS[target]} | score before | after | points (95 %)"
+    columns = f"model | asked | method | bytes | {COLUMNS[target]} | score before | after | points (95 %)"
     return f"| {columns} | output error |\n" + 10 * "|---" + "|"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A folder: the model, its samples, and how it is scored."""
+    """A prepared model, and how many calibration samples all may use."""
 
-    folder: Path
+    given: Prepared
     limit: int | None
-    kind: str
-    source: Model = field(repr=False)
-    evaluation: Samples = field(repr=False)
-    calibration: Samples = field(repr=False)
-    labels: Values = field(repr=False)
-
-    @classmethod
-    def read(cls, folder: Path, limit: int | None) -> Case:
-        """As models.py reads it."""
-        kind = kind_of(folder)
-        source = load(folder / "model.onnx")
-        with np.load(folder / "eval.npz") as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        labels = arrays["labels"] if kind == "top1" else arrays.pop("labels")
-        inputs = inputs_of(source.proto)
-        calibration = read_samples(folder / "calib.npz", inputs, limit=limit)
-        return cls(folder, limit, kind, source, read_samples(arrays, inputs), calibration, labels)
 
     @cached_property
     def opened(self) -> LoadCost:
         """What it takes to open the original."""
-        return loading(self.source)
-
-    @cached_property
-    def plain(self) -> float:
-        """Score of the original."""
-        return self.scored(self.source)
-
-    def scored(self, model: Model) -> float:
-        """Score of ``model`` on the evaluation samples."""
-        return score(self.kind, outputs(model, self.evaluation), self.labels)
+        return loading(self.given.source)
 
     def judged(
         self,
@@ -143,7 +113,9 @@ class Case:
         opens: bool = False,
     ) -> Row:
         """The row of ``model``. With ``counted`` bytes it is no file of its own: nothing of it is timed."""
-        found = compare(self.source, model, self.evaluation, bytes_after=counted, latency=counted is None)
+        found = compare(
+            self.given.source, model, self.given.evaluation, bytes_after=counted, latency=counted is None
+        )
         opened = loading(model) if opens else None
         macs = counted is None and not opens
         return self._row(model, found, opened, macs, ratio=ratio, group=group, method=method)
@@ -152,36 +124,38 @@ class Case:
         self, model: Model, found: Verification, opened: LoadCost | None, macs: bool, **names: Any
     ) -> Row:
         """What was measured of ``model``; with ``macs``, those too."""
-        metric = found.metric if self.kind == "top1" else None
+        metric = found.metric if self.given.scored_by == TOP1 else None
         return Row(
-            self.folder.name,
+            self.given.name,
             **names,
             bytes=found.before.bytes / found.after.bytes,
             macs=found.before.macs / found.after.macs if macs else None,
             latency=found.latency_ratio,
             interval=found.latency_interval,
-            opening_ms=opened and 1e3 * opened.seconds,
-            peak_mb=opened and opened.peak_bytes / 1e6,
-            before=metric.before if metric else self.plain,
-            after=metric.after if metric else self.scored(model),
+            opening_ms=1e3 * opened.seconds if opened else None,
+            peak_mb=opened.peak_bytes / 1e6 if opened else None,
+            before=metric.before if metric else self.given.score_before,
+            after=metric.after if metric else self.given.score(model),
             points=metric.interval if metric else None,
             error=found.error,
         )
 
-    def ours(self, target: str, ratio: float, group: str, **options: object) -> tuple[Row, Model | None]:
+    def ours(
+        self, target: str, ratio: float, group: str, forms: tuple[str, ...] | None = None
+    ) -> tuple[Row, Model | None]:
         """The package's own row and model."""
         try:
             model, report, _ = onnx_lrsd.optimize(
-                self.folder / "model.onnx",
-                self.folder / "calib.npz",
-                evaluation=self.evaluation,
+                self.given.model,
+                self.given.folder / "calib.npz",
+                evaluation=self.given.evaluation,
                 target=target,
                 ratio=ratio,
                 samples=self.limit,
-                **options,
+                forms=forms,
             )
         except LrsdError as error:
-            return Row(self.folder.name, ratio, group, "onnx-lrsd", says=str(error)), None
+            return Row(self.given.name, ratio, group, "onnx-lrsd", says=str(error)), None
         found = report.verification
         assert found is not None
         opened = report.loading and report.loading[1]
@@ -192,18 +166,18 @@ class Case:
         """What all others are measured by."""
         opened = self.opened
         return Row(
-            self.folder.name, None, "original", "as it is", 1.0, None, None, None,
-            1e3 * opened.seconds, opened.peak_bytes / 1e6, self.plain, self.plain,
+            self.given.name, None, "original", "as it is", 1.0, None, None, None,
+            1e3 * opened.seconds, opened.peak_bytes / 1e6, self.given.score_before, self.given.score_before,
         )  # fmt: skip
 
 
 def size_rows(case: Case, ratios: list[float], tool: ModuleType | None, methods: list[str]) -> Iterator[Row]:
     """Ours, quantised only and pruned only at each ratio of bytes; ONNX Runtime's quantisers first."""
     yield case.original()
-    for method, model in peers.quantisers(case.source, case.calibration):
+    for method, model in other_tools.quantisers(case.given.source, case.given.calibration):
         name = f"ONNX Runtime, {method}"
         if isinstance(model, str):
-            yield Row(case.folder.name, None, QUANTISED, name, says=model)
+            yield Row(case.given.name, None, QUANTISED, name, says=model)
         else:
             yield case.judged(model, QUANTISED, name, opens=True)
     for ratio in ratios:
@@ -221,15 +195,15 @@ def pruned(case: Case, ratio: float, method: str, tool: ModuleType | None) -> Ro
     """
     name = f"onnxsim, {method}"
     if tool is None:
-        return Row(case.folder.name, ratio, PRUNED, name, says="onnxsim is not installed")
-    wanted, best = round(model_bytes(case.source) / ratio), None
-    for storage in peers.VALUES:
-        found = peers.at_bytes(tool, method, case.source, wanted, storage, case.calibration)
+        return Row(case.given.name, ratio, PRUNED, name, says="onnxsim is not installed")
+    wanted, best = round(model_bytes(case.given.source) / ratio), None
+    for storage in other_tools.VALUES:
+        found = other_tools.at_bytes(tool, method, case.given.source, wanted, storage, case.given.calibration)
         if found is not None:
             row = case.judged(found[0], PRUNED, f"{name}, {storage.name}", ratio, found[1])
             if best is None or (row.after, -row.error) > (best.after, -best.error):
                 best = row
-    return best or Row(case.folder.name, ratio, PRUNED, name, says="no storage of its values needs zeros")
+    return best or Row(case.given.name, ratio, PRUNED, name, says="no storage of its values needs zeros")
 
 
 def speed_rows(case: Case, ratios: list[float], tool: ModuleType | None, methods: list[str]) -> Iterator[Row]:
@@ -239,31 +213,32 @@ def speed_rows(case: Case, ratios: list[float], tool: ModuleType | None, methods
         yield row
         if model is None:
             continue
-        for method in (m for m in methods if m in peers.STRUCTURED):
+        for method in (m for m in methods if m in other_tools.STRUCTURED):
             name = f"onnxsim, structured, {method}"
             if tool is None:
-                yield Row(case.folder.name, ratio, PRUNED, name, says="onnxsim is not installed")
+                yield Row(case.given.name, ratio, PRUNED, name, says="onnxsim is not installed")
                 continue
             try:
                 yield from structured(case, tool, method, row, model)
             except Exception as error:  # of another tool: it raises what it likes
                 said = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-                yield Row(case.folder.name, ratio, PRUNED, name, says=said)
+                yield Row(case.given.name, ratio, PRUNED, name, says=said)
 
 
 def structured(case: Case, tool: ModuleType, method: str, ours: Row, model: Model) -> Iterator[Row]:
     """onnxsim's structured pruning with as few MACs as ``ours``, and as fast as ``model``."""
-    ready = peers.folded(case.source)
+    ready = other_tools.folded(case.given.source)
 
     def cut(sparsity: float) -> Model:
-        return peers.structured(tool, method, ready, sparsity, case.calibration)
+        return other_tools.structured(tool, method, ready, sparsity, case.given.calibration)
 
-    most, total = total_price(model, case.evaluation).macs, total_price(case.source, case.evaluation).macs
-    feed = next(iter(case.evaluation.batches(1)))
+    judge = case.given.evaluation
+    most, total = total_price(model, judge).macs, total_price(case.given.source, judge).macs
+    feed = next(iter(judge.batches(1)))
     name = f"onnxsim, structured, {method}"
 
     def too_many(sparsity: float) -> bool:
-        return total_price(cut(sparsity), case.evaluation).macs > most
+        return total_price(cut(sparsity), judge).macs > most
 
     def fast_enough(sparsity: float) -> bool:
         return time_pair(model.proto, cut(sparsity).proto, feed, seconds=SPEED_SECONDS).ratio >= 1
@@ -272,15 +247,16 @@ def structured(case: Case, tool: ModuleType, method: str, ours: Row, model: Mode
         shares = (share / SHARES for share in range(1, SHARES))
         return next((share for share in shares if fast_enough(share)), 1.0)
 
-    for says, search in (
-        ("same MACs", lambda: peers.bisect(too_many, 10)),
-        ("same latency", fewest),
-    ):
+    searches: dict[str, Callable[[], float]] = {
+        "same MACs": partial(other_tools.bisect, too_many, 10),
+        "same latency": fewest,
+    }
+    for says, search in searches.items():
         sparsity = search()
         if sparsity > MOST_CUT:
-            least = total / total_price(cut(MOST_CUT), case.evaluation).macs
+            least = total / total_price(cut(MOST_CUT), judge).macs
             text = f"{says}: out of reach, {least:.2f} x MACs with {MOST_CUT:.0%} of the channels cut"
-            yield Row(case.folder.name, ours.ratio, PRUNED, name, says=text)
+            yield Row(case.given.name, ours.ratio, PRUNED, name, says=text)
         else:
             yield case.judged(cut(sparsity), PRUNED, f"{name}, {says}", ours.ratio)
 
@@ -309,32 +285,24 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def main() -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this study alone."""
+    parser.add_argument("--target", choices=tuple(COLUMNS), required=True)
+    parser.add_argument("--ratios", type=comma_separated, default=[4.0, 8.0, 12.0])
+    parser.add_argument("--pruners", default=",".join(other_tools.PRUNERS))
+
+
+def run(given: argparse.Namespace) -> None:
     """Print the tables of the models given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--target", choices=tuple(COSTS), required=True)
-    parser.add_argument("--ratios", default="4,8,12")
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--pruners", default=",".join(peers.PRUNERS))
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    ratios = [float(ratio) for ratio in given.ratios.split(",")]
-    tool, methods, rows = peers.onnxsim(), given.pruners.split(","), []
+    tool, methods, rows = other_tools.onnxsim(), given.pruners.split(","), []
     print(f"{versions()}\n\n{header(given.target)}", flush=True)
     for folder in given.folders:
-        case = Case.read(folder, given.limit)
+        case = Case(read(folder, given.samples), given.samples)
         found = size_rows if given.target == "size" else speed_rows
-        for row in found(case, ratios, tool, methods):
+        for row in found(case, given.ratios, tool, methods):
             rows.append(row)
             print(row.line(given.target), flush=True)
             if given.json is not None:
                 given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if given.target == "size":
-        print("\n" + "\n".join(frontier(rows, ratios)))
-
-
-if __name__ == "__main__":
-    main()
+        print("\n" + "\n".join(frontier(rows, given.ratios)))

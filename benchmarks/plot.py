@@ -7,7 +7,7 @@ from math import ceil, floor, log10
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from methods import FREE, Row
+from benchmarks.methods import FREE, Row
 
 WIDTH, HEIGHT, GAP, COLUMNS = 240, 170, 48, 3
 COLOURS = (

@@ -1,30 +1,38 @@
-"""What the rules of plans and fits are worth on other samples, like those of the fit and unlike them.
+"""What the parts and rules of plans and fits are worth on other samples, like those of the fit and unlike.
 
-    python benchmarks/rules.py FOLDER --ratio R [--about fit|plan|entries] [--samples N]
+    python -m benchmarks rules FOLDER... --ratio R [--about fit|plan|entries|parts] [--samples N]
 
-A FOLDER holds model.onnx and calib.npz of a classifier. Fitted on N samples by several rules and judged on
-others: drawn from all alike, or *unlike*, fitted on those of the first half of the classes, as the model
-names them, and judged on those of the second. Rules about the fit are compared with one plan, rules about
-the plan each with the plan they lead to; *entries* are those of S, where parameters count. Each gives
-the output error and, in parentheses, the share of samples whose top class is another than the original's.
+For classifiers. Fitted on N calibration samples by several rules and judged on others: drawn from all alike,
+or *unlike*, fitted on those of the first half of the classes, as the model names them, and judged on those
+of the second. Rules about the fit are compared with one plan, all others each with the plan they lead to;
+*entries* are those of S, where parameters count. Each gives the output error and, in parentheses, the share
+of samples whose top class is another than the original's.
+
+*Parts* leaves out one part at a time. *Sensitivity*: layers weighed by what their error does to the outputs.
+*Sequential*: layers fitted for the inputs that the rewritten layers before them give. *Rectifier*: layers
+behind a Relu or Clip fitted for what passes. *Readers*: errors of outputs weighed by what the layers that
+read them make of them. *Original rows*: a third of the rows of the sequential fit are those of the original
+network. *Refit*: layers that stay dense are fitted for their new inputs. *Repair*: an error counts less the
+more layers are fitted behind it.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from contextlib import nullcontext
+from math import inf
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
 import onnx_lrsd
-from models import Values, outputs
-from onnx_lrsd.data.samples import Samples, read_samples
-from onnx_lrsd.graph.model import load
-from onnx_lrsd.runtime.session import inputs_of
+from benchmarks.options import FOLDERS, LIMIT, heading
+from benchmarks.prepared import Prepared, Values, outputs, read
+from onnx_lrsd.data.samples import Samples
+
+OPTIONS = (FOLDERS, LIMIT)
 
 
 def divergence(before: Sequence[Sequence[Values]], after: Sequence[Sequence[Values]]) -> float:
@@ -35,84 +43,91 @@ def divergence(before: Sequence[Sequence[Values]], after: Sequence[Sequence[Valu
     return float((np.exp(one) * (one - two)).sum(axis=1).mean())
 
 
-FIT, PLAN, ENTRIES = "fit", "plan", "entries"
-WHITEN, CALIBRATE, RECONSTRUCT = (
-    "onnx_lrsd.solver.problem",
-    "onnx_lrsd.fit.calibrate",
-    "onnx_lrsd.fit.reconstruct",
-)
-RULES: dict[str, dict[str, tuple[str, str, Any]]] = {
+FIT, PLAN, ENTRIES, PARTS = "fit", "plan", "entries", "parts"
+PROBLEM = "onnx_lrsd.solver.problem"
+DECOMPOSE = "onnx_lrsd.solver.decompose"
+CALIBRATE = "onnx_lrsd.fit.calibrate"
+RECONSTRUCT = "onnx_lrsd.fit.reconstruct"
+PLANNER = "onnx_lrsd.plan.planner"
+NO_ORIGINAL = (f"{CALIBRATE}.ORIGINAL", 1 << 40)
+NO_REFIT = (f"{RECONSTRUCT}.ROWS_TO_REFIT", inf)
+NO_RECTIFIER = (f"{DECOMPOSE}.RECTIFIED_FROM", inf)
+RULES: dict[str, dict[str, tuple[str, Any] | None]] = {
     FIT: {
-        **{f"damping {each}": (WHITEN, "OF_SAMPLES", each) for each in (3, 6, 12, 24)},
-        "no original rows": (CALIBRATE, "ORIGINAL", 1 << 40),
-        "every second": (CALIBRATE, "ORIGINAL", 2),
-        "no refit": (RECONSTRUCT, "ROWS_TO_REFIT", 1e12),
-        **{f"pull {each}": (RECONSTRUCT, "PULL", each) for each in (1, 32)},
+        **{f"damping {each}": (f"{PROBLEM}.OF_SAMPLES", each) for each in (3, 6, 12, 24)},
+        "no original rows": NO_ORIGINAL,
+        "every second": (f"{CALIBRATE}.ORIGINAL", 2),
+        "no refit": NO_REFIT,
+        **{f"pull {each}": (f"{RECONSTRUCT}.PULL", each) for each in (1, 32)},
     },
     PLAN: {
-        **{
-            f"repaired {each}": ("onnx_lrsd.plan.planner", "REPAIRED", each) for each in (0.0, 0.05, 0.1, 0.2)
-        },
-        "divergence": ("onnx_lrsd.fit.sensitivity", "movement", divergence),
+        **{f"repaired {each}": (f"{PLANNER}.REPAIRED", each) for each in (0.0, 0.05, 0.1, 0.2)},
+        "divergence": ("onnx_lrsd.fit.sensitivity.movement", divergence),
     },
     ENTRIES: {
-        **{f"damped {each} times": (WHITEN, "OF_ENTRIES", each) for each in (1, 3, 6, 10)},
-        "no rectifier": ("onnx_lrsd.solver.decompose", "RECTIFIED_FROM", 1e9),
+        **{f"damped {each} times": (f"{PROBLEM}.OF_ENTRIES", each) for each in (1, 3, 6, 10)},
+        "no rectifier": NO_RECTIFIER,
+    },
+    PARTS: {
+        "all": None,
+        "without sensitivity": (f"{PLANNER}.Planner.weigh", lambda planner, measure: None),
+        "without sequential": (f"{RECONSTRUCT}.STAGES", 1),
+        "without rectifier": NO_RECTIFIER,
+        "without readers": (f"{RECONSTRUCT}.readers", lambda *_: {}),
+        "without original rows": NO_ORIGINAL,
+        "without refit": NO_REFIT,
+        "without repair": (f"{PLANNER}.REPAIRED", 0.0),
     },
 }
 """A constant or a function and what is in its place; the tool has 6, a tenth, 6 times and a pull of 8."""
 JUDGES = 300
 """Samples that judge, at most."""
+FITTED_ON = 200
+"""Samples fitted on, unless --samples says otherwise."""
 
 
 def judged(
-    folder: Path, fit: Samples, judge: Samples, ratio: float, about: str
+    case: Prepared, fit: Samples, judge: Samples, ratio: float, about: str
 ) -> Iterator[tuple[float, float]]:
     """Output error and share of changed classes on ``judge`` by each of the rules."""
-    model = folder / "model.onnx"
     goal: dict[str, Any] = {"ratio": ratio}
     if about == ENTRIES:
         goal |= {"target": "size", "cost": "parameters"}
     if about == FIT:
-        goal = {"plan": onnx_lrsd.optimize(model, fit, evaluation=judge, dry_run=True, **goal).plan}
-    before = outputs(load(model), judge).argmax(axis=1)
-    for module, name, value in RULES[about].values():
-        with patch.object(sys.modules[module], name, value):
-            found = onnx_lrsd.optimize(model, fit, evaluation=judge, **goal)
+        goal = {"plan": onnx_lrsd.optimize(case.model, fit, evaluation=judge, dry_run=True, **goal).plan}
+    before = outputs(case.source, judge).argmax(axis=1)
+    for rule in RULES[about].values():
+        with patch(*rule) if rule is not None else nullcontext():
+            found = onnx_lrsd.optimize(case.model, fit, evaluation=judge, **goal)
         assert found.report.verification is not None
         after = outputs(found.model, judge).argmax(axis=1)
         yield found.report.verification.error, float(np.mean(before != after))
 
 
-def main() -> None:
-    """Print one markdown row for each way to draw the samples."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--ratio", type=float, required=True)
-    parser.add_argument("--about", choices=list(RULES), default=FIT)
-    parser.add_argument("--samples", type=int, default=200)
-    given = parser.parse_args()
-    source = load(given.folder / "model.onnx")
-    samples = read_samples(given.folder / "calib.npz", inputs_of(source.proto))
-    classes = outputs(source, samples).argmax(axis=1)
+def ways(case: Prepared, fitted_on: int) -> Iterator[tuple[str, Samples, Samples]]:
+    """How the samples are drawn: those to fit on and those that judge."""
+    samples = case.calibration
+    classes = outputs(case.source, samples).argmax(axis=1)
     order = np.random.default_rng(0).permutation(samples.count)
     first = 2 * classes[order] < classes.max() + 1
-    ways = {
-        "like": (order[: given.samples], order[given.samples :]),
-        "unlike": (order[first][: given.samples], order[~first]),
-    }
-    print("| judged on | " + " | ".join(RULES[given.about]) + " |")
-    print("|---" * (len(RULES[given.about]) + 1) + "|")
-    for way, (fit, judge) in ways.items():
-        parts = samples.take(np.sort(fit)), samples.take(np.sort(judge[:JUDGES]))
-        found = judged(given.folder, *parts, given.ratio, given.about)
-        print(
-            f"| {way} | " + " | ".join(f"{error:.4f} ({other:.1%})" for error, other in found) + " |",
-            flush=True,
-        )
+    for way, fit, judge in (
+        ("like", order[:fitted_on], order[fitted_on:]),
+        ("unlike", order[first][:fitted_on], order[~first]),
+    ):
+        yield way, samples.take(np.sort(fit)), samples.take(np.sort(judge[:JUDGES]))
 
 
-if __name__ == "__main__":
-    main()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this study alone."""
+    parser.add_argument("--ratio", type=float, required=True)
+    parser.add_argument("--about", choices=list(RULES), default=FIT)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Print one markdown row for each model and way to draw the samples."""
+    print(heading("model, ratio", "judged on", *RULES[given.about]))
+    for case in map(read, given.folders):
+        for way, fit, judge in ways(case, given.samples or FITTED_ON):
+            found = judged(case, fit, judge, given.ratio, given.about)
+            cells = " | ".join(f"{error:.4f} ({other:.1%})" for error, other in found)
+            print(f"| {case.name}, {given.ratio:g} | {way} | {cells} |", flush=True)

@@ -1,6 +1,6 @@
 """The package's solver against the published ones on layer problems: held-out error and CPU time, as ratios.
 
-    python benchmarks/solvers.py [--layers DIR] [--json FILE] [--plot FILE] [--keep .5,.3,.15]
+    python -m benchmarks solvers [--layers DIR] [--json FILE] [--plot FILE] [--keep .5,.3,.15]
                                  [--methods "NAME;NAME"] [--only LAYERS]
 
 DIR holds .npz files with W (n, m), X and XH (rows of the layer's input, for fitting and held out) and meta,
@@ -10,27 +10,26 @@ same centred moments and the exact bias. Every method runs unless named: hassle-
 
 from __future__ import annotations
 
-import os
-
-os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1"))
-
 import argparse
 import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import plot
 import scipy
-from methods import FREE, METHODS, SHARE, TWO_OF_FOUR, Row, budgets, ours, run
-from problems import LayerProblem, example_problems, planted, read_problems
-from reference.patterns import largest
-from reference.three_basil import three_basil
 
+from benchmarks import plot
+from benchmarks.layer_problems import LayerProblem, example_problems, planted, read_problems
+from benchmarks.methods import FREE, METHODS, SHARE, TWO_OF_FOUR, Row, budgets, ours, run_method
+from benchmarks.options import JSON, comma_separated
+from benchmarks.reference.patterns import largest
+from benchmarks.reference.three_basil import three_basil
 from onnx_lrsd.types import UNSTRUCTURED, Pattern
 
+OPTIONS = (JSON,)
 SINGULAR = "vgg_b1c2"
 """A layer whose moments are nearly singular: its ratios are extreme, so means are given without it too."""
 PLANTED = 1e-10
@@ -73,35 +72,32 @@ COMPARISONS = (
 )
 
 
-def main() -> None:
-    """Run, print the tables, write the files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this study alone."""
     parser.add_argument("--layers", type=Path, metavar="DIR")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
-    parser.add_argument(
-        "--keep", type=lambda text: [float(x) for x in text.split(",")], default=[0.5, 0.3, 0.15]
-    )
+    parser.add_argument("--keep", type=comma_separated, default=[0.5, 0.3, 0.15])
     parser.add_argument(
         "--methods", type=lambda text: text.split(";"), default=list(METHODS), help="NAME;NAME"
     )
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="LAYER,LAYER")
-    given = parser.parse_args()
+
+
+def run(given: argparse.Namespace) -> None:
+    """Print the tables, write the files."""
     unknown = [name for name in given.methods if name not in METHODS]
     if unknown:
-        parser.error(f"no method {unknown[0]!r}: choose from {'; '.join(METHODS)}")
+        raise SystemExit(f"no method {unknown[0]!r}: choose from {'; '.join(METHODS)}")
     source = read_problems(given.layers) if given.layers else example_problems()
     problems = [problem for problem in source if not given.only or problem.name in given.only]
     if not problems:
-        parser.error(
+        raise SystemExit(
             "no layer left: name a folder with .npz problems in --layers, and some of them in --only"
         )
     rows: list[Row] = []
     for problem in problems:
         for method in given.methods:
-            rows += [run(problem, method, budget) for budget in budgets(problem, method, given.keep)]
+            rows += [run_method(problem, method, budget) for budget in budgets(problem, method, given.keep)]
         if given.json:
             given.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     print(
@@ -156,8 +152,10 @@ def print_ratios(rows: Sequence[Row], keeps: Sequence[float]) -> None:
             continue
         cells += [""] * (len(keeps) - len(cells))
         title = f"{comparison.ours} / {comparison.peer}"
-        title += f", {comparison.pattern}" * (comparison.pattern != FREE)
-        title += f", without {comparison.without}" * bool(comparison.without)
+        if comparison.pattern != FREE:
+            title += f", {comparison.pattern}"
+        if comparison.without:
+            title += f", without {comparison.without}"
         cells.append(f"{_mean(times):.2f}{_bar(comparison.time) if comparison.time else ''}")
         cells.append(f"{_mean(whole):.2f}" if comparison.ours == CHOSEN else "")
         print(f"| {title} | {' | '.join(cells)} |")
@@ -172,9 +170,8 @@ def print_planted(problems: Sequence[LayerProblem], keeps: Sequence[float]) -> N
         problem, rank, entries = planted(like, keep, SHARE)
         mine = ours(problem, problem.posed(), rank, Pattern(UNSTRUCTURED, entries))
         density = entries / problem.weight.size
-        left, right, sparse = three_basil(
-            problem.weight, problem.moments.second, rank, lambda scores, d=density: largest(scores, d)
-        )
+        select = partial(largest, density=density)
+        left, right, sparse = three_basil(problem.weight, problem.second, rank, select)
         theirs = left @ right + sparse
         print(f"| {keep:.0%} | {problem.errors(mine)[0]:.1e} | {problem.errors(theirs)[0]:.1e} |")
 
@@ -196,7 +193,3 @@ def _mean(ratios: Sequence[float]) -> float:
 
 def _bar(mean: float, worst: float | None = None) -> str:
     return f" (≤ {mean:g}{f' [{worst:g}]' if worst else ''})"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How singular values of trained layers fall, and how smooth their kernels are, as in models/published.py.
 
-    python benchmarks/spectra.py MODEL.onnx...
+    python -m benchmarks spectra MODEL.onnx...
 
 Of every layer's weight (n, m) with k = min(n, m) singular values σ_1 >= σ_2 ..., log σ_i is fitted by
 c - a log i - b i / k; the smallest tenth, where rounding and dead channels show, is left out. Of a k x k
@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.options import heading
 from onnx_lrsd.graph.model import load
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.types import Array, Layer
 
+OPTIONS = ()
 FEWEST = 16
 """Singular values that a fit of two slopes needs at least."""
 
@@ -58,15 +60,16 @@ def smoothness(weight: Array, size: int) -> Array:
     return np.asarray(along / along[0])
 
 
-def main() -> None:
-    """Print a row for each kind of layer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this study alone."""
     parser.add_argument("models", nargs="+", type=Path)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Print a row for each kind of layer."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     smooth: dict[str, list[Array]] = {}
-    for path in parser.parse_args().models:
+    for path in given.models:
         graph = load(path).graph()
         for layer in find_layers(graph)[0]:
             weight = read_weight(graph, layer)[0]
@@ -74,8 +77,8 @@ def main() -> None:
                 found.setdefault(kind(layer), []).append(slopes(weight))
             if layer.kernel[:1] == layer.kernel[1:] == (3,):
                 smooth.setdefault(kind(layer), []).append(smoothness(weight, 3))
-    print("| layers | how many | a (quartiles) | b (quartiles) | error of the fit | kernel amplitudes |")
-    print("|---|---|---|---|---|---|")
+    titles = "layers", "how many", "a (quartiles)", "b (quartiles)", "error of the fit"
+    print(heading(*titles, "kernel amplitudes"))
     for name, rows in found.items():
         low, middle, high = np.quantile(rows, (0.25, 0.5, 0.75), axis=0)
         cells = [f"{middle[j]:.2f} ({low[j]:.2f} to {high[j]:.2f})" for j in (0, 1)]
@@ -84,7 +87,3 @@ def main() -> None:
             f"| {name} | {len(rows)} | {cells[0]} | {cells[1]} | {middle[2]:.2f} "
             f"| {', '.join(f'{value:.2f}' for value in along)} |"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -6,9 +6,9 @@ from types import ModuleType
 
 import numpy as np
 import onnx
-import peers
 import pytest
 
+from benchmarks import other_tools
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.graph.model import Model, load, model_bytes
 from onnx_lrsd.storage import FP16, INT4, UINT8, Storage
@@ -31,13 +31,13 @@ def halved() -> np.ndarray:
     return weight
 
 
-@pytest.mark.parametrize("storage", peers.VALUES)
+@pytest.mark.parametrize("storage", other_tools.VALUES)
 def test_a_pruned_weight_is_counted_sparse_and_keeps_its_zeros_and_nearly_its_values(
     storage: Storage,
 ) -> None:
     source = network(DENSE)
-    found, taken = peers.stored(source, network(halved(), "pruned_w").proto, storage)
-    expected = peers.sparse_bytes(N * M // 2, N, M, storage)
+    found, taken = other_tools.stored(source, network(halved(), "pruned_w").proto, storage)
+    expected = other_tools.sparse_bytes(N * M // 2, N, M, storage)
     assert taken == model_bytes(source) - DENSE.nbytes + expected
     values = onnx.numpy_helper.to_array(found.proto.graph.initializer[0])
     assert np.array_equal(values == 0, halved() == 0)
@@ -45,9 +45,9 @@ def test_a_pruned_weight_is_counted_sparse_and_keeps_its_zeros_and_nearly_its_va
 
 
 def test_entries_take_the_cheapest_of_distances_a_bitmap_and_none_left_out() -> None:
-    assert peers.sparse_bytes(100, 100, 100, FP16) < 100 * 4
-    assert peers.sparse_bytes(5000, 100, 100, FP16) == 5000 * 2 + 10_000 // 8
-    assert peers.sparse_bytes(9990, 100, 100, UINT8) == 10_000 + 100 * peers.STEP_BYTES
+    assert other_tools.sparse_bytes(100, 100, 100, FP16) < 100 * 4
+    assert other_tools.sparse_bytes(5000, 100, 100, FP16) == 5000 * 2 + 10_000 // 8
+    assert other_tools.sparse_bytes(9990, 100, 100, UINT8) == 10_000 + 100 * other_tools.STEP_BYTES
 
 
 def test_what_needs_no_zeros_for_its_size_is_no_row_of_pruning() -> None:
@@ -59,12 +59,12 @@ def test_what_needs_no_zeros_for_its_size_is_no_row_of_pruning() -> None:
         return network(DENSE * kept).proto
 
     tool.apply_magnitude_pruning = smallest_out  # type: ignore[attr-defined]
-    wanted = model_bytes(source) - DENSE.nbytes + peers.sparse_bytes(N * M, N, M, INT4)
-    assert peers.at_bytes(tool, "magnitude", source, wanted, INT4, seen) is None
-    found = peers.at_bytes(tool, "magnitude", source, wanted, FP16, seen)
+    wanted = model_bytes(source) - DENSE.nbytes + other_tools.sparse_bytes(N * M, N, M, INT4)
+    assert other_tools.at_bytes(tool, "magnitude", source, wanted, INT4, seen) is None
+    found = other_tools.at_bytes(tool, "magnitude", source, wanted, FP16, seen)
     assert found is not None and abs(found[1] / wanted - 1) < 0.02
 
 
 def test_the_least_sparsity_that_is_enough_is_found() -> None:
-    assert peers.bisect(lambda sparsity: sparsity < 0.37) == pytest.approx(0.37, abs=1e-5)
-    assert peers.bisect(lambda sparsity: True) == 1.0
+    assert other_tools.bisect(lambda sparsity: sparsity < 0.37) == pytest.approx(0.37, abs=1e-5)
+    assert other_tools.bisect(lambda sparsity: True) == 1.0

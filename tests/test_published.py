@@ -14,7 +14,8 @@ import onnxruntime
 import published
 import pytest
 from published import INPUT, Network, generated, natural_images, trained_like
-from spectra import slopes, smoothness
+
+from benchmarks.spectra import slopes, smoothness
 
 NETWORKS = list(published.NETWORKS)
 PUBLISHED = {

@@ -8,17 +8,18 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import pytest
-from reference.alps import alps
-from reference.hassle_free import hassle_free
-from reference.magnitude import magnitude
-from reference.oats import oats
-from reference.patterns import largest, largest_in_groups, largest_in_rows
-from reference.sparsegpt import sparsegpt
-from reference.three_basil import three_basil
-from reference.truncated_svd import truncated_svd
-from reference.tucker2 import expand, tucker2
-from reference.wanda import wanda
-from reference.whitened_svd import whitened_svd
+
+from benchmarks.reference.alps import alps
+from benchmarks.reference.hassle_free import hassle_free
+from benchmarks.reference.magnitude import magnitude
+from benchmarks.reference.oats import oats
+from benchmarks.reference.patterns import largest, largest_in_groups, largest_in_rows
+from benchmarks.reference.sparsegpt import sparsegpt
+from benchmarks.reference.three_basil import three_basil
+from benchmarks.reference.truncated_svd import truncated_svd
+from benchmarks.reference.tucker2 import expand, tucker2
+from benchmarks.reference.wanda import wanda
+from benchmarks.reference.whitened_svd import whitened_svd
 
 Matrix = npt.NDArray[np.float64]
 

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import onnx
 import pytest
 from click.testing import CliRunner
-from engines import build
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_lrsd
+from benchmarks.engines import build
 from onnx_lrsd.cli import main
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import DataError

@@ -6,11 +6,11 @@ Large Language Models", NeurIPS 2024, arXiv 2406.07831, algorithms 1 and 2.
 
 from __future__ import annotations
 
+from benchmarks.reference.linalg import eigen, shifted_inverse
+from benchmarks.reference.metric import damped, unit_diagonal
+from benchmarks.reference.patterns import Select
 from onnx_lrsd.arrays import namespace
 from onnx_lrsd.types import Array
-from reference.linalg import eigen, shifted_inverse
-from reference.metric import damped, unit_diagonal
-from reference.patterns import Select
 
 START, EVERY, LIMIT = 0.1, 3, 300
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))

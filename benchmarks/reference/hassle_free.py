@@ -6,13 +6,13 @@ Matrix Decomposition for LLMs", CPAL 2025, arXiv 2502.00899.
 
 from __future__ import annotations
 
+from benchmarks.reference.alps import prune
+from benchmarks.reference.linalg import eigen
+from benchmarks.reference.metric import damped, unit_diagonal
+from benchmarks.reference.patterns import Select
+from benchmarks.reference.whitened_svd import whitened_basis
 from onnx_lrsd.arrays import namespace
 from onnx_lrsd.types import Array
-from reference.alps import prune
-from reference.linalg import eigen
-from reference.metric import damped, unit_diagonal
-from reference.patterns import Select
-from reference.whitened_svd import whitened_basis
 
 ROUNDS = 40
 

@@ -6,9 +6,9 @@ NIPS 2015, arXiv 1506.02626.
 
 from __future__ import annotations
 
+from benchmarks.reference.patterns import Select
 from onnx_lrsd.arrays import namespace
 from onnx_lrsd.types import Array
-from reference.patterns import Select
 
 
 def magnitude(weight: Array, select: Select) -> Array:

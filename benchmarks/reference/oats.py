@@ -6,10 +6,10 @@ arXiv 2409.13652, algorithm 1.
 
 from __future__ import annotations
 
+from benchmarks.reference.linalg import thin_svd
+from benchmarks.reference.patterns import Select
 from onnx_lrsd.arrays import namespace
 from onnx_lrsd.types import Array
-from reference.linalg import thin_svd
-from reference.patterns import Select
 
 ROUNDS = 80
 

@@ -6,10 +6,10 @@ ICML 2023, arXiv 2301.00774, algorithm 1.
 
 from __future__ import annotations
 
+from benchmarks.reference.metric import damped
+from benchmarks.reference.patterns import Select
 from onnx_lrsd.arrays import namespace
 from onnx_lrsd.types import Array
-from reference.metric import damped
-from reference.patterns import Select
 
 BLOCK = 128
 

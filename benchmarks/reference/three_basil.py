@@ -6,11 +6,11 @@ LLMs", NeurIPS 2025, arXiv 2603.01376. The tuning of whole transformer blocks th
 
 from __future__ import annotations
 
+from benchmarks.reference.linalg import eigen, shifted_inverse, thin_svd
+from benchmarks.reference.metric import unit_diagonal
+from benchmarks.reference.patterns import Select
 from onnx_lrsd.arrays import namespace
 from onnx_lrsd.types import Array
-from reference.linalg import eigen, shifted_inverse, thin_svd
-from reference.metric import unit_diagonal
-from reference.patterns import Select
 
 START, EVERY, LIMIT, REST = 0.1, 10, 1000, 0.0003
 GROWTH = ((0.1, 1.1), (0.005, 1.05), (0.0, 1.02))

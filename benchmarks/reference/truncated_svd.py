@@ -5,8 +5,8 @@ Source: Eckart and Young, "The approximation of one matrix by another of lower r
 
 from __future__ import annotations
 
+from benchmarks.reference.linalg import thin_svd
 from onnx_lrsd.types import Array
-from reference.linalg import thin_svd
 
 
 def truncated_svd(weight: Array, rank: int) -> tuple[Array, Array]:

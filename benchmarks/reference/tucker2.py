@@ -7,10 +7,10 @@ is optimal for two of the three factors together, which is never worse than one 
 
 from __future__ import annotations
 
+from benchmarks.reference.linalg import eigen
+from benchmarks.reference.metric import damped
 from onnx_lrsd.arrays import namespace
 from onnx_lrsd.types import Array
-from reference.linalg import eigen
-from reference.metric import damped
 
 SWEEPS, STEPS = 6, 12
 

@@ -6,9 +6,9 @@ ICLR 2024, arXiv 2306.11695.
 
 from __future__ import annotations
 
+from benchmarks.reference.patterns import Select
 from onnx_lrsd.arrays import namespace
 from onnx_lrsd.types import Array
-from reference.patterns import Select
 
 
 def wanda(weight: Array, square: Array, select: Select) -> Array:

@@ -6,10 +6,10 @@ Model Compression", ICLR 2025, arXiv 2403.07378.
 
 from __future__ import annotations
 
+from benchmarks.reference.linalg import thin_svd
+from benchmarks.reference.metric import damped
 from onnx_lrsd.arrays import namespace
 from onnx_lrsd.types import Array
-from reference.linalg import thin_svd
-from reference.metric import damped
 
 
 def whitened_svd(weight: Array, second: Array, rank: int, damping: float = 0.01) -> tuple[Array, Array]:
