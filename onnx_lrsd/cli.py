@@ -406,7 +406,7 @@ def _check_usage(ctx: click.Context) -> None:
     settled = given("target", "cost", "forms", "weights", "include", "exclude")
     if "plan_path" in goals and settled:
         raise click.UsageError(f"{flags(settled)} cannot go with --plan, which settles it: edit the plan.")
-    if ctx.params["cost"] == "latency" and TARGETS[ctx.params["target"]].on is None:
+    if ctx.params["cost"] == "latency" and not TARGETS[ctx.params["target"]].times:
         raise click.UsageError(
             f"--cost latency cannot go with --target {ctx.params['target']}, whose times nobody knows: "
             "choose another cost."

@@ -60,7 +60,7 @@ class Options:
             raise ValueError("weights are stored in codes by the target size alone")
         if [self.ratio, self.max_error, self.max_drop].count(None) < 2:
             raise ValueError("give one of ratio, max_error and max_drop")
-        if self.cost == "latency" and TARGETS[self.target].on is None:
+        if self.cost == "latency" and not TARGETS[self.target].times:
             raise ValueError(f"the target {self.target} has no table of times: choose another cost")
 
 
@@ -84,7 +84,7 @@ class Run:
     def __post_init__(self) -> None:
         """Give the target the table of times of this machine, if it takes one."""
         self.target = TARGETS[self.options.target]
-        if self.target.on is None:
+        if not self.target.times:
             return
         self.machine, said = this_machine()
         self.target = self.target.on(self.machine)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.errors import BudgetError, DataError
 from onnx_lrsd.plan.allocate import allocate, lower_hull
 from onnx_lrsd.targets import TARGETS, price
 from onnx_lrsd.types import (
@@ -19,10 +19,13 @@ from onnx_lrsd.types import (
     COSTS,
     DENSE,
     KINDS,
+    N_OF_M,
     SPATIAL,
+    UNSTRUCTURED,
     ErrorCurve,
     Form,
     Layer,
+    Pattern,
     Point,
     Price,
     whole_channels,
@@ -137,5 +140,23 @@ def test_every_form_a_target_offers_is_predicted_to_be_faster() -> None:
     target, layer = TARGETS["onnxruntime"], conv(1, 1)
     forms = target.forms(layer, KINDS)
     assert {form.kind for form in forms} == set(KINDS) - {DENSE}
-    assert all(target.cost(layer, form) < target.cost(layer, Form(DENSE)) for form in forms)
+    assert all(
+        target.predicted_time(layer, form) < target.predicted_time(layer, Form(DENSE)) for form in forms
+    )
     assert all(form.rank % 16 == 0 for form in forms)
+
+
+@pytest.mark.parametrize(
+    ("target", "form", "says"),
+    [
+        ("onnxruntime", Form(CHANNEL, 8, Pattern(N_OF_M, 2, 4)), "sparse part .*writes only channels"),
+        ("tensorrt", Form(CHANNEL, 8, Pattern(UNSTRUCTURED, 100)), "writes only channels or n-of-m"),
+        ("size", Form(CHANNEL, 8, whole_channels(8)), "sparse part .*writes only unstructured"),
+        ("tensorrt", Form(DENSE, weights=(("int4", 128),)), "in codes"),
+        ("onnxruntime", Form(CHANNEL, 999), "rank 999"),
+    ],
+)
+def test_a_target_refuses_in_words_what_it_does_not_write(target: str, form: Form, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        TARGETS[target].check(conv(1, 1), form)
+    TARGETS[target].check(conv(1, 1), Form(CHANNEL, 8))

@@ -92,10 +92,9 @@ def test_outputs_are_paid_for_in_blocks_and_nodes_by_the_piece() -> None:
     table = built_in()
     node = Node(17, 64, (3, 3), 784)
     assert table.seconds(node) == table.seconds(node._replace(outputs=32))
-    dense = TARGETS["onnxruntime"].cost(conv(), Form(DENSE))
+    dense = TARGETS["onnxruntime"].predicted_time(conv(), Form(DENSE))
     slow = TARGETS["onnxruntime"].on
-    assert slow is not None
-    expensive = slow(replace(table, node=1.0)).cost
+    expensive = slow(replace(table, node=1.0)).predicted_time
     assert expensive(conv(), Form(DENSE)) == pytest.approx(1 + dense, rel=1e-3)
     assert expensive(conv(), Form(SPATIAL, 32)) == pytest.approx(2, rel=1e-2)
     assert expensive(conv(), Form(CHANNEL, 8)) == pytest.approx(3, rel=1e-2)  # a change of layout between
@@ -104,7 +103,7 @@ def test_outputs_are_paid_for_in_blocks_and_nodes_by_the_piece() -> None:
 
 
 def test_more_rank_takes_more_time_in_every_kind() -> None:
-    cost = TARGETS["onnxruntime"].cost
+    cost = TARGETS["onnxruntime"].predicted_time
     for kind in (CHANNEL, SPATIAL):
         times = [cost(conv(), Form(kind, rank)) for rank in range(16, 129, 16)]
         assert times == sorted(times)
@@ -112,7 +111,6 @@ def test_more_rank_takes_more_time_in_every_kind() -> None:
 
 def test_where_every_node_is_slow_no_form_is_offered() -> None:
     on = TARGETS["onnxruntime"].on
-    assert on is not None
     assert on(built_in()).forms(conv(), (CHANNEL, SPATIAL))
     assert not on(replace(built_in(), node=1.0)).forms(conv(), (CHANNEL, SPATIAL))
     narrow = on(replace(built_in(), block=8)).forms(conv(), (SPATIAL,))
@@ -140,7 +138,7 @@ def test_the_users_table_is_used_where_it_was_made_here() -> None:
     run = Run(Options())
     assert run.machine is not None and run.machine.node == 0.5
     assert run.table.startswith("measured on this machine") and not run.warnings
-    assert run.target.cost(conv(), Form(DENSE)) > 0.5
+    assert run.target.predicted_time(conv(), Form(DENSE)) > 0.5
 
 
 @pytest.mark.parametrize("field", ["processor", "runtime"])
@@ -180,7 +178,7 @@ def test_doctor_says_which_table_is_used() -> None:
 
 
 def test_latency_is_refused_for_a_target_without_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    timeless = replace(TARGETS["onnxruntime"], on=None)
+    timeless = replace(TARGETS["onnxruntime"], with_table=None)
     monkeypatch.setitem(TARGETS, "onnxruntime", timeless)
     result = CliRunner().invoke(cli.main, ["optimize", "m.onnx", "--cost", "latency", "--ratio", "2"])
     assert result.exit_code == 2 and "--cost latency cannot go with --target onnxruntime" in result.stderr
@@ -232,7 +230,7 @@ def curves(count: int = 4) -> list[ErrorCurve]:
     """Layers of 1 ms whose forms of k tenths of that lose 1 / k."""
     found = []
     for i in range(count):
-        layer = replace(conv(), name=f"l{i}")
+        layer = replace(conv(), output=f"l{i}", name=f"l{i}")
         points = [Point(Form(SPATIAL, k), 1 / k, Price(k, k, k, k * 1e-4), k * 1e-4) for k in range(1, 10)]
         dense = Point(Form(DENSE), 0.0, Price(10, 10, 10, 1e-3), 1e-3)
         found.append(ErrorCurve(layer, (dense, *points)))

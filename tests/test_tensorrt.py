@@ -230,8 +230,8 @@ def layer_of(op: str, n: int, channels: int, kernel: int = 3, dtype: str = "floa
 def test_2_4_is_offered_where_sparse_tensor_cores_take_it_and_gain(layer: Layer, offered: bool) -> None:
     forms = TENSORRT.forms(layer, KINDS)
     assert any(form.pattern == TWO_OF_FOUR for form in forms) == offered
-    dense = TENSORRT.cost(layer, Form())
-    assert all(TENSORRT.cost(layer, form) <= 0.9 * dense for form in forms)
+    dense = TENSORRT.predicted_time(layer, Form())
+    assert all(TENSORRT.predicted_time(layer, form) <= 0.9 * dense for form in forms)
     assert all(form.rank % 16 == 0 and form.outer % 16 == 0 for form in forms)
     assert TWO_OF_FOUR not in {form.pattern for form in TARGETS["onnxruntime"].forms(layer, KINDS)}
     assert not any(form.pattern == TWO_OF_FOUR for form in TENSORRT.forms(layer, (SPATIAL, TUCKER)))
@@ -241,7 +241,9 @@ def test_2_4_promises_no_macs_and_no_bytes() -> None:
     layer = layer_of("Conv", 256, 256)
     dense, sparse = price(layer, Form()), price(layer, Form(CHANNEL, 0, TWO_OF_FOUR))
     assert sparse == dense
-    assert TENSORRT.cost(layer, Form(CHANNEL, 0, TWO_OF_FOUR)) < TENSORRT.cost(layer, Form())
+    assert TENSORRT.predicted_time(layer, Form(CHANNEL, 0, TWO_OF_FOUR)) < TENSORRT.predicted_time(
+        layer, Form()
+    )
 
 
 def test_slack_in_macs_does_not_buy_back_time_for_nothing() -> None:
@@ -258,10 +260,11 @@ def test_2_4_takes_the_layers_where_it_saves_time_for_less_error_than_factors_do
     """One layer has a low rank, one has none: within a budget of MACs, time is what is saved."""
 
     def curve(name: str, lost: Mapping[Form, float]) -> ErrorCurve:
-        layer = replace(layer_of("Conv", 512, 512), name=name)
+        layer = replace(layer_of("Conv", 512, 512), output=name, name=name)
         forms = {Form(): 0.0, **lost}
         return ErrorCurve(
-            layer, tuple(Point(f, e, price(layer, f), TENSORRT.cost(layer, f)) for f, e in forms.items())
+            layer,
+            tuple(Point(f, e, price(layer, f), TENSORRT.predicted_time(layer, f)) for f, e in forms.items()),
         )
 
     def chosen(lost: float) -> dict[str, Form]:

@@ -9,7 +9,6 @@ import numpy as np
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf
 from onnx_lrsd.measure.layer_times import Anatomy
 from onnx_lrsd.run import NO_FORM, NO_STORAGE, Run
-from onnx_lrsd.solver.curve import errors
 from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.targets import Target, price
 from onnx_lrsd.types import DENSE, KINDS, ErrorCurve, Form, Layer, Point
@@ -27,15 +26,14 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
         forms = run.target.forms(layer, kinds)
         moments = known.moments.get(layer.output)
         if not forms:
-            run.reasons[layer.output] = NO_FORM if run.target.curve is None else NO_STORAGE
+            run.reasons[layer.output] = NO_STORAGE if run.target.stores_codes else NO_FORM
         elif moments is not None and not np.isfinite(moments.mean).all():
             run.reasons[layer.output] = "its input is not finite on the calibration data"
             forms = ()
         points = [dense]
         if forms:
             problem = pose(layer, *weight_of(layer), moments, run.options.device)
-            curve = run.target.curve
-            found = errors(problem, forms) if curve is None else curve(problem, kinds, run.weights)
+            found = run.target.errors(problem, kinds, run.weights)
             points += [_point(run.target, layer, f, e) for f, e in found.items() if e <= MOST_ERROR]
             if len(points) == 1:
                 run.reasons[layer.output] = "every smaller form loses too much of its output"
@@ -46,7 +44,7 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
 
 
 def _point(target: Target, layer: Layer, form: Form, error: float) -> Point:
-    return Point(form, error, price(layer, form), target.cost(layer, form))
+    return Point(form, error, price(layer, form), target.predicted_time(layer, form))
 
 
 def with_seconds(curves: list[ErrorCurve], measured: Anatomy) -> list[ErrorCurve]:

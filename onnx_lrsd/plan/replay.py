@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.run import NOT_NEEDED, Run
-from onnx_lrsd.solver.decompose import check_form
 from onnx_lrsd.targets import TARGETS
 from onnx_lrsd.types import COSTS, DENSE, Choice, ErrorCurve, Form, Layer, Plan
 
@@ -37,10 +36,5 @@ def forms_of(plan: Plan, layers: Sequence[Layer]) -> dict[str, Form]:
                 f"The plan names the layer {name}, which this model does not have: "
                 "make a plan for this model with --save-plan."
             )
-        if form.coded and TARGETS[plan.target].curve is None:
-            raise DataError(f"The plan stores {name} in codes, which its target does not: write size there.")
-        try:
-            check_form(known[name], form)
-        except ValueError as error:
-            raise DataError(f"The plan does not fit ({error}): change it there.") from error
+        TARGETS[plan.target].check(known[name], form)
     return forms

@@ -13,7 +13,7 @@ from functools import partial
 from onnx_lrsd.targets.chains import WIDE, Chains
 from onnx_lrsd.targets.machine import Machine, built_in
 from onnx_lrsd.targets.target import Target, nodes_of
-from onnx_lrsd.types import CHANNEL, DENSE, Form, Layer
+from onnx_lrsd.types import CHANNEL, CHANNELS, DENSE, Form, Layer
 
 SMALLEST = 4
 """Ranks off it leave the blocked layout."""
@@ -52,7 +52,7 @@ def _low_ranks(block: int, layer: Layer, kind: str) -> Sequence[int]:
 def on(machine: Machine) -> Target:
     """The target with forms and times as ``machine`` has them."""
     chains = Chains(partial(pays, machine), partial(_low_ranks, machine.block), machine.block)
-    return Target("onnxruntime", chains.forms, partial(seconds, machine), on)
+    return Target("onnxruntime", chains.forms, partial(seconds, machine), on, patterns=(CHANNELS,))
 
 
 ONNXRUNTIME = on(built_in())

@@ -9,13 +9,13 @@ from onnx_lrsd.passes.pack import OPSET
 from onnx_lrsd.solver.codes.curve import coded_errors
 from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets.target import Target, price
-from onnx_lrsd.types import DENSE, Form, Layer
+from onnx_lrsd.types import DENSE, UNSTRUCTURED, Form, Layer
 
 MOST_FOLDED = 1 << 30
 """Bytes of a constant up to which ONNX Runtime folds it, unless it is told otherwise."""
 
 
-def cost(layer: Layer, form: Form) -> float:
+def predicted_time(layer: Layer, form: Form) -> float:
     """MACs of the dense layer, whatever the form."""
     return float(price(layer, form).macs)
 
@@ -33,5 +33,13 @@ def forms(layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
 
 
 SIZE = Target(
-    "size", forms, cost, curve=coded_errors, counts="bytes", timed_here=False, opset=OPSET, first_ratio=6.0
+    "size",
+    forms,
+    predicted_time,
+    patterns=(UNSTRUCTURED,),
+    timed_here=False,
+    coded_errors=coded_errors,
+    counts="bytes",
+    opset=OPSET,
+    first_ratio=6.0,
 )

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
+from onnx_lrsd.errors import DataError
+from onnx_lrsd.solver.curve import errors
+from onnx_lrsd.solver.decompose import check_form
 from onnx_lrsd.solver.layout import rank_size
 from onnx_lrsd.solver.moments import output_size
 from onnx_lrsd.solver.pattern import nonzeros
@@ -39,30 +42,68 @@ Curve: TypeAlias = Callable[[Problem, Sequence[str], str | None], Mapping[Form, 
 
 @dataclass(frozen=True)
 class Target:
-    """``forms(layer, kinds)`` are worth trying; ``cost(layer, form)`` is the predicted time of one sample.
+    """``forms(layer, kinds)`` are worth trying; ``predicted_time(layer, form)`` is that of one sample.
 
-    ``on`` gives the same target with the table of another machine. Where there is one ``cost`` is in seconds,
-    otherwise in a unit of the target's own.
+    ``with_table(machine)`` is the same target with the table of another machine. Where there is one, times
+    are in seconds, otherwise in a unit of the target's own. ``patterns`` are the kinds of S that are written.
 
     ``timed_here``: the latency that ONNX Runtime measures on this machine is what counts, so that a form or
     a model that is no faster by it is not kept. False where another engine runs the result, or speed is
     not what is wanted.
 
-    ``curve(problem, kinds, weights)`` gives the errors of forms that only the layer's data can tell, in
-    the storage ``weights`` if it is not None; without it the errors are those of ``forms``. ``counts`` is
-    what a ratio is of, if nothing else is asked for. ``opset`` is the oldest its operators are in. A
-    search for a promise begins at ``first_ratio``.
+    ``coded_errors(problem, kinds, weights)`` gives the errors of forms in codes, which only the layer's data
+    can tell, in the storage ``weights`` if it is not None; without it weights are stored as numbers.
+    ``counts`` is what a ratio is of, if nothing else is asked for. ``opset`` is the oldest its operators are
+    in. A search for a promise begins at ``first_ratio``.
     """
 
     name: str
     forms: Callable[[Layer, tuple[str, ...]], tuple[Form, ...]]
-    cost: Callable[[Layer, Form], float]
-    on: Callable[[Any], Target] | None = None
+    predicted_time: Callable[[Layer, Form], float]
+    with_table: Callable[[Any], Target] | None = None
+    patterns: tuple[str, ...] = ()
     timed_here: bool = True
-    curve: Curve | None = None
+    coded_errors: Curve | None = None
     counts: str = "macs"
     opset: int = 1
     first_ratio: float = 2.0
+
+    @property
+    def times(self) -> bool:
+        """Whether predicted times are seconds, from the table of a machine."""
+        return self.with_table is not None
+
+    @property
+    def stores_codes(self) -> bool:
+        """Whether weights are stored in codes."""
+        return self.coded_errors is not None
+
+    def on(self, machine: Any) -> Target:
+        """The target with the times of ``machine``; as it is where it has no table of times."""
+        return self if self.with_table is None else self.with_table(machine)
+
+    def errors(self, problem: Problem, kinds: tuple[str, ...], weights: str | None) -> Mapping[Form, float]:
+        """The relative error of every form worth trying, in the storage ``weights`` if it is not None."""
+        if self.coded_errors is not None:
+            return self.coded_errors(problem, kinds, weights)
+        return errors(problem, self.forms(problem.layer, kinds))
+
+    def check(self, layer: Layer, form: Form) -> None:
+        """Raise DataError for a planned form that the target does not write or the layer cannot take."""
+        if form.coded and not self.stores_codes:
+            raise DataError(
+                f"The plan stores {layer.output} in codes, which its target does not: write size there."
+            )
+        if form.pattern != NONE and form.pattern.kind not in self.patterns:
+            known = f"only {' or '.join(self.patterns)}" if self.patterns else "none"
+            raise DataError(
+                f"The plan gives {layer.output} a sparse part ({form.pattern}), and its target {self.name} "
+                f"writes {known}: take it out there."
+            )
+        try:
+            check_form(layer, form)
+        except ValueError as error:
+            raise DataError(f"The plan does not fit ({error}): change it there.") from error
 
 
 def price(layer: Layer, form: Form) -> Price:

@@ -23,7 +23,7 @@ from math import ceil, prod
 
 from onnx_lrsd.targets.chains import BLOCK, WIDE, Chains
 from onnx_lrsd.targets.target import Target, node_shapes
-from onnx_lrsd.types import CHANNEL, DENSE, N_OF_M, Form, Layer, Pattern
+from onnx_lrsd.types import CHANNEL, CHANNELS, DENSE, N_OF_M, Form, Layer, Pattern
 
 ALIGNED = 8
 """Channels in half precision are padded to multiples of it."""
@@ -50,7 +50,7 @@ SPARSE_RANKS = (BLOCK, 2 * BLOCK)
 """Ranks tried beside a 2:4 part, whose dense-sized branch leaves them little to win."""
 
 
-def cost(layer: Layer, form: Form) -> float:
+def predicted_time(layer: Layer, form: Form) -> float:
     """Predicted time of one sample in a batch, in dense MACs: arithmetic, memory, a fixed cost a kernel."""
     nodes = node_shapes(layer, form)
     shares = [1.0] * len(nodes)
@@ -67,7 +67,7 @@ def cost(layer: Layer, form: Form) -> float:
 
 def pays(layer: Layer, form: Form) -> bool:
     """Whether the form is predicted to be clearly faster than the dense layer."""
-    return cost(layer, form) <= PAYS * cost(layer, Form(DENSE))
+    return predicted_time(layer, form) <= PAYS * predicted_time(layer, Form(DENSE))
 
 
 def eligible(layer: Layer) -> bool:
@@ -93,4 +93,4 @@ def _low_ranks(layer: Layer, kind: str) -> tuple[int, ...]:
 
 
 CHAINS = Chains(pays, _low_ranks)
-TENSORRT = Target("tensorrt", forms, cost, timed_here=False)
+TENSORRT = Target("tensorrt", forms, predicted_time, patterns=(CHANNELS, N_OF_M), timed_here=False)
