@@ -32,7 +32,8 @@ from onnx_lrsd.data.made_up import GUESSES, made_up
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.graph.model import Model, check, load
-from onnx_lrsd.runtime.session import inputs_of, open_session
+from onnx_lrsd.graph.subgraph import inputs_of
+from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.targets import TARGETS
 
 OPTIONS = ()

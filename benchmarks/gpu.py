@@ -32,8 +32,8 @@ from onnx_lrsd import arrays
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.fit.calibrate import calibrate
 from onnx_lrsd.graph.model import load
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
-from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.solver.admm import low_rank_plus_sparse
 from onnx_lrsd.solver.curve import errors
 from onnx_lrsd.solver.decompose import decompose

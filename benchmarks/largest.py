@@ -27,10 +27,10 @@ from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.fit.calibrate import calibrate
 from onnx_lrsd.graph.model import Model
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.measure.speedup import CLEARLY, whole_speedup
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
-from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.types import TUCKER, Form, Layer
 
 OPTIONS = (FOLDERS, LIMIT)

@@ -14,8 +14,9 @@ import numpy as np
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.fit.calibrate import input_shapes, locate
 from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
-from onnx_lrsd.runtime.session import inputs_of, open_session
+from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.moments import input_rows, positions_of, sample_positions
 from onnx_lrsd.solver.problem import Metric, Problem, pose
 from onnx_lrsd.types import Array, Layer, Moments

@@ -18,7 +18,8 @@ from onnx import numpy_helper
 
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.graph.model import Model, model_bytes, raised
-from onnx_lrsd.runtime.session import quantization, simplified
+from onnx_lrsd.runtime.quantiser import quantization
+from onnx_lrsd.runtime.session import simplified
 from onnx_lrsd.solver.codes.rounding import nearest, steps_of
 from onnx_lrsd.storage import FP16, INT4, UINT8, Storage, entry_bytes
 

@@ -48,11 +48,11 @@ from benchmarks.reference.patterns import largest
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.fit.calibrate import FEWEST_ROWS, MOST_ROWS, ROWS_PER_INPUT, input_shapes, locate
 from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.passes.count import parameters
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.split import split
-from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.solver.admm import low_rank_plus_sparse
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.problem import Metric

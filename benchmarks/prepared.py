@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.graph.model import Model, load
-from onnx_lrsd.runtime.session import inputs_of, open_session
+from onnx_lrsd.graph.subgraph import inputs_of
+from onnx_lrsd.runtime.session import open_session
 
 Values = npt.NDArray[Any]
 TOP1, SPEARMAN = "top1", "spearman"

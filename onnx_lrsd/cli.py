@@ -32,6 +32,7 @@ from onnx_lrsd.data.readers import script_function
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.graph.model import load, save, size_on_disk
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.report import (
     comparison_table,
@@ -44,7 +45,6 @@ from onnx_lrsd.report import (
     report_table,
     report_to_json,
 )
-from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets import TARGETS
 from onnx_lrsd.targets.machine import stored_at, to_json

@@ -12,8 +12,20 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 Array: TypeAlias = Any
 """A NumPy, CuPy or other array-API array."""
+
+Values: TypeAlias = npt.NDArray[Any]
+"""A NumPy array of any type: values of a tensor."""
+
+Feed: TypeAlias = Mapping[str, Values]
+"""Values by name of a tensor: what a model is fed, and what it gives back."""
+
+Rows: TypeAlias = npt.NDArray[np.float32]
+"""Rows (count, m) of a layer's input, or (count, n) of its output: one row for each sampled position."""
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-Values = npt.NDArray[Any]
+from onnx_lrsd.types import Values
 
 
 def constant_value(tensor: gs.Tensor) -> Values | None:

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
-from onnx_lrsd.passes.isolate import ELEMENTS
 from onnx_lrsd.passes.operators.conv import conv_attributes
 from onnx_lrsd.passes.writer import Writer
 from onnx_lrsd.storage import FP16, STORAGES, Storage, gaps, pack_codes
@@ -80,7 +79,8 @@ class _Decoder:
         elif layer.op == "MatMul" and layer.axis == -1:
             matrix = self._node("Transpose", [matrix], {"perm": [1, 0]})
         if layer.dtype != "float32":
-            matrix = self._node("Cast", [matrix], {"to": ELEMENTS[layer.dtype]})
+            element = helper.np_dtype_to_tensor_dtype(np.dtype(layer.dtype))
+            matrix = self._node("Cast", [matrix], {"to": element})
         return matrix
 
     def _product(self, rows: Codes, layer: Layer, groups: int) -> gs.Tensor:

@@ -16,26 +16,16 @@ from onnx_lrsd.passes.tidy import remove_node
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
-def decoding(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The part of a model that decodes its weights: it needs no input, and its outputs are the weights.
-
-    It has no output where no weight is in codes.
-    """
-    nodes = [node for node in proto.graph.node if _decodes(node)]
-    read = {name for node in nodes for name in node.input}
-    weights = [
+def coded_weights(proto: onnx.ModelProto) -> list[str]:
+    """Names of the weights that nodes of the model decode; no input of the model is needed for them."""
+    names = [
         name
         for node in proto.graph.node
         if node.op_type in WEIGHTED and not _decodes(node)
         for name in node.input
         if name.startswith(PREFIX)
     ]
-    graph = onnx.GraphProto(name="weights", node=nodes)
-    graph.initializer.extend(tensor for tensor in proto.graph.initializer if tensor.name in read)
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(weights))
-    part = onnx.ModelProto(ir_version=proto.ir_version, graph=graph)
-    part.opset_import.extend(proto.opset_import)
-    return part
+    return list(dict.fromkeys(names))
 
 
 def unpack(graph: gs.Graph, weights: Mapping[str, np.ndarray[Any, Any]]) -> None:

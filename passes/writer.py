@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_lrsd.passes.isolate import ELEMENTS
 from onnx_lrsd.types import Layer
 
 
@@ -21,7 +19,7 @@ class Writer:
         self.opset = opset
         self._graph, self._layer = graph, layer
         self._taken = set(graph.tensors()) | {node.name for node in graph.nodes}
-        self._dtype = onnx.helper.tensor_dtype_to_np_dtype(ELEMENTS[layer.dtype])
+        self._dtype = np.dtype(layer.dtype)
 
     def constant(self, part: str, values: np.ndarray) -> gs.Constant:
         """``values`` in the layer's dtype, as an initializer."""

@@ -19,10 +19,10 @@ from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import DataError, ModelError
 from onnx_lrsd.facts import Verification
 from onnx_lrsd.graph.model import Model, check, load
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.int8.quantise import quantise
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.report import report_table, report_to_json
-from onnx_lrsd.runtime.session import inputs_of
 
 MODELS = Path(__file__).parents[1] / "models"
 MODEL, CALIB, EVAL = (MODELS / name for name in ("digits.onnx", "digits_calib.npz", "digits_eval.npz"))

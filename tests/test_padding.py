@@ -20,10 +20,11 @@ from onnx_lrsd.fit.calibrate import Calibration, calibrate
 from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.fit.sensitivity import final_outputs
 from onnx_lrsd.graph.model import Model, load, save
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.runtime.divergence import unpadded
-from onnx_lrsd.runtime.session import inputs_of, open_session
+from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import Form
 
 WORDS, LENGTH = 50, 12

@@ -17,11 +17,12 @@ from onnx_lrsd import cli
 from onnx_lrsd.commands import doctor, profile
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.speedup import speedups_within
 from onnx_lrsd.plan import planner
 from onnx_lrsd.plan.planner import LAVISH, SPARE, Planner
 from onnx_lrsd.run import Options, Run
-from onnx_lrsd.runtime.session import inputs_of, kernels
+from onnx_lrsd.runtime.kernel_times import kernels
 from onnx_lrsd.targets import TARGETS, built_in, machine
 from onnx_lrsd.targets.machine import COLUMN, MATRIX, NODES, POINT, ROW, SQUARE, from_json, to_json
 from onnx_lrsd.targets.target import Node

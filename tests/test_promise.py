@@ -22,9 +22,9 @@ from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.facts import OutputError, Verification
 from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.plan.search import Drop, bearable, search
-from onnx_lrsd.runtime.session import inputs_of
 
 MODELS = Path(__file__).parents[1] / "models"
 MODEL, CALIB, EVAL = (MODELS / name for name in ("digits.onnx", "digits_calib.npz", "digits_eval.npz"))

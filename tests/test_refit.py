@@ -14,9 +14,10 @@ from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf, calibrate
 from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.graph.model import Model, check, load
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
-from onnx_lrsd.runtime.session import inputs_of, open_session
+from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import DENSE, Factors, Form
 
 SECOND = {"c1": Form("channel", 6)}

@@ -14,9 +14,10 @@ from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.fit.calibrate import calibrate
 from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.graph.subgraph import frontier, inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.runtime.activation_cache import Relay
-from onnx_lrsd.runtime.session import frontier, inputs_of, open_session
+from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import Factors, Form
 
 CHANNELS, LAYERS = 24, 4

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lrsd.commands import doctor
 from onnx_lrsd.errors import DataError, DeviceError, ModelError
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.runtime import session as runtime
 from onnx_lrsd.runtime import timing
 from onnx_lrsd.types import InputSpec
@@ -142,16 +143,16 @@ def test_a_session_says_what_it_takes() -> None:
 
 def test_inputs_are_read_with_their_dimensions() -> None:
     dims = chain(shape=["N", None, 3])
-    assert runtime.inputs_of(dims) == [InputSpec("x", "float32", ("N", None, 3))]
+    assert inputs_of(dims) == [InputSpec("x", "float32", ("N", None, 3))]
     unranked = chain(dtype=TensorProto.FLOAT16)
     unranked.graph.input[0].type.tensor_type.ClearField("shape")
-    assert runtime.inputs_of(unranked) == [InputSpec("x", "float16", (), ranked=False)]
-    assert runtime.inputs_of(chain(dtype=TensorProto.STRING))[0].dtype == "object"
+    assert inputs_of(unranked) == [InputSpec("x", "float16", (), ranked=False)]
+    assert inputs_of(chain(dtype=TensorProto.STRING))[0].dtype == "object"
     sequence = helper.make_tensor_sequence_value_info("x", TensorProto.FLOAT, None)
     del dims.graph.input[:]
     dims.graph.input.append(sequence)
     with pytest.raises(ModelError, match=r"^Input x is a sequence.*: export the model with tensors"):
-        runtime.inputs_of(dims)
+        inputs_of(dims)
 
 
 def test_shapes_are_those_of_the_run() -> None:

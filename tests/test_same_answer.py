@@ -21,9 +21,10 @@ from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.fit.calibrate import calibrate, recalibrate
 from onnx_lrsd.graph.model import Model, check, load
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.split import split
-from onnx_lrsd.runtime.session import inputs_of, open_session
+from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import shared_groups
 from onnx_lrsd.solver.moments import input_rows, positions_of

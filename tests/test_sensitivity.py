@@ -14,11 +14,11 @@ from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.fit.calibrate import calibrate
 from onnx_lrsd.fit.sensitivity import logits, sensitivities
 from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.post_dominators import unavoidable
 from onnx_lrsd.plan.planner import Planner
 from onnx_lrsd.run import Options, Run
-from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.types import CHANNEL, UNSTRUCTURED, ErrorCurve, Form, Layer, Moments, Pattern, Point, Price
 
 RNG = np.random.default_rng(3)

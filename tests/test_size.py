@@ -20,10 +20,11 @@ from onnx_lrsd.cli import main
 from onnx_lrsd.errors import DataError, ModelError, UnsupportedModelError
 from onnx_lrsd.fit.calibrate import calibrate
 from onnx_lrsd.graph.model import model_bytes, raised
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.load_cost import loading
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.split import split
-from onnx_lrsd.runtime.session import inputs_of, open_session, simplified
+from onnx_lrsd.runtime.session import open_session, simplified
 from onnx_lrsd.solver.codes.curve import coded_errors
 from onnx_lrsd.solver.codes.fit import bridged, decode
 from onnx_lrsd.solver.codes.rounding import nearest, round_columns, settle, steps_of

@@ -22,6 +22,7 @@ from onnx_lrsd.cli import main
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.graph.model import Model, check, load, save
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import Pace
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.split import split
@@ -29,7 +30,6 @@ from onnx_lrsd.passes.two_of_four import two_of_four
 from onnx_lrsd.plan.allocate import spend
 from onnx_lrsd.plan.planner import Planner
 from onnx_lrsd.run import Options, Run
-from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.targets import TARGETS, price

@@ -18,10 +18,10 @@ from onnx_lrsd.errors import DataError, VerificationError
 from onnx_lrsd.facts import Verification
 from onnx_lrsd.fit.calibrate import calibrate
 from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import _top1, compare, cost, time_pair, total_price
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.runtime.divergence import Divergence
-from onnx_lrsd.runtime.session import inputs_of
 
 value = helper.make_tensor_value_info
 OPSET = helper.make_opsetid("", 17)

@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lrsd.measure.layer_times import bare_node
-from onnx_lrsd.runtime.session import kernels
+from onnx_lrsd.runtime.kernel_times import kernels
 from onnx_lrsd.targets.machine import (
     COLUMN,
     MATRIX,

@@ -8,7 +8,7 @@ import onnx
 
 from onnx_lrsd.errors import UnsupportedModelError
 from onnx_lrsd.graph.model import Model, check, load
-from onnx_lrsd.passes.unpack import decoding
+from onnx_lrsd.passes.unpack import coded_weights
 from onnx_lrsd.passes.unpack import unpack as unpack_weights
 from onnx_lrsd.runtime.session import open_session
 
@@ -19,11 +19,10 @@ def unpack(model: str | Path | onnx.ModelProto) -> Model:
     Raises UnsupportedModelError where no weight is in codes.
     """
     source = load(model)
-    part = decoding(source.proto)
-    names = [output.name for output in part.graph.output]
+    names = coded_weights(source.proto)
     if not names:
         raise UnsupportedModelError("The model has no weights in codes: it can be used as it is.")
-    weights = open_session(part, folder=source.folder, outputs=names).run({})
+    weights = open_session(source.proto, folder=source.folder, outputs=names).run({})
     graph = source.graph()
     unpack_weights(graph, weights)
     plain = source.splice(graph)

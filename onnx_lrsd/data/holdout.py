@@ -8,7 +8,7 @@ from onnx_lrsd.data.made_up import made_up_samples
 from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.graph.model import Model
-from onnx_lrsd.runtime.session import inputs_of
+from onnx_lrsd.graph.subgraph import inputs_of
 
 HELD_OUT = 0.2
 """Share of the calibration samples that only verification sees, where no evaluation data is given."""

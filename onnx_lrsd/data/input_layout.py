@@ -5,15 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from onnx_lrsd.errors import DataError
-from onnx_lrsd.types import InputSpec
-
-Values: TypeAlias = npt.NDArray[Any]
+from onnx_lrsd.types import InputSpec, Values
 
 SCANNED_BYTES = 32 << 20
 """Values looked at in one piece."""

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_lrsd.data.input_layout import slots
-from onnx_lrsd.data.readers import Values
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import DataError, LrsdError
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.runtime.session import open_session
-from onnx_lrsd.types import InputSpec
+from onnx_lrsd.types import InputSpec, Values
 
 GUESSES = (32, 64, 128, 224, 256, 512)
 """Sizes to try for open dimensions when data has to be made up."""

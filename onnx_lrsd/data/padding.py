@@ -11,20 +11,18 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from onnx_lrsd.data.input_layout import Slot
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.runtime.divergence import Divergence
 from onnx_lrsd.runtime.session import open_session
+from onnx_lrsd.types import Values
 
 NAMES = ("attention_mask", "input_mask")
 """Inputs that are 0 at padding, as exporters of PyTorch and TensorFlow name them."""
 UNMOVED = 1e-6
 """Relative error below which outputs count as unchanged."""
-
-Values = npt.NDArray[Any]
 
 
 def without_padding(model: Model, samples: Samples) -> Samples:
@@ -35,7 +33,7 @@ def without_padding(model: Model, samples: Samples) -> Samples:
     of what it is given; who calls its stages one by one asks first.
 
     >>> import numpy as np, onnx, onnx_lrsd
-    >>> from onnx_lrsd.runtime.session import inputs_of
+    >>> from onnx_lrsd.graph.subgraph import inputs_of
     >>> text = "(int64[n, 3] ids, int64[n, 3] attention_mask) => (float[n, 3, 2] y) { y = Gather (w, ids) }"
     >>> graph = onnx.parser.parse_graph(f"g {text}")
     >>> graph.initializer.extend([onnx.numpy_helper.from_array(np.eye(9, 2, dtype=np.float32), "w")])

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from numpy.lib import format as npy
 
 from onnx_lrsd.errors import DataError
+from onnx_lrsd.types import Values
 
-Values: TypeAlias = npt.NDArray[Any]
 RawFeed: TypeAlias = Mapping[str, Any]
 
 LABELS = "labels"

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_lrsd.data.input_layout import Slot, check_values, slots
-from onnx_lrsd.data.readers import LABELS, LONE, RawFeed, Values, feeds
+from onnx_lrsd.data.readers import LABELS, LONE, RawFeed, feeds
 from onnx_lrsd.errors import DataError, LrsdError
-from onnx_lrsd.types import InputSpec
+from onnx_lrsd.types import InputSpec, Values
 
 MOST_IN_BATCH = 32
 BATCH_BYTES = 256 << 20

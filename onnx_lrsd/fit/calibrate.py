@@ -11,24 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from onnx_lrsd.data.samples import Samples, as_fed
 from onnx_lrsd.graph.model import Model
+from onnx_lrsd.graph.subgraph import frontier
 from onnx_lrsd.runtime.activation_cache import Relay
-from onnx_lrsd.runtime.session import Feed, frontier, open_session
+from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.moments import (
     MomentAccumulator,
-    Rows,
     input_rows,
     pixel_rows,
     positions_of,
     sample_positions,
 )
-from onnx_lrsd.types import Layer, Moments, Progress
+from onnx_lrsd.types import Feed, Layer, Moments, Progress, Rows, Values
 
 ROWS_PER_INPUT = 8
 FEWEST_ROWS, MOST_ROWS = 4096, 20_000
@@ -47,7 +47,6 @@ FETCHED_BYTES = 64 << 20
 """Inputs of layers fetched in one batch, at most, outputs not counted; two batches are held at a time."""
 
 Item = TypeVar("Item")
-Values = npt.NDArray[Any]
 WeightOf = Callable[[Layer], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
 
 
@@ -94,7 +93,7 @@ def calibrate(
 
     >>> from functools import partial
     >>> import numpy as np, onnx, onnx_lrsd
-    >>> from onnx_lrsd.runtime.session import inputs_of
+    >>> from onnx_lrsd.graph.subgraph import inputs_of
     >>> graph = onnx.parser.parse_graph("g (float[n, 64] x) => (float[n, 64] y) { y = MatMul (x, w) }")
     >>> weight = np.outer(np.arange(64), np.ones(64)).astype(np.float32)
     >>> graph.initializer.extend([onnx.numpy_helper.from_array(weight, "w")])

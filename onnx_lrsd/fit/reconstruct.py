@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.arrays import to_device
@@ -25,10 +23,9 @@ from onnx_lrsd.passes.rectifiers import rectifiers
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.activation_cache import Relay
 from onnx_lrsd.solver.decompose import decompose, refit
-from onnx_lrsd.solver.moments import Rows
 from onnx_lrsd.solver.problem import output_metric, pose
 from onnx_lrsd.solver.rectified import Rectified
-from onnx_lrsd.types import UNSTRUCTURED, Factors, Form, Layer, Moments, Progress
+from onnx_lrsd.types import UNSTRUCTURED, Factors, Form, Layer, Moments, Progress, Rows, Values
 
 STAGES = 32
 """Runs of the network, at most."""
@@ -40,8 +37,6 @@ TOUCHED = 1e-6
 """Relative error from which a dense layer is one that rewritten layers reach."""
 MOST_OUTPUTS = 4096
 """Outputs of a layer up to which the errors of them are weighed against each other."""
-
-Values = npt.NDArray[np.float64]
 
 
 def reconstruct(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from onnx_lrsd.data.samples import Samples, batch_to_run
 from onnx_lrsd.fit.calibrate import WeightOf
@@ -20,9 +19,7 @@ from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.storage import INT3
-from onnx_lrsd.types import DENSE, N_OF_M, UNSTRUCTURED, Form, Layer, Moments, Progress
-
-Values = npt.NDArray[np.floating]
+from onnx_lrsd.types import DENSE, N_OF_M, UNSTRUCTURED, Form, Layer, Moments, Progress, Values
 
 FEWEST, MOST_SAMPLES = 8, 32
 """Samples that are run once for every layer: enough to know a sensitivity within a fourth or so."""

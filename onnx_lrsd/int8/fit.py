@@ -10,7 +10,7 @@ from onnx_lrsd.int8.quantise import Quantised, quantise
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.plan.planner import Fit, Forms
 from onnx_lrsd.run import Run
-from onnx_lrsd.runtime.session import saturates
+from onnx_lrsd.runtime.quantiser import saturates
 from onnx_lrsd.types import Factors, Progress
 
 TOLERANCE = 0.01

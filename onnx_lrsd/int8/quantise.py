@@ -22,8 +22,9 @@ from onnx_lrsd.errors import LrsdError, ModelError
 from onnx_lrsd.fit.sensitivity import final_outputs, movement
 from onnx_lrsd.graph.model import PROTOBUF_LIMIT, Model, in_memory, model_bytes, raised
 from onnx_lrsd.passes.count import compute_tensors, macs
-from onnx_lrsd.runtime.session import Feed, quantization, saturates, shapes, simplified
-from onnx_lrsd.types import Progress
+from onnx_lrsd.runtime.quantiser import quantization, saturates
+from onnx_lrsd.runtime.session import shapes, simplified
+from onnx_lrsd.types import Feed, Progress
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 QUANTISED = (*WEIGHTED, "Relu", "Clip", "MaxPool")

@@ -23,7 +23,7 @@ from onnx_lrsd.passes.count import compute_tensors, macs, parameters
 from onnx_lrsd.runtime.divergence import Divergence, is_scores
 from onnx_lrsd.runtime.session import open_session, shapes
 from onnx_lrsd.runtime.timing import FEWEST_ROUNDS, busy_clock, pair_latency
-from onnx_lrsd.types import Price, Progress, Score
+from onnx_lrsd.types import Feed, Price, Progress, Score
 
 TRIAL_SECONDS, COMPARE_SECONDS = 0.25, 4.0
 STARTS = 6
@@ -32,7 +32,6 @@ STARTS = 6
 THREADS = 1
 """Timings are of one thread: what a second one adds depends on what else the machine does."""
 
-Feed = Mapping[str, npt.NDArray[Any]]
 Classes = npt.NDArray[np.int64]
 Collect = Callable[[Mapping[str, Any], int], list[Any]]
 

@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.passes.isolate import isolate
-from onnx_lrsd.runtime.session import Kernel, kernels, open_session
+from onnx_lrsd.runtime.kernel_times import Kernel, kernels
+from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.runtime.timing import busy_clock
 from onnx_lrsd.types import Layer
 

@@ -19,7 +19,7 @@ from onnx_lrsd.measure.layer_times import unrecorded
 from onnx_lrsd.passes.isolate import isolate
 from onnx_lrsd.passes.order_sums import order_sums
 from onnx_lrsd.passes.split import split
-from onnx_lrsd.runtime.session import kernels
+from onnx_lrsd.runtime.kernel_times import kernels
 from onnx_lrsd.solver.layout import factor_kernels, shared_groups
 from onnx_lrsd.types import N_OF_M, UNSTRUCTURED, Factors, Form, Layer, Progress
 

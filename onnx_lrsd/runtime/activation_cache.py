@@ -1,7 +1,7 @@
-"""Activations handed on from one run of a network to the next, which then need not start at its inputs.
+"""Activations kept between two runs of a network, so the second need not start at the network's inputs.
 
-Once the layers up to some point are rewritten for good, what passes that point stays the same. It is held
-batch by batch, within a budget of memory; where it does not fit, the point before is kept.
+Once all layers up to some point have their final weights, the activations at that point stay the same. They
+are kept batch by batch within a memory budget. Where they do not fit, those of an earlier point are kept.
 """
 
 from __future__ import annotations
@@ -12,33 +12,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-MOST_HELD = 768 << 20
-"""Bytes of activations that are held between two runs, at most."""
+from onnx_lrsd.types import Feed
 
-Values = dict[str, Any]
+MOST_HELD = 768 << 20
+"""Bytes of activations that are kept between two runs, at most."""
 
 
 class Relay:
-    """What the last run left for the next one: the values of some tensors in every batch."""
+    """The values of some tensors in every batch, kept from the last run for the next one."""
 
     def __init__(self, most: int = MOST_HELD) -> None:
         self._most = most
-        self._held: list[Values] = []
-        self._next: list[Values] | None = None
+        self._held: list[Feed] = []
+        self._next: list[Feed] | None = None
 
     @property
     def types(self) -> dict[str, npt.DTypeLike]:
-        """Types of the tensors that are held, by name."""
+        """Types of the tensors that are kept, by name."""
         return {name: value.dtype for name, value in self._held[0].items()} if self._held else {}
 
-    def feed(self, index: int) -> Values:
+    def feed(self, index: int) -> Feed:
         """The values of batch ``index``."""
         return self._held[index] if self._held else {}
 
     def offer(self, index: int, batches: int, values: Mapping[str, Any], names: Sequence[str]) -> None:
-        """Take ``names`` of one of ``batches``, in order, in place of what is held of it.
+        """Keep the tensors ``names`` of batch ``index`` in place of what was kept of it.
 
-        Nothing is taken where that would be too much, which the first batch tells.
+        Batches come in order. If the first one shows that all ``batches`` would exceed the budget, nothing is
+        kept of any.
         """
         if index == 0:
             picked = [values[name] for name in names]

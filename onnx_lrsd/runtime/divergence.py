@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Values = npt.NDArray[Any]
+from onnx_lrsd.types import Values
 
 ROUNDING = 1e-14
 """A spread below this share of the energy is what float32 leaves of a constant."""

@@ -1,21 +1,15 @@
-"""ONNX Runtime: open a model, run it, watch its tensors. The only file that imports it."""
+"""Open a model in ONNX Runtime and run it. Only this package imports ONNX Runtime."""
 
 from __future__ import annotations
 
 import importlib
-import json
-import logging
 import math
 import re
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,17 +18,11 @@ from onnx import helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from onnx_lrsd.errors import DataError, DeviceError, ModelError
-from onnx_lrsd.runtime.timing import busy_clock
-from onnx_lrsd.types import InputSpec
+from onnx_lrsd.graph.subgraph import extract, inputs_of
+from onnx_lrsd.types import Feed, InputSpec
 
-Feed = Mapping[str, npt.NDArray[Any]]
-
-WARNINGS, ERRORS_ONLY, FATAL_ONLY = 2, 3, 4
-"""ONNX Runtime's levels of logging; the first is its own default."""
-BLOCKED = "_nchwc"
-"""What ONNX Runtime appends to the name of a node that it moves to its blocked layout."""
-NEAR, RESOLUTION = 1.1, 1e-6
-"""Runs of a kernel are among its fastest up to this factor and these seconds; microseconds are recorded."""
+FATAL_ONLY = 4
+"""ONNX Runtime's level of logging at which its errors are not printed."""
 SHARED_BYTES = 1 << 20
 """Weights from this size on are handed over in memory: protobuf ends at 2 GB, and copies cost."""
 SHARED_TYPES = frozenset(
@@ -51,111 +39,22 @@ def onnxruntime() -> ModuleType:
         raise DeviceError("ONNX Runtime is not installed: pip install onnx-lrsd[cpu] (or [gpu]).") from error
 
 
-@contextmanager
-def quantization() -> Iterator[ModuleType]:
-    """ONNX Runtime's quantiser, its warnings to developers kept from the user while it works."""
-    ort, level = onnxruntime(), logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    ort.set_default_logger_severity(ERRORS_ONLY)
-    try:
-        yield importlib.import_module("onnxruntime.quantization")
-    finally:
-        ort.set_default_logger_severity(WARNINGS)
-        logging.disable(level)
-
-
-@cache
-def saturates() -> bool:
-    """Whether sums of two products uint8 x int8 are cut off at 16 bits here, as without VNNI they are."""
-    weight = numpy_helper.from_array(np.full((32, 16), 127, np.int8), "w")
-    graph = onnx.parser.parse_graph("g (uint8[1, 32] x) => (int32[1, 16] y) { y = MatMulInteger (x, w) }")
-    graph.initializer.append(weight)
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    found = open_session(proto).run({"x": np.full((1, 32), 255, np.uint8)})["y"]
-    return bool(np.any(found != 255 * 127 * 32))
-
-
-class Kernel(NamedTuple):
-    """One node as ONNX Runtime ran it: its name, operator, and the seconds of its kernel in one run.
-
-    ``seconds`` are those of quiet runs, less the share in which other work had the processor; ``fastest``
-    those of the fastest runs by the clock on the wall, right for short kernels on a busy machine. Both hold
-    what recording takes, about a microsecond.
-    """
-
-    name: str
-    op: str
-    seconds: float
-    fastest: float
-
-
-def kernels(
-    proto: onnx.ModelProto, feed: Feed, *, folder: Path | None = None, runs: int = 10
-) -> list[Kernel]:
-    """Every node of the optimised graph in one thread, in its order.
-
-    A convolution in the blocked layout is named after its output, any other node as in ``proto`` where it
-    was not fused.
-    """
-    ort = onnxruntime()
-    with tempfile.TemporaryDirectory() as place:
-        options = _options(ort, folder, threads=1)
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(place) / "run")
-        names = [output.name for output in proto.graph.output]
-        cut, weights = _cut(proto, _needed(proto, names), names)
-        session = _start(ort, cut, weights, options, _providers(ort, "cpu"))
-        opened = Session(session, inputs_of(proto), names)
-        shares = [_busy_share(partial(opened.run, feed)) for _ in range(runs + 1)]
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    seen: dict[str, tuple[str, list[float]]] = {}
-    for event in events:
-        name = event["name"].removesuffix("_kernel_time")
-        if event.get("cat") == "Node" and name != event["name"]:
-            seen.setdefault(name, (event["args"]["op_name"], []))[1].append(event["dur"] * 1e-6)
-    quiet = 1 + np.argsort(shares[1:])[runs // 2 :]  # the first run is for warming up
-    share = np.array(shares)[quiet]
-    found = []
-    for name, (op, times) in seen.items():
-        busy, every = np.array(times)[quiet] * share, np.array(times[1:])
-        fastest = every[every <= NEAR * np.quantile(every, 0.1) + RESOLUTION]
-        found.append(Kernel(name.removesuffix(BLOCKED), op, float(busy.mean()), float(fastest.mean())))
-    return found
-
-
-def _busy_share(run: Callable[[], object]) -> float:
-    """The share of the run's time in which this thread had the processor."""
-    busy, start = busy_clock(), time.perf_counter()
-    before = busy()
-    run()
-    return min((busy() - before) / (time.perf_counter() - start), 1.0)
-
-
-def optimised(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """``proto``, all of it in memory, as ONNX Runtime runs it on this machine, in operators of its own."""
-    return _optimised(proto, "ORT_ENABLE_ALL")
-
-
 def simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """``proto``, all of it in memory, after ONNX Runtime's basic optimisations.
+    """``proto``, which holds all its weights, after ONNX Runtime's basic graph optimisations.
 
     Constants are folded, BatchNormalization goes into its Conv, Identity is gone; all operators are ONNX's.
     """
-    return _optimised(proto, "ORT_ENABLE_BASIC")
-
-
-def _optimised(proto: onnx.ModelProto, level: str) -> onnx.ModelProto:
     ort = onnxruntime()
     options = _options(ort)
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "model.onnx")
-        _start(ort, proto, {}, options, _providers(ort, "cpu"))
+        _start(ort, proto, options, _providers(ort, "cpu"))
         return onnx.load(options.optimized_model_filepath)
 
 
 class Session:
-    """A model that is open in ONNX Runtime. ``inputs`` is what it must be fed, ``outputs`` what it gives."""
+    """A model that is open in ONNX Runtime. ``inputs`` are what it must be fed, ``outputs`` what it gives."""
 
     def __init__(self, session: Any, inputs: Sequence[InputSpec], outputs: Sequence[str]) -> None:
         self._session = session
@@ -165,7 +64,7 @@ class Session:
         self.outputs = tuple(outputs)
 
     def run(self, feed: Feed) -> dict[str, Any]:
-        """Tensor name -> value; what the feed has beyond the model's inputs is passed over.
+        """Tensor name -> value; what the feed has beyond the model's inputs is ignored.
 
         Raises DataError when the feed does not fit the inputs, ModelError when a node fails on it.
         """
@@ -183,6 +82,10 @@ class Session:
             ) from error
         return dict(zip(self.outputs, values, strict=True))
 
+    def end_record(self) -> Path:
+        """The file with the kernel times of all runs, of a session that records them; it runs no more."""
+        return Path(self._session.end_profiling())
+
 
 def open_session(
     proto: onnx.ModelProto,
@@ -194,53 +97,61 @@ def open_session(
     optimise: bool = True,
     device: str = "cpu",
     given: Mapping[str, npt.DTypeLike] | None = None,
+    record: Path | None = None,
 ) -> Session:
     """Open ``proto``, whose external data lies in ``folder``, to give ``outputs``.
 
     ``outputs`` may name any tensor of the main graph, inputs and initializers included; nodes that none
     of them needs are left out. ``given`` are tensors, with their types, that are fed instead of computed.
-    ``threads`` None leaves the number to ONNX Runtime; ``spinning`` True, its own default, has idle
-    threads burn the time that NumPy or a second model beside this one could use. ``proto`` is not
-    changed, nor are its large weights copied into a message. Raises ModelError when ONNX Runtime refuses
-    the model, DeviceError when ``device`` 'cuda' is not there, ValueError for an output nobody computes.
+    ``threads`` None leaves the number to ONNX Runtime. ``spinning`` True, its own default, lets idle threads
+    wait in a busy loop, which slows down NumPy or a second session. With ``record`` kernel times are recorded
+    in a file whose path begins so. ``proto`` is not changed, nor are its large weights copied into a message.
+    Raises ModelError when ONNX Runtime refuses the model, DeviceError when ``device`` 'cuda' is not there,
+    ValueError for an output that is no tensor of the main graph.
     """
     ort = onnxruntime()
     providers = _providers(ort, device)
     names = [output.name for output in proto.graph.output] if outputs is None else list(outputs)
     options = _options(ort, folder, threads, spinning, optimise)
-    given = given or {}
-    opened, weights = _cut(proto, _needed(proto, names, given), names)
-    opened.graph.input.extend(
+    if record is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(record)
+    fed = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(kind)), None)
-        for name, kind in given.items()
-    )
-    session = _start(ort, opened, weights, options, providers)
-    if providers[0] not in session.get_providers():  # a CUDA that does not load is passed over in silence
+        for name, kind in (given or {}).items()
+    ]
+    weights = _Weights()
+    part = extract(proto, names, fed, stored=weights.share)
+    session = _start(ort, part, options, providers, weights.shared)
+    if providers[0] not in session.get_providers():  # ONNX Runtime falls back to the CPU without an error
         raise DeviceError("ONNX Runtime cannot use the GPU here: run `onnx-lrsd doctor`, or choose the CPU.")
-    return Session(session, inputs_of(proto), names)
+    return Session(session, inputs_of(part), names)
+
+
+class _Weights:
+    """Large weights that are handed over in memory: ``shared`` by name, with a stub in their place."""
+
+    def __init__(self) -> None:
+        self.shared: dict[str, npt.NDArray[Any]] = {}
+
+    def share(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
+        """A stub without values for a large ``tensor``; any other is returned as it is."""
+        if tensor.data_type not in SHARED_TYPES or uses_external_data(tensor):
+            return tensor
+        item = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        if math.prod(tensor.dims) * item < SHARED_BYTES:
+            return tensor
+        self.shared[tensor.name] = numpy_helper.to_array(tensor)
+        stub = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        stub.data_location = onnx.TensorProto.EXTERNAL
+        stub.external_data.add(key="location", value="in memory")
+        return stub
 
 
 def open_file(path: str | Path) -> Any:
-    """ONNX Runtime's own session of a file, on one thread, for what it takes to be opened."""
+    """ONNX Runtime's own session of a model file, with one thread."""
     ort = onnxruntime()
     return ort.InferenceSession(str(path), _options(ort, threads=1), providers=_providers(ort, "cpu"))
-
-
-def peak_memory() -> int:
-    """Most bytes of memory that this process has held; 0 where the system does not tell.
-
-    Linux hands getrusage's figure on from a parent to what it starts, so that its own is read instead.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):  # not Linux
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _options(
@@ -267,9 +178,9 @@ def _options(
 def _start(
     ort: ModuleType,
     proto: onnx.ModelProto,
-    weights: Mapping[str, npt.NDArray[Any]],
     options: Any,
     providers: Sequence[str],
+    weights: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> Any:
     if weights:
         values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
@@ -291,125 +202,13 @@ def _providers(ort: ModuleType, device: str) -> list[str]:
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
-def _needed(
-    proto: onnx.ModelProto, names: Sequence[str], given: Collection[str] = ()
-) -> list[onnx.NodeProto]:
-    """The nodes that ``names`` depend on, but for what is ``given``, in the order of the graph."""
-    producers = {name: index for index, node in enumerate(proto.graph.node) for name in node.output if name}
-    known = {value.name for value in proto.graph.input} | {tensor.name for tensor in proto.graph.initializer}
-    known |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
-    for name in names:
-        if name not in producers and name not in known:
-            raise ValueError(f"{name} is no tensor of the main graph")
-    kept: set[int] = set()
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        index = None if name in given else producers.get(name)
-        if index is not None and index not in kept:
-            kept.add(index)
-            waiting.extend(uses(proto.graph.node[index]))
-    return [proto.graph.node[index] for index in sorted(kept)]
-
-
-def _cut(
-    proto: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], names: Sequence[str]
-) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[Any]]]:
-    """A copy of ``proto`` with these nodes and outputs, and its large weights beside it, by name.
-
-    An output that the model does not declare is left untyped: ONNX Runtime infers its type.
-    """
-    source = proto.graph
-    declared = {value.name: value for value in source.output}
-    outputs = [declared.get(name, onnx.ValueInfoProto(name=name)) for name in names]
-    used = {name for node in nodes for name in uses(node)} | {value.name for value in outputs}
-    listed = {value.name for value in source.input}
-    graph = onnx.GraphProto(name=source.name, node=nodes, input=source.input, output=outputs)
-    weights: dict[str, npt.NDArray[Any]] = {}
-    for tensor in source.initializer:
-        if tensor.name not in used and tensor.name not in listed:
-            continue
-        if _is_shared(tensor) and tensor.name not in listed:
-            weights[tensor.name] = numpy_helper.to_array(tensor)
-            stub = graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            stub.data_location = onnx.TensorProto.EXTERNAL
-            stub.external_data.add(key="location", value="in memory")
-        else:
-            graph.initializer.append(tensor)
-    graph.sparse_initializer.extend(t for t in source.sparse_initializer if t.values.name in used)
-    copy = onnx.ModelProto(ir_version=proto.ir_version, graph=graph)
-    copy.opset_import.extend(proto.opset_import)
-    copy.functions.extend(proto.functions)
-    return copy, weights
-
-
-def _is_shared(tensor: onnx.TensorProto) -> bool:
-    if tensor.data_type not in SHARED_TYPES or uses_external_data(tensor):
-        return False
-    item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return bool(math.prod(tensor.dims) * item >= SHARED_BYTES)
-
-
-def frontier(proto: onnx.ModelProto, changing: Collection[str]) -> list[str]:
-    """Tensors that what depends on ``changing`` reads, but do not depend on it themselves.
-
-    ``changing`` are names of tensors. Inputs of the model and what reads constants alone are left out.
-    """
-    constants = {tensor.name for tensor in proto.graph.initializer}
-    inputs = {value.name for value in proto.graph.input} - constants
-    varying, late, found = set(inputs), set(changing), dict[str, None]()
-    for node in proto.graph.node:
-        read = uses(node)
-        if not late.isdisjoint(read) or not late.isdisjoint(node.output):
-            late.update(name for name in node.output if name)
-            found |= dict.fromkeys(name for name in read if name in varying)
-        elif not varying.isdisjoint(read):
-            varying.update(node.output)
-    return [name for name in found if name not in inputs]
-
-
-def uses(node: onnx.NodeProto) -> list[str]:
-    """Names that ``node`` reads, those of its subgraphs included."""
-    names = [name for name in node.input if name]
-    for attribute in node.attribute:
-        for graph in (*attribute.graphs, *((attribute.g,) if attribute.HasField("g") else ())):
-            names.extend(name for inner in graph.node for name in uses(inner))
-            names.extend(output.name for output in graph.output)
-    return names
-
-
-def inputs_of(proto: onnx.ModelProto) -> list[InputSpec]:
-    """What a caller must feed; an initializer that is listed among the inputs has a default.
-
-    Raises ModelError for an input that is no tensor.
-    """
-    defaults = {tensor.name for tensor in proto.graph.initializer}
-    defaults |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
-    return [_spec(value) for value in proto.graph.input if value.name not in defaults]
-
-
-def _spec(value: onnx.ValueInfoProto) -> InputSpec:
-    tensor = value.type.tensor_type
-    if not value.type.HasField("tensor_type") or not tensor.elem_type:
-        raise ModelError(
-            f"Input {value.name} is a sequence, a map or an optional, which cannot be fed from samples: "
-            "export the model with tensors as inputs."
-        )
-    shape = tuple(
-        d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or None
-        for d in tensor.shape.dim
-    )
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    return InputSpec(value.name, dtype, shape, tensor.HasField("shape"))
-
-
 def shapes(
     proto: onnx.ModelProto, feed: Feed, tensors: Iterable[str], folder: Path | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Concrete shapes of ``tensors`` for one feed, from one run.
 
-    Only the shapes leave the run, so that memory is that of plain inference. Initializers and inputs
-    are read off directly. Raises as ``Session.run`` does.
+    Only the shapes leave ONNX Runtime, so memory is that of plain inference. Initializers and inputs are
+    read off directly. Raises as ``Session.run`` does.
     """
     known = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     known |= {name: tuple(np.shape(value)) for name, value in feed.items()}
@@ -417,13 +216,13 @@ def shapes(
     rest = [name for name in wanted if name not in known]
     if rest:
         names = [f"onnx-lrsd shape of {name}" for name in rest]
-        counters = [onnx.helper.make_node("Shape", [t], [n]) for t, n in zip(rest, names, strict=True)]
-        cut, weights = _cut(proto, [*_needed(proto, rest), *counters], names)
-        if not any(opset.domain in ("", "ai.onnx") for opset in cut.opset_import):
-            cut.opset_import.add(domain="", version=13)
-        ort = onnxruntime()
-        session = _start(ort, cut, weights, _options(ort, folder), _providers(ort, "cpu"))
-        measured = Session(session, inputs_of(proto), names).run(feed)
+        part = extract(proto, rest)
+        part.graph.node.extend(helper.make_node("Shape", [t], [n]) for t, n in zip(rest, names, strict=True))
+        del part.graph.output[:]
+        part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        if not any(opset.domain in ("", "ai.onnx") for opset in part.opset_import):
+            part.opset_import.add(domain="", version=13)
+        measured = open_session(part, folder=folder).run(feed)
         known |= {old: tuple(map(int, measured[new])) for old, new in zip(rest, names, strict=True)}
     return {name: known[name] for name in wanted}
 

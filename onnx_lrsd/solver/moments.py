@@ -12,9 +12,7 @@ from math import ceil, prod
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lrsd.types import Layer, Moments
-
-Rows = npt.NDArray[np.float32]
+from onnx_lrsd.types import Layer, Moments, Rows
 
 
 def pads_of(layer: Layer, size: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

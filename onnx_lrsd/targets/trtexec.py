@@ -10,8 +10,8 @@ from onnx_lrsd.data.input_layout import Slot
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.facts import Engine
 from onnx_lrsd.graph.model import Model
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.two_of_four import two_of_four
-from onnx_lrsd.runtime.session import inputs_of
 from onnx_lrsd.targets.tensorrt import BATCH
 
 HALF = "float16"
