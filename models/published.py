@@ -35,7 +35,7 @@ NARROWEST = 8
 
 SPECTRA = {"spatial": (0.14, 2.0), "pointwise": (0.15, 0.7), "dense": (0.12, 2.5)}
 """Kind of layer -> (a, b) of σ_i ∝ i^-a exp(-b i / min(n, m)), medians of trained layers; the law meets their
-log σ within .03 to .08. *spatial*, k x k, is that of ImageNet's VGG-16 (benchmarks/RESULTS.md)."""
+log σ within .03 to .08. *spatial*, k x k, is that of ImageNet's VGG-16 (results/published.md)."""
 SMOOTHNESS = 1.0
 """Cosine coefficients of a k x k kernel fall as exp(-SMOOTHNESS f / (k - 1)) along each axis, from frequency
 f = 0 to k - 1: 1, .61, .37 for 3 x 3, where VGG-16 has 1, .60, .38."""

@@ -32,7 +32,7 @@ STAGES = 32
 ROWS_TO_REFIT, PULL = 12, 8.0
 """Rows for each input that the samples must hold for a dense layer to be refitted, and the ridge that holds
 it to the weight it has: so many times as strong as for factors, which have to move. Both were found on
-samples kept apart (benchmarks/RESULTS.md)."""
+samples kept apart (results/parts.md)."""
 TOUCHED = 1e-6
 """Relative error from which a dense layer is one that rewritten layers reach."""
 MOST_OUTPUTS = 4096

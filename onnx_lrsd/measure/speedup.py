@@ -2,7 +2,7 @@
 
 Latency depends on shapes, so that the trial comes before the fit and a form that does not pay is never
 fitted. Factors are random, each layer's its own: with zeros, or the same for layers alike, a transformer
-looks faster by half than it then is (benchmarks/RESULTS.md).
+looks faster by half than it then is (results/predicted_time.md).
 """
 
 from __future__ import annotations

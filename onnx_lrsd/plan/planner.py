@@ -27,7 +27,7 @@ MARGIN = 0.9
 MODERATE = 0.03
 """Relative error of a layer at which its sensitivity is measured first."""
 REPAIRED = 0.1
-"""Share of the error it inherits that the fit of a rewritten layer makes good (benchmarks/RESULTS.md)."""
+"""Share of the error it inherits that the fit of a rewritten layer makes good (results/parts.md)."""
 SPARE, LAVISH = 1.01, 1.05
 """A plan for latency is measured to be faster than asked by between these factors, so that it stays so."""
 WHOLE_SECONDS = 3.0

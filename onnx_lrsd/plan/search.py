@@ -101,7 +101,7 @@ def bearable(drops: Sequence[Drop], most: float) -> float:
     A small change of the outputs costs score in proportion to its square, the output error: as many samples
     cross a boundary in one direction as in the other to first order. So one factor is fitted to all models
     tried, by least squares weighted with their variances, and the large falls, which stand out of the noise
-    of few samples, tell what small ones are to be expected (benchmarks/RESULTS.md).
+    of few samples, tell what small ones are to be expected (results/largest.md).
     """
     weights = [entry.error / max(entry.deviation, 1e-12) ** 2 for entry in drops]
     precision = sum(w * entry.error for w, entry in zip(weights, drops, strict=True))

@@ -158,7 +158,7 @@ def relative_damping(inputs: int, rows: int, samples: int, entries: bool = False
 
     Rows of one sample are alike, so that the number of samples counts beside that of rows, and more for an S
     of free ``entries``. The rule was found on calibration samples kept apart from the fit
-    (benchmarks/RESULTS.md).
+    (results/decisions.md).
     """
     of_samples = OF_SAMPLES * (OF_ENTRIES if entries else 1.0)
     return min(0.3, max(0.01, 0.06 * inputs / max(rows, 1), of_samples / max(samples, 1)))

@@ -17,7 +17,7 @@ from onnx_lrsd.solver.problem import Metric
 from onnx_lrsd.types import Array
 
 SCALING = 0.2
-"""Between 0 (none) and 1/2 (unit diagonal): found on calibration errors (benchmarks/RESULTS.md)."""
+"""Between 0 (none) and 1/2 (unit diagonal): found on calibration errors (results/solvers.md)."""
 
 THIN = 8
 """Times wider than high is a weight for whose few products an inverse is not worth forming."""

@@ -23,7 +23,7 @@ TUCKER_RANKS, OUTER_SHARES = 8, (0.75, 1.0, 1.5)
 """Ranks tried for Tucker-2, up to half the channels, and outer ranks relative to rank x outputs / inputs."""
 SPARSE_CHANNELS = (8, 16)
 """Channels tried for S beside factors of a layer without kernel positions: up to 16 its node is unpadded.
-Beside the spatial form of a k x k convolution S never paid at equal MACs (benchmarks/RESULTS.md)."""
+Beside the spatial form of a k x k convolution S never paid at equal MACs (results/forms.md)."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ BESIDE = (0.7,)
 SHARES = (0.02, 0.045, 0.1, 0.22, 0.5)
 """Parts of a weight's numbers that are left where bits do not count; errors between them follow a power."""
 OF_FACTORS = 0.3
-"""Of what is left beside an S: its share, found on convolutions of VGG-16 (benchmarks/RESULTS.md)."""
+"""Of what is left beside an S: its share, found on convolutions of VGG-16 (results/parameters.md)."""
 OFFERED = 17
 """Shares from the first to the last that are offered."""
 GAP_BITS = 4.3

@@ -1,0 +1,43 @@
+"""What documents and comments point to is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import STUDIES
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("results/*.md"), *ROOT.glob("docs/*.md")])
+SOURCES = sorted(path for part in ("onnx_lrsd", "passes", "models") for path in (ROOT / part).rglob("*.py"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_that_are_there(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)\)", document.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (document.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_studies_that_documents_name_are_there(document: Path) -> None:
+    for study in re.findall(r"python -m benchmarks ([a-z_]+)", document.read_text(encoding="utf-8")):
+        assert study in STUDIES
+
+
+def test_results_that_comments_cite_are_there() -> None:
+    cited = {
+        name
+        for path in SOURCES
+        for name in re.findall(r"(?:results|benchmarks)/[A-Za-z_]+\.(?:md|py)", path.read_text("utf-8"))
+    }
+    assert cited, "constants found by experiment cite the results"
+    assert not [name for name in cited if not (ROOT / name).exists()]
+
+
+def test_every_result_is_in_the_index() -> None:
+    index = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "results").glob("*.md"):
+        assert path.name == "README.md" or f"({path.name})" in index, path.name
