@@ -28,7 +28,7 @@ from onnx import numpy_helper
 
 import onnx_lrsd
 from benchmarks.options import heading
-from onnx_lrsd.data.made_up import GUESSES, made_up
+from onnx_lrsd.data.made_up import GUESSES, random_samples
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.graph.model import Model, check, load
@@ -56,7 +56,7 @@ def samples_for(model: Model, path: Path) -> Samples:
     problem: LrsdError | None = None
     for size in GUESSES:
         for fill in (1, 0):
-            samples = made_up(inputs, SAMPLES, size=size, fill=fill)
+            samples = random_samples(inputs, SAMPLES, size=size, fill=fill)
             try:
                 session.run(next(samples.batches(1)))
             except LrsdError as error:

@@ -130,7 +130,7 @@ def run_samples(given: argparse.Namespace) -> None:
     graph, inputs = model.graph(), inputs_of(model.proto)
     arrays: dict[str, list[Array]] = {}
     for part in ("calib", "eval"):
-        for name, values in read_samples(given.folder / f"{part}.npz", inputs).arrays.items():
+        for name, values in read_samples(given.folder / f"{part}.npz", inputs).by_input().items():
             arrays.setdefault(name, []).append(np.asarray(values))
     every = read_samples({name: np.concatenate(parts) for name, parts in arrays.items()}, inputs)
     training, unseen = every.split(given.unseen, 0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import tracemalloc
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_lrsd.data import readers as sources
-from onnx_lrsd.data.made_up import made_up
+from onnx_lrsd.data.made_up import random_samples
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.types import InputSpec
@@ -158,8 +160,8 @@ def test_large_arrays_stay_in_their_file(tmp_path: Path, monkeypatch: pytest.Mon
     np.save(tmp_path / "x.npy", x)
     for path in (tmp_path / "x.npz", tmp_path / "x.npy"):
         samples = read_samples(path, [IMAGE])
-        assert is_mapped(samples.arrays["image"])
-        assert is_mapped(samples.take(slice(1, 3)).arrays["image"])
+        assert is_mapped(samples.by_input()["image"])
+        assert is_mapped(samples.take(slice(1, 3)).by_input()["image"])
         assert np.array_equal(fed(samples, "image"), x)
         assert all(feed["image"].flags.c_contiguous for feed in samples.batches(4))
     assert np.array_equal(read_samples(tmp_path / "x.npz", [IMAGE]).labels, np.arange(6))  # type: ignore[arg-type]
@@ -220,7 +222,6 @@ def test_text_is_fed_to_models_that_want_text() -> None:
         ({k: np.ones((2, 3), bool) for k in ("ids", "mask", "x")}, "has x, which the model does not take"),
         (tokens((2, 3), (3, 3)), "different numbers of samples (ids 2, mask 3)"),
         (tokens((2, 3, 1, 1), (2, 3)), "has shape [2, 3, 1, 1]; the model wants ids int64[batch, seq]"),
-        ([tokens((1, n), (1, 3)) for n in (3, 4)], "differ in shape, as [3] and [4] do: bring them"),
         ([], "holds no samples: give at least two"),
         ([3], "yields int where a dict"),
         (3, "cannot be read: give a path"),
@@ -290,7 +291,7 @@ def test_a_fixed_batch_is_fed_whole_and_the_rest_left_out_with_a_note() -> None:
     assert [feed["image"].shape[0] for feed in samples.batches(1)] == [4, 4]
     first, second = samples.split(0.1, seed=0)
     assert (first.count, second.count) == (4, 4)
-    assert np.array_equal(second.labels, second.arrays["image"][:, 0, 0, 0] / 12)  # type: ignore[arg-type]
+    assert np.array_equal(second.labels, second.by_input()["image"][:, 0, 0, 0] / 12)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="holds 3 samples but the model takes batches of 4: give at least 8"):
         read_samples({"image": x[:3]}, [FIXED])
 
@@ -356,7 +357,7 @@ def test_labels_follow_their_samples() -> None:
     x = np.arange(20, dtype=np.float32)[:, None]
     samples = read_samples({"x": x, "labels": np.arange(20)[:, None]}, [InputSpec("x", "float32", (None, 1))])
     for part in (samples, samples.take(slice(3, 9)), samples.take([5, 1]), *samples.split(0.25, seed=3)):
-        assert np.array_equal(part.labels, part.arrays["x"][:, 0])  # type: ignore[arg-type]
+        assert np.array_equal(part.labels, part.by_input()["x"][:, 0])  # type: ignore[arg-type]
     assert read_samples(samples, [InputSpec("x", "float32", (None, 1))], limit=3).count == 3
 
 
@@ -371,7 +372,7 @@ def test_samples_that_share_a_label_stay_together() -> None:
     samples = read_samples({"x": x, "labels": np.arange(20)}, [InputSpec("x", "float32", (None, 1))])
     assert samples.labelled == 2
     for part in (*samples.split(0.4, 1), *samples.split(7, 2), samples.take(slice(10, 20))):
-        rows = part.arrays["x"][:, 0].astype(int)
+        rows = part.by_input()["x"][:, 0].astype(int)
         assert np.array_equal(rows[::2] + 1, rows[1::2])
         assert part.labels is not None and np.array_equal(part.labels, rows[::2] // 2)
 
@@ -380,20 +381,20 @@ def test_samples_that_share_a_label_stay_together() -> None:
 @given(st.integers(1, 4), st.integers(2, 12), st.floats(0, 1), st.integers(0, 9))
 def test_a_split_is_disjoint_complete_and_repeatable(each: int, groups: int, share: float, seed: int) -> None:
     x = np.arange(each * groups, dtype=np.float32)[:, None]
-    samples = Samples(arrays={"x": x}, fixed=each)
+    samples = Samples(groups=({"x": x},), fixed=each)
     first, second = samples.split(share, seed)
-    both = np.concatenate([first.arrays["x"], second.arrays["x"]])
+    both = np.concatenate([first.by_input()["x"], second.by_input()["x"]])
     assert sorted(both[:, 0]) == list(range(each * groups))
     assert first.count % each == 0 < first.count
     assert second.count % each == 0 < second.count
     again = samples.split(share, seed)[1]
-    assert np.array_equal(again.arrays["x"], second.arrays["x"])
+    assert np.array_equal(again.by_input()["x"], second.by_input()["x"])
 
 
 def test_a_split_takes_a_number_of_samples_too() -> None:
-    assert Samples(arrays={"x": np.zeros((10, 1))}).split(3, seed=0)[1].count == 3
+    assert Samples(groups=({"x": np.zeros((10, 1))},)).split(3, seed=0)[1].count == 3
     with pytest.raises(DataError, match="at least 2 are needed"):
-        Samples(arrays={"x": np.zeros((1, 1))}).split(1, seed=0)
+        Samples(groups=({"x": np.zeros((1, 1))},)).split(1, seed=0)
 
 
 def test_batches_fit_memory() -> None:
@@ -412,7 +413,7 @@ def test_made_up_samples_have_the_shapes_the_model_states() -> None:
         InputSpec("mask", "bool", ("batch", "H")),
         InputSpec("text", "object", ("batch",)),
     ]
-    samples = made_up(specs, count=2, seed=1, size=7, fill=0)
+    samples = random_samples(specs, count=2, seed=1, size=7, fill=0)
     feed = next(samples.batches(2))
     assert {name: value.shape for name, value in feed.items()} == {
         "x": (2, 3, 7), "state": (2, 2, 5), "rate": (), "mask": (2, 7), "text": (2,),
@@ -420,4 +421,175 @@ def test_made_up_samples_have_the_shapes_the_model_states() -> None:
     assert [feed[spec.name].dtype.name for spec in specs] == [spec.dtype for spec in specs]
     assert not feed["mask"].any()
     assert samples.source == "made up"
-    assert next(made_up([FIXED]).batches(1))["image"].shape == (4, 3, 2, 2)
+    assert next(random_samples([FIXED]).batches(1))["image"].shape == (4, 3, 2, 2)
+
+
+def texts(lengths: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    """Feeds of one text each; its ids are its number."""
+    return [
+        {"ids": np.full((1, length), index), "mask": np.ones((1, length), bool)}
+        for index, length in enumerate(lengths)
+    ]
+
+
+def write_ragged(folder: Path, kind: str, feeds: list[dict[str, np.ndarray]]) -> Any:
+    """Samples of different shape in every form in which they may come, with their numbers as labels."""
+    numbers = range(len(feeds))
+    if kind == "folder":
+        (folder / "data").mkdir()
+        for index, feed in enumerate(feeds):
+            np.savez(folder / "data" / f"{index:03}.npz", labels=index, **feed)  # type: ignore[arg-type]
+        return folder / "data"
+    if kind in ("numbered", "numbered with one array of labels"):
+        arrays = {f"{name}/{index}": feeds[index][name] for index in numbers for name in feeds[index]}
+        labels = {f"labels/{index}": index for index in numbers}
+        np.savez(folder / "x.npz", **arrays, **(labels if kind == "numbered" else {"labels": numbers}))  # type: ignore[arg-type]
+        return folder / "x.npz"
+    if kind == "script":
+        (folder / "sentences.py").write_text(
+            "import numpy as np\n\ndef texts():\n"
+            f"    for index, n in enumerate({[feed['ids'].shape[1] for feed in feeds]}):\n"
+            "        yield {'ids': np.full(n, index), 'mask': np.ones(n, bool), 'labels': index}\n"
+        )
+        return f"{folder / 'sentences.py'}:texts"
+    if kind == "dict of lists":
+        return {name: [feed[name] for feed in feeds] for name in feeds[0]} | {"labels": [*numbers]}
+    return ({**feed, "labels": index} for index, feed in enumerate(feeds))
+
+
+RAGGED = ("folder", "numbered", "numbered with one array of labels", "script", "dict of lists", "iterable")
+LENGTHS = (3, 5, 3, 4, 5, 3, 4)
+
+
+@pytest.mark.parametrize("kind", RAGGED)
+def test_samples_of_different_shape_are_taken_as_they_are(tmp_path: Path, kind: str) -> None:
+    samples = read_samples(write_ragged(tmp_path, kind, texts(LENGTHS)), [IDS, MASK])
+    assert samples.ragged and samples.count == len(LENGTHS)
+    seen, order = [], []
+    for feed in samples.batches(4):
+        assert feed["ids"].shape == feed["mask"].shape == (samples.size_of(feed), feed["ids"].shape[1])
+        assert (feed["ids"] == feed["ids"][:, :1]).all()
+        order += feed["ids"][:, 0].tolist()
+        seen += [feed["ids"].shape[1]] * samples.size_of(feed)
+    assert [LENGTHS[index] for index in order] == seen
+    assert samples.labels is not None and samples.labels.tolist() == order
+    assert sum(1 for _ in samples.batches(2)) == samples.batch_count(2) == 4
+    assert any("differ in shape" in note for note in samples.notes)
+
+
+def test_a_model_with_one_input_takes_arrays_that_savez_was_given_one_by_one(tmp_path: Path) -> None:
+    spec = InputSpec("image", "float32", ("N", 3, "H", "W"))
+    np.savez(tmp_path / "x.npz", *[np.full((3, size, 4), size, np.float32) for size in (4, 6, 4)])
+    samples = read_samples(tmp_path / "x.npz", [spec])
+    assert [feed["image"].shape for feed in samples.batches(8)] == [(2, 3, 4, 4), (1, 3, 6, 4)]
+    assert all((feed["image"] == feed["image"].shape[2]).all() for feed in samples.batches(8))
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(1, 4), min_size=4, max_size=20), st.floats(0, 1), st.integers(0, 9))
+def test_a_split_of_ragged_samples_keeps_each_with_its_label(
+    lengths: list[int], share: float, seed: int
+) -> None:
+    feeds = [{**feed, "labels": index} for index, feed in enumerate(texts(lengths))]
+    samples = read_samples(feeds, [IDS, MASK])
+    parts = samples.split(share, seed)
+    found = []
+    for part in (*parts, samples.take(slice(1, 3)), samples.some(3)):
+        ids = [int(sample[0]) for sample in part.by_input()["ids"]]
+        assert part.labels is not None and part.labels.tolist() == ids
+        assert [len(sample) for sample in part.by_input()["ids"]] == [lengths[index] for index in ids]
+        assert part.count == len(ids) == len(part.sizes)
+        found.append(ids)
+    assert sorted(found[0] + found[1]) == list(range(len(lengths)))
+
+
+def test_pairs_of_different_length_stay_together() -> None:
+    feeds = texts((3, 4, 3, 3, 5, 4, 4, 4))
+    samples = read_samples([*feeds, {**feeds[0], "labels": np.arange(4.5, step=1.25)}], [IDS, MASK], limit=8)
+    assert samples.labels is None  # nine samples, four labels
+    feeds[0]["labels"] = np.arange(4)
+    samples = read_samples(feeds, [IDS, MASK])
+    assert samples.labelled == 2
+    for part in (samples, *samples.split(0.5, 1), samples.take(slice(2, 6))):
+        ids = [int(sample[0]) for sample in part.by_input()["ids"]]
+        assert part.labels is not None and part.labels.tolist() == [index // 2 for index in ids[::2]]
+        assert [index + 1 for index in ids[::2]] == ids[1::2]
+
+
+def test_a_fixed_batch_is_filled_with_samples_of_one_shape() -> None:
+    spec = InputSpec("x", "float32", (2, None))
+    lists = {"x": [np.full(length, index, np.float32) for index, length in enumerate((3, 4, 3, 4, 3, 5))]}
+    samples = read_samples(lists | {"labels": np.arange(6)}, [spec])
+    assert [feed["x"].shape for feed in samples.batches()] == [(2, 3), (2, 4)]
+    assert samples.labels is not None and samples.labels.tolist() == [0, 2, 1, 3]
+    assert any("2 samples left out" in note for note in samples.notes)
+
+
+def test_the_example_is_of_middle_size_and_the_extremes_are_not() -> None:
+    samples = read_samples(texts((2, 9, 4, 4, 4, 7)), [IDS, MASK])
+    lengths = [feed["ids"].shape[1] for feed in (samples.example(), *samples.extremes())]
+    assert lengths == [4, 2, 9]
+    assert np.array_equal(samples.sizes, [4, 18, 8, 8, 8, 14])
+
+
+def test_lists_of_unequal_length_are_refused() -> None:
+    ids, mask = ([feed[name] for feed in texts((3, 4, 5))] for name in ("ids", "mask"))
+    with pytest.raises(DataError, match=r"differ in length \(ids 3, mask 2\): give as many"):
+        read_samples({"ids": ids, "mask": mask[:2]}, [IDS, MASK])
+    with pytest.raises(DataError, match="2 labels for 3 samples: give one for each"):
+        read_samples({"ids": ids, "mask": mask, "labels": [0, 1]}, [IDS, MASK])
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 7, 30])
+@pytest.mark.parametrize("labels", [0, 24, 12, 7])
+def test_of_a_compressed_archive_no_more_is_unpacked_than_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, labels: int
+) -> None:
+    x = images(24)
+    given = {"labels": np.arange(labels)} if labels else {}
+    np.savez_compressed(tmp_path / "x.npz", image=x, **given)  # type: ignore[arg-type]
+
+    def read() -> Samples | str:
+        try:
+            return read_samples(tmp_path / "x.npz", [IMAGE], limit=limit)
+        except DataError as error:
+            return str(error)
+
+    whole = read()
+    monkeypatch.setattr(sources, "MAPPED_BYTES", 1)
+    monkeypatch.setattr(sources, "PIECE", 100)
+    unpacked = []
+    function = sources._unpacked
+
+    def counted(stream: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        unpacked.append(shape[0])
+        return function(stream, shape, dtype)
+
+    monkeypatch.setattr(sources, "_unpacked", counted)
+    part = read()
+    if isinstance(whole, str) or isinstance(part, str):
+        assert whole == part
+        return
+    assert np.array_equal(part.by_input()["image"], whole.by_input()["image"])
+    assert (part.labels is None) == (whole.labels is None)
+    assert part.labels is None or np.array_equal(part.labels, whole.labels)  # type: ignore[arg-type]
+    assert part.notes == whole.notes and part.labelled == whole.labelled
+    if limit < 24 and labels != 7:
+        assert limit <= max(unpacked) <= limit + 1
+
+
+def test_a_large_compressed_archive_takes_the_memory_of_what_is_asked(tmp_path: Path) -> None:
+    header, shape = io.BytesIO(), (5000, 3, 128, 128)
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    archive = zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open("image.npy", "w") as file:
+        file.write(header.getvalue())
+        for _ in range(5):
+            file.write(bytes(1000 * 3 * 128 * 128))
+    tracemalloc.start()
+    spec = InputSpec("image", "float32", (None, 3, 128, 128))
+    samples = read_samples(tmp_path / "x.npz", [spec], limit=100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert samples.count == 100
+    assert peak < 64 << 20 < 3 * 128 * 128 * 5000

@@ -52,7 +52,7 @@ def test_entries_take_the_cheapest_of_distances_a_bitmap_and_none_left_out() -> 
 
 def test_what_needs_no_zeros_for_its_size_is_no_row_of_pruning() -> None:
     source, tool = network(DENSE), ModuleType("tool")
-    seen = Samples(arrays={})
+    seen = Samples(groups=({},))
 
     def smallest_out(proto: onnx.ModelProto, sparsity: float, global_sparsity: bool) -> onnx.ModelProto:
         kept = np.abs(DENSE) > np.quantile(np.abs(DENSE), sparsity)

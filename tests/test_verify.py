@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lrsd.data.made_up import made_up, made_up_samples
+from onnx_lrsd.data.made_up import made_up_samples, random_samples
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import DataError, VerificationError
 from onnx_lrsd.facts import Verification
@@ -265,11 +265,11 @@ def test_made_up_data_is_found_for_dimensions_that_matter() -> None:
         [numpy_helper.from_array(np.array([0, -1, 128]), "shape")],
     )
     model = load(helper.make_model(graph, opset_imports=[OPSET], ir_version=8))
-    assert made_up_samples(model).arrays["x"].shape == (1, 128)
+    assert made_up_samples(model).by_input()["x"].shape == (1, 128)
     model.proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.array([0, -1, 1009]), "shape"))
     with pytest.raises(DataError, match="runs on no data that can be made up: give samples"):
         made_up_samples(model)
-    assert made_up(inputs_of(model.proto)).source == "made up"
+    assert random_samples(inputs_of(model.proto)).source == "made up"
 
 
 def test_a_model_that_takes_one_sample_at_a_time_gets_one_whatever_it_declares() -> None:

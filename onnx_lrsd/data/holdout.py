@@ -1,4 +1,4 @@
-"""Who sees which samples: the fit, the search of a budget, and the check of the result."""
+"""Which samples the fit, the search of a budget and the check of the result see."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import inputs_of
 
 HELD_OUT = 0.2
-"""Share of the calibration samples that only verification sees, where no evaluation data is given."""
+"""Share of the calibration samples that are kept for verification, where no evaluation data is given."""
 
 
 class Data(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from onnx_lrsd.errors import DataError
 from onnx_lrsd.types import InputSpec, Values
 
 SCANNED_BYTES = 32 << 20
-"""Values looked at in one piece."""
+"""Bytes of an array that are checked at a time."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +40,69 @@ class Slot:
         return 1 if self.axis is None else laid.shape[self.axis]
 
     def samples_first(self, given: Values) -> Values | None:
-        """What a user gives, with samples along the first axis; None when it does not fit the input.
+        """The array that a user gave, with samples along the first axis; None where it does not fit.
 
         The rank tells what it is: a batch, one sample (one axis less), or a stack of feeds (one
         more). A batch may have its samples along the model's axis or along the first.
         """
-        if self.shape is None:
-            return given if given.ndim else given[None]
-        missing = len(self.shape) - given.ndim
-        if self.axis is None:
-            rest = self.shape
-            candidates = {0: given[None], -1: given}.get(missing)
-            return candidates if candidates is not None and _fits(candidates.shape[1:], rest) else None
-        rest = self.shape[: self.axis] + self.shape[self.axis + 1 :]
-        if missing == 0:
-            moved = np.moveaxis(given, self.axis, 0)
-            return next((x for x in (moved, given) if _fits(x.shape[1:], rest)), None)
-        if missing == 1:
-            return given[None] if _fits(given.shape, rest) else None
-        if missing == -1:
+        arrangement = self._arrangement(given.shape)
+        if arrangement is None:
+            return None
+        if arrangement == "one":
+            return given[None]
+        if arrangement == "stack" and self.axis is not None:
             stacked = np.moveaxis(given, 1 + self.axis, 1)
-            if _fits(stacked.shape[2:], rest):
-                return stacked.reshape(-1, *stacked.shape[2:])
+            return stacked.reshape(-1, *stacked.shape[2:])
+        if arrangement == "batch" and self.axis is not None:
+            return np.moveaxis(given, self.axis, 0)
+        return given
+
+    def leading_entries(self, shape: tuple[int, ...], count: int) -> tuple[int, int] | None:
+        """For an array of this ``shape``: its samples, and entries of its first axis that hold ``count``.
+
+        None where the samples do not lie along the first axis, or the shape does not fit.
+        """
+        arrangement = self._arrangement(shape)
+        if arrangement is None or arrangement == "one":
+            return None
+        if arrangement == "stack" and self.axis is not None:
+            each = shape[1 + self.axis]
+            return shape[0] * each, min(-(-count // max(each, 1)), shape[0])
+        if arrangement == "batch" and self.axis != 0:
+            return None
+        return shape[0], min(count, shape[0])
+
+    def _arrangement(self, shape: tuple[int, ...]) -> str | None:
+        """What an array of this ``shape`` holds; None where it does not fit the input.
+
+        'batch': samples along the model's axis; 'listed': along the first; 'one': one sample; 'stack': feeds
+        along the first axis.
+        """
+        if self.shape is None:
+            return "listed" if shape else "one"
+        missing = len(self.shape) - len(shape)
+        if self.axis is None:
+            held = {0: shape, -1: shape[1:]}.get(missing)
+            if held is None or not _fits(held, self.shape):
+                return None
+            return "one" if missing == 0 else "listed"
+        rest = _without(self.shape, self.axis)
+        if missing == 0 and _fits(_without(shape, self.axis), rest):
+            return "batch"
+        if missing == 0 and _fits(shape[1:], rest):
+            return "listed"
+        if missing == 1 and _fits(shape, rest):
+            return "one"
+        if missing == -1 and _fits(_without(shape[1:], self.axis), rest):
+            return "stack"
         return None
+
+
+Size = TypeVar("Size")
+
+
+def _without(shape: tuple[Size, ...], axis: int) -> tuple[Size, ...]:
+    return shape[:axis] + shape[axis + 1 :]
 
 
 def _fits(found: Sequence[int], wanted: Sequence[int | str | None]) -> bool:
@@ -70,8 +111,15 @@ def _fits(found: Sequence[int], wanted: Sequence[int | str | None]) -> bool:
     )
 
 
-def slots(inputs: Sequence[InputSpec]) -> tuple[dict[str, Slot], int | None]:
-    """The slot of every input, and the model's fixed batch size if it has one.
+class InputLayout(NamedTuple):
+    """The slot of every input, and the model's fixed batch size if it has one."""
+
+    slots: dict[str, Slot]
+    fixed: int | None
+
+
+def input_layout_of(inputs: Sequence[InputSpec]) -> InputLayout:
+    """How samples enter ``inputs``.
 
     The batch axis is the first, with three exceptions. A named dimension that all inputs share is the
     batch wherever it stands, if it is called so or comes first in most inputs: (sequence, batch, 64) with
@@ -79,7 +127,7 @@ def slots(inputs: Sequence[InputSpec]) -> tuple[dict[str, Slot], int | None]:
     one open axis, as recurrent states do, or none: (2, ?, 128) beside (?, ?). A scalar has none.
     """
     ranked = [spec for spec in inputs if spec.shape]
-    shared = _shared(ranked)
+    shared = _shared_batch(ranked)
     leads = [spec.shape[0] for spec in ranked]
     sizes = [lead for lead in leads if isinstance(lead, int)]
     fixed = None
@@ -88,12 +136,12 @@ def slots(inputs: Sequence[InputSpec]) -> tuple[dict[str, Slot], int | None]:
     found = {}
     for spec in inputs:
         shape = spec.shape if spec.ranked else None
-        found[spec.name] = Slot(spec.dtype, _axis(spec, shared, fixed), shape)
-    return found, fixed
+        found[spec.name] = Slot(spec.dtype, _batch_axis(spec, shared, fixed), shape)
+    return InputLayout(found, fixed)
 
 
-def _shared(ranked: Sequence[InputSpec]) -> str | None:
-    """The name of the batch dimension, if all inputs share one that is plainly it."""
+def _shared_batch(ranked: Sequence[InputSpec]) -> str | None:
+    """The name of the batch dimension, if all inputs have one in common that can be told to be it."""
     names = [d for d in ranked[0].shape if isinstance(d, str)] if ranked else []
     common = [name for name in names if all(name in spec.shape for spec in ranked)]
     for name in common:
@@ -103,7 +151,7 @@ def _shared(ranked: Sequence[InputSpec]) -> str | None:
     return leading[0] if leading else None
 
 
-def _axis(spec: InputSpec, shared: str | None, fixed: int | None) -> int | None:
+def _batch_axis(spec: InputSpec, shared: str | None, fixed: int | None) -> int | None:
     if not spec.ranked:
         return 0
     if not spec.shape:
@@ -138,7 +186,10 @@ def check_values(array: Values, spec: InputSpec, where: str) -> str:
 
 
 def _range(array: Values, where: str, fractions: bool) -> tuple[float, float, bool]:
-    """Least and greatest value, and whether all are whole if that is asked; part by part, to save memory."""
+    """Least and greatest value, and whether all are whole numbers where ``fractions`` asks for it.
+
+    Part by part, to save memory.
+    """
     low, high, whole = math.inf, -math.inf, True
     rows = max(1, SCANNED_BYTES // max(array[:1].nbytes, 1))
     for start in range(0, len(array) if array.size else 0, rows):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnx_lrsd.data.input_layout import slots
+from onnx_lrsd.data.input_layout import input_layout_of
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import DataError, LrsdError
 from onnx_lrsd.graph.model import Model
@@ -14,21 +14,21 @@ from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import InputSpec, Values
 
 GUESSES = (32, 64, 128, 224, 256, 512)
-"""Sizes to try for open dimensions when data has to be made up."""
+"""Sizes to try for open dimensions."""
 
 
 def made_up_samples(model: Model) -> Samples:
-    """Made-up data the model runs on: sizes for what it leaves open are tried in turn.
+    """Random samples that the model runs on; sizes for its open dimensions are tried in turn.
 
-    Raises DataError when it runs on none of them.
+    Raises DataError when it runs with none of them.
     """
     session = open_session(model.proto, folder=model.folder)
     problem: LrsdError | None = None
     for size in GUESSES:
         for fill in (1, 0):
-            samples = made_up(session.inputs, size=size, fill=fill)
+            samples = random_samples(session.inputs, size=size, fill=fill)
             try:
-                session.run(next(iter(samples.batches(1))))
+                session.run(samples.example())
             except LrsdError as error:
                 problem = problem or error
                 continue
@@ -36,16 +36,16 @@ def made_up_samples(model: Model) -> Samples:
     raise DataError(f"The model runs on no data that can be made up: give samples. {problem}") from problem
 
 
-def made_up(
+def random_samples(
     inputs: Sequence[InputSpec], count: int = 1, seed: int = 0, *, size: int = GUESSES[0], fill: int = 1
 ) -> Samples:
-    """Random samples, to learn shapes and to time models, and for nothing else.
+    """Random samples for ``count`` feeds, to learn shapes and to time models, and for nothing else.
 
-    ``count`` feeds' worth: numbers are standard normal, integers and booleans are ``fill``, and every
-    open dimension but the batch is ``size``. Whether the model runs on that, the caller must try.
+    Floating numbers are standard normal, integers and booleans are ``fill``, every open dimension but the
+    batch is ``size``. The model may refuse them: the caller has to try.
     """
     rng = np.random.default_rng(seed)
-    layout, fixed = slots(inputs)
+    layout, fixed = input_layout_of(inputs)
     samples = count * (fixed or 1)
     arrays, constants = {}, {}
     for spec in inputs:
@@ -59,6 +59,4 @@ def made_up(
             constants[spec.name] = layout[spec.name].lay_out(values)
         else:
             arrays[spec.name] = values
-    return Samples(
-        arrays=arrays, constants=constants, labels=None, source="made up", fixed=fixed, notes=(), slots=layout
-    )
+    return Samples(groups=(arrays,), constants=constants, source="made up", fixed=fixed, slots=layout)

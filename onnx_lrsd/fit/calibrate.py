@@ -366,7 +366,7 @@ def _watcher(
 ) -> Callable[[Feed], Feed]:
     """A function from a feed to the inputs of ``layers``; what is fed or ``given`` needs no run."""
     names = {layer.input for layer in layers} | {*also}
-    fed = names & {*samples.arrays, *samples.constants, *(given or ())}
+    fed = names & {*samples.inputs, *samples.constants, *(given or ())}
     computed = sorted(names - fed)
     session = None
     if computed:

@@ -265,7 +265,9 @@ def _scored(
 
     def scored(outputs: Feed, which: npt.NDArray[np.int64]) -> float:
         rows = (which[:, None] * labelled + np.arange(labelled)).ravel()
-        inputs = {"inputs": {name: values[rows] for name, values in samples.arrays.items()}} if asks else {}
+        inputs = (
+            {"inputs": {name: values[rows] for name, values in samples.by_input().items()}} if asks else {}
+        )
         return float(score({name: values[rows] for name, values in outputs.items()}, labels[which], **inputs))
 
     def difference(which: npt.NDArray[np.int64]) -> float:

@@ -63,7 +63,7 @@ def open_shapes(
         if spec.ranked and all(isinstance(size, int) for size in spec.shape):
             continue
         shape = feed[spec.name].shape
-        axis = samples.slots.get(spec.name, Slot()).axis if spec.name in samples.arrays else None
+        axis = samples.slots.get(spec.name, Slot()).axis if spec.name in samples.inputs else None
         free = axis is not None and not (spec.ranked and isinstance(spec.shape[axis], int))
         least[spec.name] = shape
         most[spec.name] = tuple(BATCH if free and i == axis else size for i, size in enumerate(shape))
