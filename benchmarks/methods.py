@@ -20,11 +20,19 @@ from benchmarks.reference.three_basil import three_basil
 from benchmarks.reference.truncated_svd import truncated_svd
 from benchmarks.reference.wanda import wanda
 from benchmarks.reference.whitened_svd import whitened_svd
+from benchmarks.share import choose_split, split_forms
 from onnx_lrsd.solver.admm import low_rank_plus_sparse
+from onnx_lrsd.solver.effort import BRIEF, FAST, STANDARD, Effort
 from onnx_lrsd.solver.problem import Problem
-from onnx_lrsd.solver.share import choose_split, split_forms
 from onnx_lrsd.types import CHANNEL, N_OF_M, NONE, UNSTRUCTURED, Array, Pattern
 
+EFFORTS = {
+    "brief": BRIEF,
+    "fast": FAST,
+    "standard": STANDARD,
+    "thorough": Effort(sweeps=8, penalties=16, iterations=16),
+}
+"""The product's, and one beyond them."""
 FREE, TWO_OF_FOUR = "unstructured", "2:4"
 SHARE, RANKED = 0.3, 0.1
 """Share of the budget that is rank, where a method does not choose; rank beside 2:4, in shares of n m."""
@@ -98,7 +106,7 @@ def run_method(problem: LayerProblem, method: str, budget: Budget) -> Row:
 
 
 def ours(
-    problem: LayerProblem, posed: Problem, rank: int, pattern: Pattern, effort: str = "standard"
+    problem: LayerProblem, posed: Problem, rank: int, pattern: Pattern, effort: Effort = STANDARD
 ) -> Array:
     """The package's solver."""
     found = low_rank_plus_sparse(posed.weight, posed.metric, rank, pattern, taps=problem.taps, effort=effort)
@@ -115,7 +123,7 @@ def chosen(problem: LayerProblem, keep: float) -> tuple[Problem, int, Pattern]:
     return replace(posed, metric=metric), split.form.rank, split.form.pattern
 
 
-def _ours(problem: LayerProblem, budget: Budget, effort: str = "standard") -> Array:
+def _ours(problem: LayerProblem, budget: Budget, effort: Effort = STANDARD) -> Array:
     pattern = NONE
     if budget.pattern == TWO_OF_FOUR:
         pattern = Pattern(N_OF_M, 2, 4)
@@ -172,8 +180,8 @@ METHODS: dict[str, tuple[float | None, Callable[[LayerProblem, Budget], Array]]]
     "3basil": (None, _peer(lambda w, c, mean, b, _: three_basil(w, c, b.rank, _select(b)))),
     "hassle-free": (None, _peer(lambda w, c, mean, b, _: hassle_free(w, c, b.rank, _select(b)))),
     "ours": (None, _ours),
-    "ours, fast": (None, partial(_ours, effort="fast")),
-    "ours, thorough": (None, partial(_ours, effort="thorough")),
+    "ours, fast": (None, partial(_ours, effort=FAST)),
+    "ours, thorough": (None, partial(_ours, effort=EFFORTS["thorough"])),
     "ours, sparse only": (0, _ours),
     "ours, split chosen": (None, _ours),
 }

@@ -41,7 +41,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 
 from benchmarks.layer_problems import LayerProblem, layer_rows
-from benchmarks.methods import METHODS, SHARE, chosen, spend
+from benchmarks.methods import EFFORTS, METHODS, SHARE, chosen, spend
 from benchmarks.options import comma_separated
 from benchmarks.reference.magnitude import magnitude
 from benchmarks.reference.patterns import largest
@@ -54,6 +54,7 @@ from onnx_lrsd.passes.count import parameters
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.solver.admm import low_rank_plus_sparse
+from onnx_lrsd.solver.effort import Effort
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.problem import Metric
 from onnx_lrsd.types import CHANNEL, NONE, UNSTRUCTURED, Array, Factors, Form, Layer, Pattern
@@ -78,7 +79,7 @@ class Fit:
     seconds: float
 
 
-def fit(problem: LayerProblem, method: str, keep: float, share: float | None, effort: str) -> Fit:
+def fit(problem: LayerProblem, method: str, keep: float, share: float | None, effort: Effort) -> Fit:
     """``keep`` of the layer's parameters, by ``method``; ``share`` None has a fold choose the split."""
     n, m = problem.weight.shape
     start = time.process_time()
@@ -148,7 +149,7 @@ def run_samples(given: argparse.Namespace) -> None:
             problem = LayerProblem(layer, weight, rows.pop(layer.output), held[layer.output], count)
             for keep in given.keep:
                 for method in NAMES:
-                    done = fit(problem, method, keep, given.share, given.effort)
+                    done = fit(problem, method, keep, given.share, EFFORTS[given.effort])
                     errors[keep, layer.name, method, count] = problem.errors(done.weight)
                     key = keep, method, count
                     seconds[key] = seconds.get(key, 0.0) + done.seconds
@@ -249,7 +250,7 @@ def run_networks(given: argparse.Namespace) -> None:
                 spent, seconds, errors = parameters(model.proto), 0.0, []
                 for layer, problem in zip(layers, problems, strict=True):
                     weight, bias = read_weight(edited, layer)
-                    done = fit(problem, method, keep, given.share, given.effort)
+                    done = fit(problem, method, keep, given.share, EFFORTS[given.effort])
                     errors.append(problem.errors(done.weight))
                     spent += done.parameters - weight.size
                     seconds += done.seconds
@@ -349,7 +350,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     networks.set_defaults(part=run_networks)
     for part in (samples, networks):
         part.add_argument("--share", type=float, help="of the factors in the budget (default: by a fold)")
-        part.add_argument("--effort", default="standard", choices=["brief", "fast", "standard", "thorough"])
+        part.add_argument("--effort", default="standard", choices=list(EFFORTS))
     full = parts.add_parser("full", help="the command line tool on a large model")
     full.add_argument("model", type=Path)
     full.add_argument("--images", type=Path, required=True)

@@ -1,7 +1,7 @@
 """How a number of a weight is stored: as a code of few bits, packed into bytes, or as fp16.
 
-A code k of L levels and a step s stand for (k - (L - 1) / 2) s. ``digits`` codes make one word in base
-L, and a word has ``planes`` bytes: what is below 2^24 a runtime can take apart in float32 without error.
+A code k of L levels and a step s stand for the value (k - (L - 1) / 2) s. ``digits`` codes make one word in
+base L, of ``planes`` bytes. Words are below 2^24, so a runtime can take them apart in float32 without error.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Codes = npt.NDArray[np.uint8]
+_Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Storage:
-    """``levels`` is 0 where values are kept as fp16. ``noise`` is what coding a unit normal loses.
+    """One way to store numbers; ``levels`` is 0 for fp16, which has no codes.
 
-    It is the mean squared error with the best step (Max, IRE Trans. IT-6, 1960, table II: uniform).
+    ``noise`` is the mean squared error of coding a unit normal with the best step (Max, IRE Trans. IT-6,
+    1960, table II: uniform).
     """
 
     name: str
@@ -29,11 +30,11 @@ class Storage:
 
     @property
     def bits(self) -> float:
-        """Of one number."""
+        """Bits of one number."""
         return 8 * self.planes / self.digits
 
     def bytes(self, count: int) -> int:
-        """Of ``count`` numbers: whole words."""
+        """Bytes of ``count`` numbers, in whole words."""
         return -(-count // self.digits) * self.planes
 
 
@@ -48,7 +49,7 @@ STORAGES = {s.name: s for s in (FP16, UINT8, INT6, INT4, INT3, INT2, TERNARY)}
 """Best first."""
 
 
-def pack_codes(codes: Codes, storage: Storage) -> Codes:
+def pack_codes(codes: _Bytes, storage: Storage) -> _Bytes:
     """Codes (count,) as bytes (planes, words): plane p holds bits 8 p to 8 p + 7 of every word.
 
     Word j holds the codes j, j + words, j + 2 words ...; what is missing at the end is zero.
@@ -59,26 +60,29 @@ def pack_codes(codes: Codes, storage: Storage) -> Codes:
     powers = storage.levels ** np.arange(storage.digits)
     word = powers @ padded.reshape(storage.digits, words)
     planes = word[None, :] >> (8 * np.arange(storage.planes)[:, None])
-    packed: Codes = (planes & 255).astype(np.uint8)
+    packed: _Bytes = (planes & 255).astype(np.uint8)
     return packed
 
 
-NEAR, FAR = 16, 256
-"""How far apart two entries of S may be, where distances take half a byte and a byte."""
+NEAR_REACH, FAR_REACH = 16, 256
+"""Greatest distance of two entries of S whose distances are stored in half a byte, and in a byte."""
 
 
 def gaps(reach: int) -> Storage:
-    """What distances of 1 to ``reach`` are stored in, less one."""
-    return INT4 if reach == NEAR else UINT8
+    """The storage of distances of 1 to ``reach``, which are stored less one."""
+    return INT4 if reach == NEAR_REACH else UINT8
 
 
 def entry_bytes(count: int, size: int, storage: Storage) -> int:
-    """Bytes that ``count`` entries, strewn over ``size`` places, take with their distances."""
-    return min(with_bridges(count, size, storage, reach) for reach in (NEAR, FAR))
+    """Bytes of ``count`` entries at random among ``size`` places, with their distances."""
+    return min(with_bridges(count, size, storage, reach) for reach in (NEAR_REACH, FAR_REACH))
 
 
 def with_bridges(count: int, size: int, storage: Storage, reach: int) -> int:
-    """The same for one ``reach``: longer gaps need more entries, of which geometric gaps tell the number."""
+    """``entry_bytes`` for one ``reach``.
+
+    Gaps above ``reach`` need entries of value zero in between; their number is that for geometric gaps.
+    """
     beyond = (1 - min(count / size, 1.0)) ** reach
     stored = min(round(count * (1 + beyond / max(1 - beyond, 1e-9))), size)
     return storage.bytes(stored) + gaps(reach).bytes(stored)

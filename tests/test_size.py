@@ -29,6 +29,7 @@ from onnx_lrsd.solver.codes.curve import coded_errors
 from onnx_lrsd.solver.codes.fit import bridged, decode
 from onnx_lrsd.solver.codes.rounding import nearest, round_columns, settle, steps_of
 from onnx_lrsd.solver.decompose import decompose
+from onnx_lrsd.solver.effort import BRIEF, FAST
 from onnx_lrsd.solver.layout import expand
 from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.storage import STORAGES, pack_codes
@@ -92,7 +93,7 @@ def rewritten(proto: onnx.ModelProto, form: Form) -> tuple[onnx_lrsd.Model, Laye
     graph = model.graph()
     (layer,), _ = find_layers(graph)
     problem = onnx_lrsd.pose(layer, *read_weight(graph, layer), correlated(layer.m))
-    factors = onnx_lrsd.decompose(problem, form, effort="fast")
+    factors = onnx_lrsd.decompose(problem, form, effort=FAST)
     split(graph, layer, factors)
     return model.splice(graph), layer, factors, problem
 
@@ -270,7 +271,7 @@ def test_where_numbers_count_a_curve_tells_what_s_loses_between_the_shares_it_tr
         assert len(errors) > 8 and errors == sorted(errors, reverse=True)
     damped = convolution.for_entries()
     for form in [form for form in curve if form.entries][2::5]:
-        fitted = decompose(damped, replace(form, weights=(), entries=""), effort="brief")
+        fitted = decompose(damped, replace(form, weights=(), entries=""), effort=BRIEF)
         assert curve[form] == pytest.approx(damped.expected(expand(layer, fitted)), rel=0.25)
 
 
@@ -278,7 +279,7 @@ def test_some_rows_of_a_large_weight_tell_what_s_loses(
     convolution: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = coded_errors(convolution, KINDS, "fp16")
-    for name, value in {"FEWEST_ROWS": 32, "WORK": 1.0, "WORK_BESIDE": 1.0}.items():
+    for name, value in {"FEWEST_OUTPUTS": 32, "WORK": 1.0, "WORK_BESIDE": 1.0}.items():
         monkeypatch.setattr(f"onnx_lrsd.solver.codes.curve.{name}", value)
     some = coded_errors(convolution, KINDS, "fp16")
     tried = [form for form in some if form.entries]
@@ -313,7 +314,7 @@ def test_rows_kept_apart_tell_what_s_loses_where_there_are_few(monkeypatch: pyte
     tried = [form for form in curve if form.entries and not form.rank]
     assert tried
     for form in tried[:: len(tried) // 3]:
-        fitted = decompose(posed.for_entries(), replace(form, weights=(), entries=""), effort="brief")
+        fitted = decompose(posed.for_entries(), replace(form, weights=(), entries=""), effort=BRIEF)
         found = others.error(expand(layer, fitted))
         assert fitted.error < found < curve[form] < 3 * found  # half of the rows fit what all will
     shares = [half.energy * len(np.asarray(half.metric.rows)) for half in posed.halves()]

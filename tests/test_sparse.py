@@ -10,15 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from benchmarks.share import choose_split, split_forms
 from onnx_lrsd import arrays
 from onnx_lrsd.solver.admm import low_rank_plus_sparse
 from onnx_lrsd.solver.channels import eliminate
 from onnx_lrsd.solver.decompose import decompose
+from onnx_lrsd.solver.effort import BRIEF, Effort
 from onnx_lrsd.solver.layout import expand
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.pattern import nonzeros, support
 from onnx_lrsd.solver.problem import Metric, Problem
-from onnx_lrsd.solver.share import choose_split, split_forms
 from onnx_lrsd.types import (
     CHANNEL,
     CHANNELS,
@@ -31,6 +32,8 @@ from onnx_lrsd.types import (
     Layer,
     Pattern,
 )
+
+THOROUGH = Effort(sweeps=8, penalties=16, iterations=16)
 
 Matrix = npt.NDArray[np.float64]
 PATTERNS = [Pattern(UNSTRUCTURED, 301), Pattern(N_OF_M, 2, 4), Pattern(CHANNELS, 3), NONE]
@@ -177,7 +180,7 @@ def test_without_a_sparse_part_it_is_the_closed_form() -> None:
 def test_whole_channels_come_near_the_closed_form_on_the_same_channels() -> None:
     weight, second, damping = problem()
     metric = Metric(second, None, damping)
-    found = low_rank_plus_sparse(weight, metric, 4, Pattern(CHANNELS, 3), taps=3, effort="thorough")
+    found = low_rank_plus_sparse(weight, metric, 4, Pattern(CHANNELS, 3), taps=3, effort=THOROUGH)
     channels = tuple(np.flatnonzero(np.abs(found.sparse).sum(axis=0).reshape(12, 3).sum(axis=1)).tolist())
     chosen = eliminate(metric.matrix(weight), channels, 3)
     rest = weight[:, chosen.rest]
@@ -306,7 +309,7 @@ def test_the_split_is_chosen_by_samples_that_were_not_fitted() -> None:
         cost = {CHANNEL: 72 + 12, SPATIAL: 24 + 36}[kind]
         assert all(form.rank * cost + form.pattern.count <= 0.4 * 12 * 72 for form in forms)
         chosen = choose_split(fit, held, forms)
-        every = [decompose(fit, form, effort="brief").error for form in forms]
+        every = [decompose(fit, form, effort=BRIEF).error for form in forms]
         assert chosen.error <= sorted(every)[1] * 1.1 and chosen.form in forms
     dearer = split_forms(fit.layer, CHANNEL, 300, entry_cost=2)
     assert all(form.rank * 84 + 2 * form.pattern.count <= 300 for form in dearer)

@@ -17,6 +17,7 @@ from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.divergence import Divergence, as_array, is_scores, unpadded
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.decompose import decompose
+from onnx_lrsd.solver.effort import BRIEF
 from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.storage import INT3
 from onnx_lrsd.types import DENSE, N_OF_M, UNSTRUCTURED, Form, Layer, Moments, Progress, Values
@@ -59,7 +60,7 @@ def sensitivities(
     found = {}
     for done, (layer, form) in enumerate(chosen):
         problem = pose(layer, *weight_of(layer), moments.get(layer.output), device)
-        factors = decompose(problem, form, effort="brief")
+        factors = decompose(problem, form, effort=BRIEF)
         graph = model.graph()
         split(graph, layer, factors)
         moved = movement(before, final_outputs(model.splice(graph), samples))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lrsd.arrays import cast, namespace
+from onnx_lrsd.solver.effort import STANDARD, Effort
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.parts import FreeFactors, Part, orthonormal
 from onnx_lrsd.solver.pattern import check_pattern, grown, nonzeros, support
@@ -26,14 +27,12 @@ from onnx_lrsd.solver.problem import Metric, Outputs
 from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.types import NONE, Array, Pattern
 
-EFFORTS = {"brief": (5, 4), "fast": (5, 8), "standard": (10, 8), "thorough": (16, 16)}
-"""Values of rho, and iterations at each."""
 FIRST_RHO, DAMPED_RHO, LAST_RHO = 0.015, 0.3, 0.25
 """rho rises geometrically from max(FIRST_RHO, DAMPED_RHO x damping) to LAST_RHO / share of entries kept."""
-ROUNDS, GRADIENT_STEPS = 2, 4
-"""Of the polish: a refit of L, then so many conjugate gradients on S."""
+_POLISHES, _S_STEPS = 2, 4
+"""Polishes at the end: each refits L, then takes this many conjugate gradient steps on S."""
 RESTED = 0.01
-"""Share of the support that the last step of a converged search may still move."""
+"""A search has converged if its last step moved at most this share of the support."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,15 @@ def low_rank_plus_sparse(
     pattern: Pattern = NONE,
     *,
     taps: int = 1,
-    effort: str = "standard",
+    effort: Effort = STANDARD,
     seed: int = 0,
     resolvent: Resolvent | None = None,
 ) -> LowRankPlusSparse:
     """Fit U V + S to ``weight`` (n, m), float64, in ``metric``.
 
-    ``taps`` is the number of kernel positions of an input channel. ``resolvent`` is that of ``metric``,
-    to be shared between calls. Raises ValueError for a rank or pattern that the shape does not allow and
-    for a weight that is not finite.
+    ``taps`` is the number of kernel positions of an input channel. ``resolvent``, that of ``metric``, may be
+    shared between calls. Raises ValueError for a rank or pattern that the shape does not allow, and for a
+    weight that is not finite.
     """
     xp = namespace(weight)
     n, m = weight.shape
@@ -97,14 +96,14 @@ def low_rank_plus_sparse(
 
 
 def fit_sparse(
-    w: Array, h: Resolvent, part: Part, pattern: Pattern, taps: int, effort: str
+    w: Array, h: Resolvent, part: Part, pattern: Pattern, taps: int, effort: Effort
 ) -> tuple[Array, bool]:
-    """S (n, m) beside ``part``, which is fitted along, and whether its support had come to rest.
+    """S (n, m), fitted together with ``part``, and whether its support had come to rest.
 
     ``w`` and S are float32 and in the columns of ``h``; the pattern keeps some entries but not all.
     """
     s, mask, rested = _search(w, h, part, pattern, taps, effort)
-    for _ in range(ROUNDS):
+    for _ in range(_POLISHES):
         part.refit(w - s, h)
         s = gradients(w, h, part, s, mask)
     part.refit(w - s, h)
@@ -112,11 +111,11 @@ def fit_sparse(
 
 
 def _search(
-    w: Array, h: Resolvent, part: Part, pattern: Pattern, taps: int, effort: str
+    w: Array, h: Resolvent, part: Part, pattern: Pattern, taps: int, effort: Effort
 ) -> tuple[Array, Array, bool]:
-    """S, its support and whether the last step moved little of it."""
+    """S, its support, and whether the last step moved little of the support."""
     xp = namespace(w)
-    stages, iterations = EFFORTS[effort]
+    stages, iterations = effort.penalties, effort.iterations
     kept = nonzeros(pattern, w.shape[0], w.shape[1], taps)
     first = max(FIRST_RHO, DAMPED_RHO * h.damping)
     last = max(LAST_RHO * w.shape[0] * w.shape[1] / kept, first)
@@ -158,7 +157,7 @@ def gradients(
 
     residual = image_of(part.miss(w - s))
     direction, fall = residual, xp.sum(residual**2)
-    for _ in range(GRADIENT_STEPS):
+    for _ in range(_S_STEPS):
         image = image_of(part.tangent(direction))
         curvature = xp.sum(direction * image)
         step = fall / xp.where(curvature > 0, curvature, xp.inf)

@@ -1,8 +1,8 @@
-"""The error of one layer over many forms at once: one factorisation for each kind, no factors kept.
+"""The errors of one layer in many forms: one factorisation for each kind, and no factors kept.
 
-Errors here are those of the damped objective, before the last sweeps of a final fit. Against
-held-out samples that is the better estimate of the two: damping stands for what was not seen. Forms
-whose S has free entries are fitted one by one, briefly, and their error is that of the fit.
+Errors are those of the damped objective, without the sweeps of a final fit. They predict the error on
+held-out samples better than the error of the final fit on its own samples does: damping stands for what
+was not seen. Forms whose S has free entries are fitted one by one, briefly; their error is that of the fit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import replace
 from math import prod
 
 from onnx_lrsd.solver import separable
-from onnx_lrsd.solver.decompose import choose_channels, decompose, prepare
+from onnx_lrsd.solver.decompose import choose_channels, decompose, group
+from onnx_lrsd.solver.effort import FAST
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.problem import Metric, Problem
 from onnx_lrsd.solver.resolvent import Resolvent
@@ -21,9 +22,9 @@ from onnx_lrsd.types import CHANNEL, CHANNELS, N_OF_M, TUCKER, UNSTRUCTURED, For
 
 
 def errors(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
-    """Relative output error of every form (dense is not among them).
+    """Relative output error of every form; dense is not among them.
 
-    Forms that differ in rank alone share one factorisation; those that keep channels share the channels
+    Forms that differ only in rank share one factorisation. Those that keep whole channels share the channels
     chosen at the middle rank, those with free entries the eigenvectors of the metric.
     """
     families: defaultdict[tuple[str, Pattern], list[Form]] = defaultdict(list)
@@ -48,11 +49,11 @@ def errors(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
 
 
 def _free_entries(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
-    """Errors of forms whose S has free entries. Few rows serve forms without shared factors only."""
+    """Errors of forms whose S has free entries; a metric of few rows does not allow shared factors."""
     if problem.metric.rows is not None:
         forms = [form for form in forms if form.kind == CHANNEL or not form.rank]
     resolvent = Resolvent(problem.metric, problem.weight, prod(problem.layer.kernel))
-    return {form: decompose(problem, form, effort="fast", resolvent=resolvent).error for form in forms}
+    return {form: decompose(problem, form, effort=FAST, resolvent=resolvent).error for form in forms}
 
 
 def _family(problem: Problem, kind: str, family: list[Form]) -> Iterable[tuple[Form, float]]:
@@ -67,7 +68,7 @@ def _family(problem: Problem, kind: str, family: list[Form]) -> Iterable[tuple[F
         tail = low_rank(weight, metric).errors
         yield from ((form, float(tail[form.rank]) * total) for form in ranked)
         return
-    shared = prepare(problem.layer, weight, metric, kind)
+    shared = group(problem.layer, weight, metric, kind)
     if kind == TUCKER:
         by_outer = separable.outer_errors(shared, sorted({form.rank for form in ranked}))
         yield from ((form, float(by_outer[form.rank][form.outer]) * shared.energy) for form in ranked)

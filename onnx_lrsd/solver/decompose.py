@@ -1,4 +1,4 @@
-"""One layer in one form: W ~ L + S with the bias refitted, and the error it really has."""
+"""Fit one layer in one form, W ~ L + S with the bias refitted, and measure its error."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.admm import fit_sparse, low_rank_plus_sparse
 from onnx_lrsd.solver.channels import Elimination, best_channels, channel_gains, eliminate
 from onnx_lrsd.solver.codes.fit import code_dense, code_factors
+from onnx_lrsd.solver.effort import STANDARD, Effort
 from onnx_lrsd.solver.layout import factor_kernels, group_metric, group_weight, shared_groups, ungroup_weight
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.parts import SharedFactors
@@ -35,17 +36,16 @@ from onnx_lrsd.types import (
     Layer,
 )
 
-SWEEPS = {"brief": 0, "fast": 1, "standard": 4, "thorough": 8}
-"""Alternating sweeps of a fit: the first gives most of the gain, the fourth half a percent."""
 CODED_KINDS = (DENSE, CHANNEL, SPATIAL)
 RECTIFIED_FROM = 0.002
-"""Relative error from which a rectifier behind the layer is worth its time."""
+"""Relative error from which refining for the rectifier behind the layer is worth its time."""
 
 
 class _Parts(NamedTuple):
-    """V (r, A) and H (B, n, r) of the factors, S (n, m), each or None; ``converged``: the search rested.
+    """Factors V (r, A) and H (B, n, r), and S (n, m); each may be None.
 
-    ``shift`` (n,) is what the bias gains over the best one for the moments, if V and H do not aim at them.
+    ``converged`` says whether the search for S came to rest. ``shift`` (n,), if not None, is added to the
+    bias that is best for the moments: a fit refined for a rectifier aims at something else.
     """
 
     v: Array | None
@@ -56,7 +56,7 @@ class _Parts(NamedTuple):
 
     @property
     def product(self) -> Array:
-        """The weight (n, m) that factors and S give; there is one of them at least."""
+        """The weight (n, m) that factors and S give together; at least one of them is there."""
         low = None
         if self.v is not None and self.h is not None:
             low = ungroup_weight(namespace(self.v).matmul(self.h, self.v))
@@ -69,21 +69,20 @@ def decompose(
     problem: Problem,
     form: Form,
     *,
-    effort: str = "standard",
+    effort: Effort = STANDARD,
     seed: int = 0,
     resolvent: Resolvent | None = None,
     rectified: Rectified | None = None,
 ) -> Factors:
     """Fit ``form`` to one layer; the error is recomputed in float64 from the factors themselves.
 
-    With ``rectified``, factors that stand alone and free entries of S are refined for what the rectifier
-    behind the layer lets pass, if they lose more than RECTIFIED_FROM; the error, that before it, is then
-    above the least one.
+    With ``rectified``, factors without S and free entries of S are refined for what the rectifier behind
+    the layer lets pass, if their error is at least RECTIFIED_FROM. The error returned is that in front of
+    the rectifier, which is then not the least possible one.
 
-    ``effort`` is 'brief', 'fast', 'standard' or 'thorough'; ``seed`` and ``resolvent`` (that of
-    ``problem.metric``, to be shared between calls) concern forms whose S has free entries. Raises
-    ValueError for a dense form, a form the kernel does not allow, and a rank or a count of entries out of
-    range.
+    ``seed`` and ``resolvent`` (that of ``problem.metric``, to be shared between calls) concern forms whose S
+    has free entries. Raises ValueError for a dense form, a form the kernel does not allow, and a rank or a
+    count of entries out of range.
 
     >>> import numpy as np, onnx_lrsd
     >>> from onnx_lrsd.types import Form, Layer
@@ -103,7 +102,7 @@ def decompose(
     channels: tuple[int, ...] = ()
     if form.pattern.kind == CHANNELS:
         chosen = choose_channels(problem, form)
-        parts, channels = _beside_channels(problem, form, chosen, SWEEPS[effort]), chosen.channels
+        parts, channels = _beside_channels(problem, form, chosen, effort.sweeps), chosen.channels
     else:
         parts = _fitted(problem, form, effort, seed, resolvent, rectified)
         channels = tuple(range(layer.channels)) if parts.sparse is not None else ()
@@ -128,7 +127,7 @@ def decompose(
 
 
 def refit(problem: Problem) -> Factors:
-    """The weight that ``problem`` aims at, dense, with its best bias: for inputs that have changed."""
+    """The dense weight that ``problem`` aims at, with its best bias: a layer fitted to changed inputs."""
     layer = problem.layer
     bias, error = _bias_and_error(problem, problem.weight, None)
     weight = np.reshape(to_numpy(problem.weight), (layer.n, layer.channels, *layer.kernel))
@@ -145,12 +144,15 @@ def refit(problem: Problem) -> Factors:
 def _coded(
     problem: Problem,
     form: Form,
-    effort: str,
+    effort: Effort,
     seed: int,
     resolvent: Resolvent | None,
     rectified: Rectified | None,
 ) -> Factors:
-    """A fit in floating point, then in codes; they aim at the weight, or at a fit that knew more."""
+    """A fit in floating point, then its codes.
+
+    Codes aim at the original weight; behind a refinement for the rectifier, at the refined one.
+    """
     weight, shift = problem.weight, None
     if form.kind == DENSE:
         coded = code_dense(problem, form)
@@ -164,7 +166,7 @@ def _coded(
 
 
 def _bias_and_error(problem: Problem, weight: Array, shift: Array | None) -> tuple[Array, float]:
-    """Of the approximation ``weight`` (n, m), its bias moved off the best one by ``shift`` (n,)."""
+    """Bias and error of the approximation ``weight`` (n, m); ``shift`` (n,) is added to its best bias."""
     bias, error = problem.bias(weight), problem.error(weight)
     if shift is None:
         return bias, error
@@ -173,20 +175,20 @@ def _bias_and_error(problem: Problem, weight: Array, shift: Array | None) -> tup
 
 
 def _alone(problem: Problem, form: Form, sweeps: int, rectified: Rectified | None) -> _Parts:
-    """Factors without S; refined for the rectifier behind the layer where they lose enough."""
+    """Factors without S, refined for the rectifier behind the layer if that is worth its time."""
     layer, weight, metric = problem.layer, problem.weigh(problem.weight), problem.metric
-    shared = None if form.kind == CHANNEL else prepare(layer, weight, metric, form.kind)
+    shared = None if form.kind == CHANNEL else group(layer, weight, metric, form.kind)
     v, weighed = factors(layer, weight, metric, form, sweeps, shared)
     parts = _Parts(v, problem.unweigh(weighed), None)
     if rectified is None or not _worth_refining(problem, parts):
         return parts
-    shared = shared or prepare(layer, weight, metric, form.kind)
+    shared = shared or group(layer, weight, metric, form.kind)
     found = refine(problem, shared, v, weighed, rectified, form.outer)
     return _Parts(found.v, found.h, None, shift=found.shift)
 
 
 def _worth_refining(problem: Problem, parts: _Parts) -> bool:
-    """Whether a rectifier may save something; few rows have nothing to spare for a second fit."""
+    """Whether refining for a rectifier may help; a metric of few rows does not support a second fit."""
     return problem.metric.rows is None and problem.error(parts.product) >= RECTIFIED_FROM
 
 
@@ -200,19 +202,19 @@ def factors(
 ) -> tuple[Array, Array]:
     """V (rank, A) and H (B, n, rank), float64, for ``weight`` (n, columns) in ``metric``.
 
-    The columns may be those of all channels or of some. ``shared`` is what ``prepare`` gives for them.
+    The columns may be those of all channels or of some. ``shared`` is the result of ``group`` for them.
     """
     if form.kind == CHANNEL:
         found = low_rank(weight, metric)
         return found.right[: form.rank], found.left[:, : form.rank][None]
     xp = namespace(weight)
-    shared = shared or prepare(layer, weight, metric, form.kind)
+    shared = shared or group(layer, weight, metric, form.kind)
     v, h, _ = separable.fit(shared, form.rank, sweeps, outer=form.outer)
     return cast(v, xp.float64), cast(h, xp.float64)
 
 
-def prepare(layer: Layer, weight: Array, metric: Metric, kind: str) -> separable.Separable:
-    """``weight`` (n, columns) and its metric grouped for a separable form, float32."""
+def group(layer: Layer, weight: Array, metric: Metric, kind: str) -> separable.Separable:
+    """``weight`` (n, columns) and its metric grouped for a separable form, and factorised, float32."""
     xp = namespace(weight)
     groups = shared_groups(layer.kernel, kind)
     blocks = group_metric(cast(metric.matrix(weight), xp.float32), groups)
@@ -222,7 +224,7 @@ def prepare(layer: Layer, weight: Array, metric: Metric, kind: str) -> separable
 
 
 def choose_channels(problem: Problem, form: Form) -> Elimination:
-    """The channels S keeps: those that lower the error most beside factors of the form's rank."""
+    """The channels that S keeps: those that lower the error most beside factors of the form's rank."""
     weight, metric = problem.weight, problem.metric.matrix(problem.weight)
     difference = weight
     if form.rank:
@@ -234,7 +236,7 @@ def choose_channels(problem: Problem, form: Form) -> Elimination:
 
 
 def _beside_channels(problem: Problem, form: Form, chosen: Elimination, sweeps: int) -> _Parts:
-    """Factors of the channels that S does not keep, in the conditional metric, and S in closed form."""
+    """Factors for the channels that S does not keep, in the conditional metric, and S in closed form."""
     layer, weight = problem.layer, problem.weight
     xp = namespace(weight)
     part = xp.take(weight, chosen.rest, axis=1)
@@ -250,14 +252,14 @@ def _beside_channels(problem: Problem, form: Form, chosen: Elimination, sweeps: 
 def _fitted(
     problem: Problem,
     form: Form,
-    effort: str,
+    effort: Effort,
     seed: int,
     resolvent: Resolvent | None,
     rectified: Rectified | None,
 ) -> _Parts:
     """Factors alone, or beside an S of free or N:M entries; refined for the rectifier behind the layer."""
     if form.pattern == NONE:
-        return _alone(problem, form, SWEEPS[effort], rectified)
+        return _alone(problem, form, effort.sweeps, rectified)
     h = resolvent or Resolvent(_formed(problem, form), problem.weight, prod(problem.layer.kernel))
     parts = _jointly(problem, form, effort, seed, h)
     if rectified is None or not _worth_refining(problem, parts):
@@ -266,8 +268,8 @@ def _fitted(
     return parts._replace(sparse=sparse, shift=shift)
 
 
-def _jointly(problem: Problem, form: Form, effort: str, seed: int, h: Resolvent) -> _Parts:
-    """Factors and S, found together by least squares."""
+def _jointly(problem: Problem, form: Form, effort: Effort, seed: int, h: Resolvent) -> _Parts:
+    """Factors and S, fitted together by least squares."""
     layer, weight = problem.layer, problem.weight
     xp = namespace(weight)
     taps = prod(layer.kernel)
@@ -286,7 +288,7 @@ def _jointly(problem: Problem, form: Form, effort: str, seed: int, h: Resolvent)
 
 
 def _formed(problem: Problem, form: Form) -> Metric:
-    """The metric, as a matrix where shared factors need one."""
+    """The metric; as an (m, m) matrix where shared factors need one."""
     metric = problem.metric
     if form.kind == CHANNEL or not form.rank or metric.rows is None:
         return metric
@@ -294,7 +296,7 @@ def _formed(problem: Problem, form: Form) -> Metric:
 
 
 def _scatter_channels(v: Array, channels: tuple[int, ...], total: int) -> Array:
-    """V on the channels S does not keep, widened by zeros to all ``total`` channels."""
+    """V of the channels that S does not keep, with zeros for the others: (rank, all columns)."""
     xp = namespace(v)
     rank = v.shape[0]
     rest = np.setdiff1d(np.arange(total), channels)
@@ -306,7 +308,7 @@ def _scatter_channels(v: Array, channels: tuple[int, ...], total: int) -> Array:
 
 
 def check_form(layer: Layer, form: Form) -> None:
-    """Raise ValueError, in words, for a form that the layer cannot take."""
+    """Raise ValueError for a form that the layer cannot take; the message says why."""
     if form.dense:
         raise ValueError("a dense form needs no factors")
     _check_storages(layer, form)
@@ -338,6 +340,6 @@ def _check_storages(layer: Layer, form: Form) -> None:
     if FP16.name in [name for name, _ in form.weights] and len(form.weights) > 1:
         raise ValueError(f"fp16 mixes with no other storage in {layer.name}")
     if form.coded and (form.pattern.kind not in ("none", UNSTRUCTURED) or form.kind not in CODED_KINDS):
-        raise ValueError(f"form {form} of {layer.name} is none that codes are made for")
+        raise ValueError(f"form {form} of {layer.name} has no codes")
     if form.coded and bool(form.entries) != (form.pattern != NONE):
         raise ValueError(f"the entries of S of {layer.name} need a storage")

@@ -1,4 +1,4 @@
-"""The best U V of every rank at once: one symmetric eigenproblem, no SVD of the weight, no whitening inverse.
+"""The best U V of every rank, from one symmetric eigenproblem.
 
 min |W - U V|_H^2 has U = P_r, V = P_r^T W with P the eigenvectors of W H W^T. Where n > m the
 smaller problem is L^T W^T W L with H = L L^T.

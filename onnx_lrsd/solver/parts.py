@@ -1,4 +1,4 @@
-"""The low-rank part of U V + S while S is being found: kept current by one cheap step at a time.
+"""The low-rank part of U V + S while S is being searched: it follows S by one cheap step at a time.
 
 A part approximates A (n, m) in a metric M that changes from step to step. ``FreeFactors`` is the
 channel form, L = P P^T A; ``SharedFactors`` is any form whose first factor serves several groups of
@@ -20,15 +20,15 @@ from onnx_lrsd.types import Array
 
 START_STEPS = 4
 """Subspace iterations of the first step, which starts from nothing."""
-GRADIENT_STEPS = 2
-"""Conjugate gradients on V in one step of shared factors."""
+_V_STEPS = 2
+"""Conjugate gradient steps on V in one step of shared factors."""
 
 
 class Part(Protocol):
     """A low-rank part; all arrays are float32, in the scaled columns of a Resolvent."""
 
     def shift(self, h: Resolvent, rho: float) -> None:
-        """Go over to the metric M = rho H (H + rho I)^-1."""
+        """Change to the metric M = rho H (H + rho I)^-1."""
 
     def follow(self, a: Array, g: Array) -> Array:
         """Improve L for the target ``a``, of which g = a M / rho; returns (a - L) M / rho."""
@@ -45,19 +45,19 @@ class Part(Protocol):
 
 @dataclass
 class FreeFactors:
-    """L = P P^T A with P (n, r) orthonormal: the right factor follows the target at no cost."""
+    """L = P P^T A with P (n, r) orthonormal: the best right factor for any target A is known."""
 
     p: Array
     started: bool = False
 
     @staticmethod
     def random(like: Array, rank: int, seed: int) -> FreeFactors:
-        """A start that ``seed`` decides."""
+        """A random start, drawn with ``seed``."""
         start = np.random.default_rng(seed).standard_normal((like.shape[0], rank))
         return FreeFactors(orthonormal(from_numpy(start, like)))
 
     def shift(self, h: Resolvent, rho: float) -> None:
-        """Nothing to prepare: ``follow`` is given all it needs of M."""
+        """Nothing to do: ``follow`` is given all it needs of M."""
 
     def follow(self, a: Array, g: Array) -> Array:
         """One step of subspace iteration for the top eigenvectors of A M A^T."""
@@ -80,7 +80,7 @@ class FreeFactors:
         return target - self.p @ (self.p.T @ target)
 
     def tangent(self, d: Array) -> Array:
-        """Linear: the same."""
+        """The same as ``miss``, which is linear."""
         return self.miss(d)
 
 
@@ -111,11 +111,11 @@ class SharedFactors:
             self._sweep(target, product)
 
     def miss(self, target: Array) -> Array:
-        """``target`` - L; L stays."""
+        """``target`` - L, for a fixed L."""
         return target - self._low
 
     def tangent(self, d: Array) -> Array:
-        """L stays."""
+        """``d``: L is fixed."""
         return d
 
     def _prepare(self, target: Array, metric: Array) -> separable.Separable:
@@ -125,7 +125,7 @@ class SharedFactors:
         weight, image = group_weight(target, self._groups), group_weight(product, self._groups)
         energy = float(namespace(target).sum(weight * image))
         problem = replace(self._problem, weight=weight, product=image, energy=energy)
-        self.v, self.h, _ = separable.sweep(problem, self.v, self.h, GRADIENT_STEPS, self._outer)
+        self.v, self.h, _ = separable.sweep(problem, self.v, self.h, _V_STEPS, self._outer)
         self._low = self._product()
 
     def _product(self) -> Array:

@@ -16,20 +16,21 @@ from onnx_lrsd.arrays import cast, identity, indices, namespace, to_device, trac
 from onnx_lrsd.types import Array, Layer, Moments
 
 OWN = 2.0
-"""What an error of a layer's outputs counts by itself, beside what its readers make of it on average."""
+"""Weight of a layer's own output error in the metric of its outputs; its readers together weigh 1."""
 OF_SAMPLES = 6.0
-"""Damping with one sample, in units of the mean diagonal of C; it falls as there are more."""
+"""Damping for one sample, in units of the mean diagonal of C; it falls with the number of samples."""
 OF_ENTRIES = 6.0
-"""Times as much of it for an S of free entries: which ones it keeps is fitted to the samples as well."""
-BLOCKS = 8
-"""Consecutive parts that few rows are divided into, of which every second fits and the others judge."""
+"""Factor on OF_SAMPLES for an S of free entries, whose positions are fitted to the samples as well."""
+PARTS = 8
+"""Consecutive parts that few rows are divided into: every second one fits, the others judge."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """H = C + damping I, with C (m, m) as ``second``, as ``rows`` (N, m) with C = rows^T rows / N, or I.
+    """H = C + damping I, the damped second moment of a layer's inputs.
 
-    Where both are None nothing is known of the inputs and C is the identity.
+    C (m, m) is ``second``, or rows^T rows / N for ``rows`` (N, m). If both are None, nothing is known of the
+    inputs and C is the identity.
     """
 
     second: Array | None
@@ -61,9 +62,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The metric G of a layer's outputs as ``root`` (n, n), G^(1/2), and ``inverse``, G^(-1/2); float64.
+    """The metric G (n, n) of a layer's outputs: ``root`` is G^(1/2), ``inverse`` is G^(-1/2), float64.
 
-    Factors that stand alone minimise tr(G D C D^T) in place of tr(D C D^T), D = W - W~.
+    Factors without S minimise tr(G D C D^T) in place of tr(D C D^T), D = W - W~.
     """
 
     root: Array
@@ -81,8 +82,8 @@ class Problem:
     For unchanged inputs that is W. For the inputs that a compressed network feeds, it is the ridge
     regression of the original outputs on them. ``mean`` (m,) and ``output_mean`` (n,) carry the
     bias, ``energy`` is E|y - E y|^2, and ``cross`` (n, m), where outputs and inputs come from
-    different networks, E[(y - E y)(x - E x)^T]. ``outputs`` None: errors of all outputs count alike.
-    ``entries_damping`` is what the metric should have as damping for an S of free entries.
+    different networks, E[(y - E y)(x - E x)^T]. With ``outputs`` None, errors of all outputs count alike.
+    ``entries_damping`` is the damping for an S of free entries.
     """
 
     layer: Layer
@@ -109,28 +110,28 @@ class Problem:
         return max(missed, 0.0) / self.energy
 
     def expected(self, weight: Array) -> float:
-        """What ``weight`` (n, m) is expected to lose on other samples: its error in the damped metric.
+        """The relative error of ``weight`` (n, m) expected on other samples: that in the damped metric.
 
-        For unchanged inputs. Damping stands for what was not seen.
+        For unchanged inputs.
         """
         difference = self.weight - weight
         missed = float(namespace(weight).sum(self.metric.apply(difference) * difference))
         return missed / self.energy if self.energy > 0 else 0.0
 
     def for_entries(self) -> Problem:
-        """The same with the damping for an S of free entries, for unchanged inputs."""
+        """The problem with the damping for an S of free entries; for unchanged inputs."""
         return replace(self, metric=replace(self.metric, damping=self.entries_damping))
 
     def halves(self) -> tuple[Problem, Problem]:
-        """The problem on one half of its few rows and on the other; an S loses next to nothing on its own.
+        """The problem on one half of its rows and on the other half, for fitting and for judging.
 
-        Rows that follow each other are often of one sample and stay together.
+        Consecutive rows are often of one sample and stay together. Raises ValueError without rows.
         """
         rows = self.metric.rows
         if rows is None:
             raise ValueError("the metric has no rows to divide")
         xp = namespace(rows)
-        part = np.arange(rows.shape[0]) * BLOCKS // rows.shape[0] % 2
+        part = np.arange(rows.shape[0]) * PARTS // rows.shape[0] % 2
 
         def of(chosen: np.ndarray) -> Problem:
             kept = xp.take(rows, indices(np.flatnonzero(chosen), rows), axis=0)
@@ -141,11 +142,11 @@ class Problem:
         return of(part == 0), of(part == 1)
 
     def weigh(self, right: Array) -> Array:
-        """``right`` (n, ...) as the metric of the outputs has it: G^(1/2) times it, or itself."""
+        """G^(1/2) times ``right`` (n, ...); ``right`` itself where outputs count alike."""
         return right if self.outputs is None else _times(self.outputs.root, right)
 
     def unweigh(self, right: Array) -> Array:
-        """What ``weigh`` makes ``right`` of."""
+        """Inverse of ``weigh``."""
         return right if self.outputs is None else _times(self.outputs.inverse, right)
 
     def bias(self, weight: Array) -> Array:
@@ -154,10 +155,10 @@ class Problem:
 
 
 def relative_damping(inputs: int, rows: int, samples: int, entries: bool = False) -> float:
-    """Damping in units of the mean diagonal of C: between .01 and .3, more the less was seen.
+    """Damping in units of the mean diagonal of C, between .01 and .3: more if less was seen.
 
-    Rows of one sample are alike, so that the number of samples counts beside that of rows, and more for an S
-    of free ``entries``. The rule was found on calibration samples kept apart from the fit
+    Rows of one sample are alike, so the number of samples counts as well as that of rows, and counts more for
+    an S of free ``entries``. The rule was found on calibration samples kept apart from the fit
     (results/decisions.md).
     """
     of_samples = OF_SAMPLES * (OF_ENTRIES if entries else 1.0)

@@ -1,4 +1,4 @@
-"""Factors of a layer behind which a rectifier stands: only what it lets pass has to be right.
+"""Refine a layer in front of a rectifier: only what the rectifier lets pass has to be right.
 
 Minimise E|a(y) - a(y~)|^2 over the factors, a = clip(., low, high); Relu is clip(., 0, inf). Of all z
 with a(z) = a(y) take the one nearest to the present p: y itself where it passes, min(p, low) below,
@@ -28,12 +28,11 @@ from onnx_lrsd.types import Array
 
 Parts = TypeVar("Parts")
 
-ROUNDS = 4
-"""More fit the samples at hand better, and others worse."""
+_ROUNDS = 4
+"""More rounds fit the calibration samples better and held-out ones worse."""
 STEPS = 4
-"""Conjugate gradients of one sweep."""
-BLOCK = 4096
-"""Rows worked on at once."""
+"""Conjugate gradient steps of one sweep."""
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Rectified:
 
 
 class Refined(NamedTuple):
-    """V (r, A), H (B, n, r) and what the bias gains (n,), all float64; the squared error of all rows."""
+    """V (r, A), H (B, n, r) and what is added to the bias (n,), float64; the squared error of all rows."""
 
     v: Array
     h: Array
@@ -63,9 +62,9 @@ def refine(
 ) -> Refined:
     """Refine the linear fit ``v``, ``h`` of ``shared``, which is ``problem`` grouped for its form.
 
-    ``shared`` and ``h`` are in the metric of the outputs, if they have one; the result is not. The error
-    behind the rectifier falls with every round, or the rounds end: the damped metric that ``shared`` is
-    fitted in may see a gain where there is none.
+    ``shared`` and ``h`` are weighed by the metric of the outputs, if there is one; the result is not. The
+    rounds end when the error behind the rectifier does not fall: ``shared`` is fitted in the damped metric,
+    in which a step may look better than it is.
     """
     xp, single = namespace(v), shared.weight.dtype
     groups = h.shape[0]
@@ -85,9 +84,9 @@ def refine(
 def refine_entries(
     problem: Problem, h: Resolvent, low: Array, sparse: Array, seen: Rectified
 ) -> tuple[Array, Array]:
-    """The entries of ``sparse`` (n, m) beside ``low`` (n, m) refined, and what the bias gains (n,).
+    """Refine ``sparse`` (n, m) beside ``low`` (n, m), on its support; and what is added to the bias (n,).
 
-    ``h`` is the resolvent of the metric of ``problem``. The support stays.
+    ``h`` is the resolvent of the metric of ``problem``.
     """
     xp = namespace(sparse)
     single, columns = xp.float32, h.columns
@@ -107,7 +106,7 @@ def refine_entries(
 
 
 class _Best(NamedTuple, Generic[Parts]):
-    """What the rounds ended with: the parts of a weight, the gain of its bias (n,), the squared error."""
+    """The best round: the parts of a weight, what is added to its bias (n,), and the squared error."""
 
     parts: Parts
     shift: Array
@@ -121,7 +120,7 @@ def _rounds(
     weight_of: Callable[[Parts], Array],
     step: Callable[[Parts, Array], Parts],
 ) -> _Best[Parts]:
-    """ROUNDS steps from ``parts``, float32, or fewer where one does not lower the error.
+    """_ROUNDS steps from ``parts``, float32, or fewer where one does not lower the error.
 
     ``step`` is given E[(z - y) x^T] (n, m), by which the target of the least squares moves.
     """
@@ -130,7 +129,7 @@ def _rounds(
     rows, outputs = from_numpy(seen.rows, weight), from_numpy(seen.outputs, weight)
     origin, mean = cast(problem.mean, weight.dtype), cast(problem.output_mean, weight.dtype)
     shift, best = xp.zeros_like(mean), None
-    for left in reversed(range(ROUNDS + 1)):
+    for left in reversed(range(_ROUNDS + 1)):
         error, moved, next_shift = _targets(problem, rows, origin, outputs, weight, mean + shift, seen)
         if best is not None and error >= best.error:
             break
@@ -154,8 +153,9 @@ def _targets(
     """Sum of |a(y) - a(p)|^2 (in the metric of the outputs), E[(z - y) x^T] (n, m) and E[z - y] (n,)."""
     xp = namespace(rows)
     error, moved, shift = 0.0, xp.zeros_like(weight), xp.zeros_like(mean)
-    for start in range(0, rows.shape[0], BLOCK):
-        x, y = rows[start : start + BLOCK, :] - origin, outputs[start : start + BLOCK, :]
+    for start in range(0, rows.shape[0], _ROWS_AT_ONCE):
+        stop = start + _ROWS_AT_ONCE
+        x, y = rows[start:stop, :] - origin, outputs[start:stop, :]
         p = x @ weight.T + mean
         missed = xp.clip(y, seen.low, seen.high) - xp.clip(p, seen.low, seen.high)
         error += float(xp.sum(xp.square(problem.weigh(missed.T))))

@@ -2,8 +2,8 @@
 
 H is the damped second moment of a layer's inputs in scaled columns x_j / s_j, where its mean diagonal
 is one. s_j = d_j^SCALING up to a factor, with d the mean of diag(H) over the kernel positions of a
-channel, so that what positions share stays shared: entries of S then compete by magnitudes that are
-nearer to what they do to the output. Where there are few rows F (N, m), H = F^T F + damping I,
+channel: all positions of a channel are scaled alike. The magnitudes by which entries of S compete are
+then nearer to their effect on the output. Where there are few rows F (N, m), H = F^T F + damping I,
 everything goes through the (N, N) matrix F F^T and no (m, m) matrix is formed (Woodbury); one s serves
 all columns.
 """
@@ -20,7 +20,7 @@ SCALING = 0.2
 """Between 0 (none) and 1/2 (unit diagonal): found on calibration errors (results/solvers.md)."""
 
 THIN = 8
-"""Times wider than high is a weight for whose few products an inverse is not worth forming."""
+"""For a weight this many times wider than high, forming the inverse (m, m) costs more than it saves."""
 
 Operator = Callable[[Array], Array]
 

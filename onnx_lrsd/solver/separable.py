@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from onnx_lrsd.arrays import cast, identity, namespace, spd_inverse, top_eigenvectors, trace
 from onnx_lrsd.types import Array
 
-RIDGE = 1e-6
+_RIDGE = 1e-6
 """Relative to the mean diagonal; float32 normal equations stay positive definite with it."""
 
 
@@ -144,7 +144,7 @@ def _normal_equations(problem: Separable, v: Array, *, by_rank: bool = False) ->
     right = xp.matmul(problem.product, v.T)
     order, columns = ((2, 0, 3, 1), (1, 2, 0)) if by_rank else ((0, 2, 1, 3), (1, 0, 2))
     gram = cast(xp.reshape(xp.permute_dims(features, order), (size, size)), xp.float64)
-    gram = (gram + gram.T) / 2 + RIDGE * trace(gram) / size * identity(size, gram)
+    gram = (gram + gram.T) / 2 + _RIDGE * trace(gram) / size * identity(size, gram)
     return gram, cast(xp.reshape(xp.permute_dims(right, columns), (right.shape[1], size)), xp.float64)
 
 
@@ -174,7 +174,7 @@ def _inner(problem: Separable, v: Array, h: Array, steps: int) -> Array:
     transposed = xp.permute_dims(h, (0, 2, 1))
     gram = xp.matmul(transposed[:, None], h[None])
     own = xp.sum(xp.stack([gram[b, b] for b in range(groups)]), axis=0)
-    own = own + RIDGE * trace(own) / own.shape[0] * identity(own.shape[0], own)
+    own = own + _RIDGE * trace(own) / own.shape[0] * identity(own.shape[0], own)
     own_inverse = cast(spd_inverse(cast(own, xp.float64)), v.dtype)
 
     def apply(x: Array) -> Array:

@@ -17,7 +17,8 @@ import numpy as np
 from onnx_lrsd.arrays import from_numpy, indices, namespace, to_numpy
 from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.codes.fit import code_dense
-from onnx_lrsd.solver.decompose import decompose, prepare
+from onnx_lrsd.solver.decompose import decompose, group
+from onnx_lrsd.solver.effort import BRIEF
 from onnx_lrsd.solver.layout import expand, rank_size, shared_groups
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.problem import Problem
@@ -26,29 +27,31 @@ from onnx_lrsd.storage import FP16, INT2, INT3, INT4, INT6, STORAGES, TERNARY, U
 from onnx_lrsd.types import CHANNEL, DENSE, SPATIAL, UNSTRUCTURED, Form, Pattern
 
 MEASURED = (INT4, INT3, INT2, TERNARY)
-"""Storages of a dense weight whose error is measured; with more levels it falls as theirs squared."""
+"""Storages of a dense weight whose error is measured; with more levels it falls with their noise."""
 OF_RANKS = (UINT8, INT6, INT4, INT3, INT2)
 V_SHARE = 0.3
-"""Noise of V in that of H: its errors are fed back within a row, and H is refitted to what is left."""
+"""Noise of V relative to that of H: V's errors are fed back within a row, and H is refitted to the rest."""
 PRICES = 16
 MOST_OF_DENSE = 0.6
-"""Ranks that hold more numbers than this part of the weight are not looked at."""
+"""Ranks whose factors hold more numbers than this share of the weight are not tried."""
 DENSITIES = (0.05, 0.12, 0.25)
 BESIDE = (0.7,)
 """Bits a weight for factors, beside an S of about as many bytes."""
-SHARES = (0.02, 0.045, 0.1, 0.22, 0.5)
-"""Parts of a weight's numbers that are left where bits do not count; errors between them follow a power."""
+_KEPT = (0.02, 0.045, 0.1, 0.22, 0.5)
+"""Shares of a weight's numbers that are kept where bits do not count; errors between them follow a power."""
 OF_FACTORS = 0.3
-"""Of what is left beside an S: its share, found on convolutions of VGG-16 (results/parameters.md)."""
+"""Share of the kept numbers that is factors beside an S: found on convolutions of VGG-16
+(results/parameters.md)."""
 OFFERED = 17
-"""Shares from the first to the last that are offered."""
+"""How many shares, from the first to the last of _KEPT, are offered."""
 GAP_BITS = 4.3
 """Of the distance to the next entry, with what bridges the long ones."""
 MOST_WORK = 3e9
-"""n m^2 up to which an S is tried: its search takes some forty such products."""
-FEWEST_ROWS, WORK, WORK_BESIDE = 64, 1e9, 4e8
-"""Where bits do not count, so many rows at least stand for a weight whose n m^2 is above WORK; up to
-WORK_BESIDE an S is also tried beside factors, which takes longer and gains less the larger a weight is."""
+"""n m^2 up to which an S is tried: its search takes about forty products of that size."""
+FEWEST_OUTPUTS, WORK, WORK_BESIDE = 64, 1e9, 4e8
+"""Where bits do not count and n m^2 is above WORK, a sample of at least FEWEST_OUTPUTS outputs stands for the
+weight. Up to WORK_BESIDE an S is also tried beside factors: with larger weights that takes longer and gains
+less."""
 
 
 def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) -> dict[Form, float]:
@@ -71,7 +74,7 @@ def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) ->
 
 
 def _fits(problem: Problem, kind: str) -> bool:
-    """Whether a kind makes sense: spatial for kernels of two extents, without few rows."""
+    """Whether a kind is tried: spatial for kernels over two axes, if rows are many; channel otherwise."""
     kernel = problem.layer.kernel
     square = len(kernel) == 2 and min(kernel) > 1
     return square and problem.metric.rows is None if kind == SPATIAL else not square
@@ -124,7 +127,7 @@ def _energies(problem: Problem, kind: str) -> tuple[np.ndarray, np.ndarray]:
     if kind == CHANNEL:
         missed = to_numpy(low_rank(weight, metric).errors)[: top + 1] * scale
     else:
-        missed = to_numpy(separable.rank_errors(prepare(problem.layer, weight, metric, kind), top)) * scale
+        missed = to_numpy(separable.rank_errors(group(problem.layer, weight, metric, kind), top)) * scale
     return np.maximum(missed[:-1] - missed[1:], 0.0), missed
 
 
@@ -146,7 +149,7 @@ def _in_numbers(problem: Problem, kinds: Sequence[str]) -> dict[Form, float]:
     """S as fp16, alone and beside factors, over the numbers that are left."""
     n, m = problem.weight.shape
     each = m * (m if problem.metric.rows is None else len(problem.metric.rows))
-    rows = min(max(int(WORK / each), FEWEST_ROWS), n)
+    rows = min(max(int(WORK / each), FEWEST_OUTPUTS), n)
     if rows * each > MOST_WORK:
         return {}
     sampled = problem if rows == n else _some_rows(problem, rows)
@@ -164,10 +167,10 @@ def _in_numbers(problem: Problem, kinds: Sequence[str]) -> dict[Form, float]:
     kind = next((kind for kind in (SPATIAL, CHANNEL) if kind in kinds and _fits(problem, kind)), None)
     found = {}
     for part in (0.0, OF_FACTORS) if kind is not None and n * each <= WORK_BESIDE else (0.0,):
-        errors = [max(error(_numbers_left(problem, kind or CHANNEL, x, part)), 1e-12) for x in SHARES]
-        for share in np.geomspace(SHARES[0], SHARES[-1], OFFERED):
+        errors = [max(error(_numbers_left(problem, kind or CHANNEL, x, part)), 1e-12) for x in _KEPT]
+        for share in np.geomspace(_KEPT[0], _KEPT[-1], OFFERED):
             form = _numbers_left(problem, kind or CHANNEL, float(share), part)
-            found[form] = float(np.exp(np.interp(np.log(share), np.log(SHARES), np.log(errors))))
+            found[form] = float(np.exp(np.interp(np.log(share), np.log(_KEPT), np.log(errors))))
     return found
 
 
@@ -225,11 +228,12 @@ def _with_entries(
 
 
 def _expected(problem: Problem, form: Form, resolvent: Resolvent, held: Problem | None = None) -> float:
-    """What a brief fit is expected to lose; in sample an S of free entries looks several times better.
+    """The relative error expected of a brief fit on other samples.
 
-    ``held`` judges it, if it is given, otherwise the damped metric.
+    ``held``, a problem of other rows, measures it; without it the damped metric does. On its own samples an S
+    of free entries looks several times better.
     """
-    factors = decompose(problem, form, effort="brief", resolvent=resolvent)
+    factors = decompose(problem, form, effort=BRIEF, resolvent=resolvent)
     weight = from_numpy(expand(problem.layer, factors), problem.weight)
     return problem.expected(weight) if held is None else held.error(weight)
 

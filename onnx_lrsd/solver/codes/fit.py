@@ -1,9 +1,8 @@
 """A weight in codes: factors, a dense weight and S rounded one after the other, what is free refitted.
 
 V is coded first, in the metric of what its errors do to the output; H is then the regression of the
-outputs on the features that the coded V really gives, and coded in their Gram matrix; S comes last and
-aims at what both leave. The bias takes up the mean. So quantisation is part of the problem: each step
-mends, as far as it can, what the one before lost.
+outputs on the features of the coded V, and coded in their Gram matrix; S comes last and aims at what both
+leave. The bias takes up the mean. Each step thus compensates, as far as it can, the error of the one before.
 """
 
 from __future__ import annotations
@@ -16,15 +15,13 @@ from onnx_lrsd.arrays import cast, diagonal, from_numpy, identity, namespace, to
 from onnx_lrsd.solver.codes.rounding import best_scale, nearest, round_columns, settle, steps_of, upper_root
 from onnx_lrsd.solver.layout import group_metric, shared_groups, ungroup_weight
 from onnx_lrsd.solver.problem import Metric, Problem
-from onnx_lrsd.storage import FAR, FP16, NEAR, STORAGES, Storage, with_bridges
+from onnx_lrsd.storage import FAR_REACH, FP16, NEAR_REACH, STORAGES, Storage, with_bridges
 from onnx_lrsd.types import DENSE, Array, Codes, Entries, Form, Layer, Packed
 
-RIDGE = 1e-3
-"""Of the metric of V's rows, relative to its mean diagonal."""
-SWEEPS = 2
-"""Of coordinate descent on the codes of S, which starts from plain rounding."""
-
-
+_V_RIDGE = 1e-3
+"""Ridge of the metric of V's rows, relative to its mean diagonal."""
+_S_SWEEPS = 2
+"""Sweeps of coordinate descent on the codes of S, which starts from plain rounding."""
 TIES = 1e-6
 """Ridge of a Gram matrix of features, relative to its mean diagonal."""
 
@@ -199,7 +196,7 @@ def _metric_of_v(h: Array, blocks: Array) -> Array:
     share = flat @ flat.T
     metric = sum(share[b, d] * blocks[b, d] for b in range(groups) for d in range(groups))
     metric = (metric + metric.T) / (2 * xp.sum(diagonal(share)))
-    return metric + RIDGE * trace(metric) / metric.shape[0] * identity(metric.shape[0], metric)
+    return metric + _V_RIDGE * trace(metric) / metric.shape[0] * identity(metric.shape[0], metric)
 
 
 def _features(v: Array, groups: int) -> Array:
@@ -214,7 +211,7 @@ def _code_entries(metric: Metric, aim: Array, sparse: Array, storage: Storage) -
     xp = namespace(aim)
     n, m = aim.shape
     chosen = np.flatnonzero(to_numpy(sparse))
-    reach = min((NEAR, FAR), key=lambda reach: with_bridges(chosen.size, n * m, storage, reach))
+    reach = min((NEAR_REACH, FAR_REACH), key=lambda reach: with_bridges(chosen.size, n * m, storage, reach))
     positions = bridged(chosen, reach)
     flat = np.zeros(n * m)
     flat[positions] = 1.0
@@ -231,7 +228,7 @@ def _code_entries(metric: Metric, aim: Array, sparse: Array, storage: Storage) -
     codes = nearest(cast(sparse, xp.float32), cast(steps, xp.float32), cast(levels, xp.float32))
     if metric.rows is None:
         matrix = metric.matrix(aim)
-        for _ in range(SWEEPS):
+        for _ in range(_S_SWEEPS):
             codes = settle(aim, matrix, codes, steps, levels, mask)
         steps = best_scale(aim, matrix, xp.where(mask, codes, xp.zeros_like(codes)), steps)
     stored = np.reshape(_stored(codes, storage), -1)[positions]
@@ -240,7 +237,7 @@ def _code_entries(metric: Metric, aim: Array, sparse: Array, storage: Storage) -
 
 
 def bridged(chosen: np.ndarray, reach: int) -> np.ndarray:
-    """``chosen`` (ascending) and as many others that no two are further apart than ``reach``; from -1 on."""
+    """``chosen`` (ascending) and the fewest others with which no gap, from -1 on, exceeds ``reach``."""
     before = np.concatenate([[-1], chosen[:-1]])
     missing = (chosen - before - 1) // reach
     starts = np.repeat(before, missing)

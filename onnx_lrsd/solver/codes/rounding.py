@@ -1,4 +1,4 @@
-"""Weights as whole numbers: rounding that looks at the output, not at the weight.
+"""Weights as whole numbers, rounded for the least error of the output.
 
 Codes k of L levels stand for (k - (L - 1) / 2) s. Rounding W to Q costs tr(E H E^T), E = W - Q. With
 H = R R^T and R upper triangular, |E R|^2 is settled column by column: the error of a column is carried
@@ -15,7 +15,8 @@ import numpy as np
 from onnx_lrsd.arrays import cast, diagonal, namespace
 from onnx_lrsd.types import Array
 
-BLOCK = 64
+_COLUMNS = 64
+"""Columns whose errors are fed back one by one, before one product carries them to all later ones."""
 CLIPS = np.linspace(0.28, 1.0, 13)
 """Steps tried, as shares of the one that reaches the largest number."""
 TINY = 1e-30
@@ -64,8 +65,8 @@ def round_columns(weight: Array, metric: Array, steps: Array, levels: Array) -> 
         cast(xp.take(xp.broadcast_to(x, (x.shape[0], m)), order, axis=1), xp.float32) for x in (steps, levels)
     )
     codes, carried = xp.zeros_like(w), xp.zeros_like(w)
-    for start in range(0, m, BLOCK):
-        stop = min(start + BLOCK, m)
+    for start in range(0, m, _COLUMNS):
+        stop = min(start + _COLUMNS, m)
         aim = w[:, start:stop] + carried[:, start:stop]
         errors = xp.zeros_like(aim)
         for j in range(start, stop):
@@ -93,8 +94,8 @@ def settle(
     gradient = cast(weight, xp.float32) - present * steps
     gradient = gradient @ h
     codes = xp.asarray(codes, copy=True)
-    for start in range(0, m, BLOCK):
-        stop = min(start + BLOCK, m)
+    for start in range(0, m, _COLUMNS):
+        stop = min(start + _COLUMNS, m)
         local, moved = xp.asarray(gradient[:, start:stop], copy=True), xp.zeros_like(codes[:, start:stop])
         for j in range(start, stop):
             i = j - start

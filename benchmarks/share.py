@@ -14,6 +14,7 @@ from math import prod
 
 from onnx_lrsd.arrays import from_numpy
 from onnx_lrsd.solver.decompose import check_form, decompose
+from onnx_lrsd.solver.effort import BRIEF, Effort
 from onnx_lrsd.solver.layout import expand, rank_size, shared_groups
 from onnx_lrsd.solver.problem import Problem
 from onnx_lrsd.solver.resolvent import Resolvent
@@ -56,7 +57,7 @@ def split_forms(
     return forms
 
 
-def choose_split(fit: Problem, held: Problem, forms: Sequence[Form], *, effort: str = "brief") -> Split:
+def choose_split(fit: Problem, held: Problem, forms: Sequence[Form], *, effort: Effort = BRIEF) -> Split:
     """The best of ``forms``, ordered along the split, and its damping, by the error on ``held``.
 
     ``fit`` and ``held`` are one layer's problem with the moments of different samples. Raises ValueError
