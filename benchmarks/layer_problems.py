@@ -16,8 +16,9 @@ from onnx_lrsd.fit.calibrate import input_shapes, locate
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.runtime.session import open_session
-from onnx_lrsd.solver.moments import input_rows, positions_of, sample_positions
+from onnx_lrsd.solver.moments import sample_positions
 from onnx_lrsd.solver.problem import Metric, Problem, pose
 from onnx_lrsd.types import Array, Layer, Moments
 
@@ -131,8 +132,11 @@ def layer_rows(
         seen = session.run(feed)
         for layer in layers:
             share = wanted(layer) * last // samples.count - wanted(layer) * first // samples.count
-            positions = sample_positions(positions_of(layer, seen[layer.input].shape), share, rng)
-            parts[layer.output].append(input_rows(layer, seen[layer.input], positions))
+            operator, x = operator_of(layer), seen[layer.input]
+            positions = sample_positions(operator.count_rows(layer, x.shape), share, rng)
+            rows = np.empty((len(positions), layer.m), np.float32)
+            operator.input_rows(layer, x, positions, rows)
+            parts[layer.output].append(rows)
         first = last
     return {name: np.concatenate(batches) for name, batches in parts.items()}
 

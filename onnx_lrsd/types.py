@@ -8,7 +8,7 @@ m = channels x kernel positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeAlias
 
@@ -81,6 +81,21 @@ class Layer:
     def channels(self) -> int:
         """Input channels of a Conv, input features of a Gemm or MatMul."""
         return self.m // prod(self.kernel)
+
+    @property
+    def output_channels(self) -> int:
+        """Output channels of a Conv, output features of a Gemm or MatMul."""
+        return self.n
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether its input is (batch, channels, *size), not features along some axis."""
+        return self.axis == 1
+
+    @property
+    def unnamed(self) -> Layer:
+        """The layer without names: layers alike are equal in it, and whatever depends on no weight is too."""
+        return replace(self, output="", name="", input="", weight="")
 
 
 @dataclass(frozen=True)

@@ -7,29 +7,39 @@ that a layer left as it is stays so to the byte.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.constants import constant_value
+from onnx_lrsd.passes.nodes import is_op
+
+Matrix = npt.NDArray[np.float64]
 
 
-def foldable_batchnorm(node: gs.Node, graph: gs.Graph) -> gs.Node | None:
+def foldable_batchnorm(node: gs.Node, working: WorkingGraph) -> gs.Node | None:
     """The inference BatchNormalization that alone reads the output of ``node``, or None."""
     output = node.outputs[0]
-    if len(output.outputs) != 1 or any(output is o for o in graph.outputs):
+    if len(output.outputs) != 1 or any(output is o for o in working.outputs):
         return None
     norm = output.outputs[0]
-    if norm.op != "BatchNormalization" or len(norm.outputs) != 1 or norm.attrs.get("training_mode", 0):
+    if not is_op(norm, "BatchNormalization") or len(norm.outputs) != 1 or norm.attrs.get("training_mode", 0):
         return None
     if norm.inputs[0] is not output or not norm.attrs.get("spatial", 1):
         return None
     return norm if all(constant_value(given) is not None for given in norm.inputs[1:]) else None
 
 
-def scale_and_shift(norm: gs.Node) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def fold(last: gs.Node, weight: Matrix, bias: Matrix) -> tuple[Matrix, Matrix]:
+    """``weight`` (channels, m) and ``bias`` (channels,) with ``last`` folded in, if it is a normalisation."""
+    if is_op(last, "BatchNormalization"):
+        scale, shift = _scale_and_shift(last)
+        weight, bias = scale[:, None] * weight, scale * bias + shift
+    return np.ascontiguousarray(weight), np.array(bias, dtype=np.float64)
+
+
+def _scale_and_shift(norm: gs.Node) -> tuple[Matrix, Matrix]:
     """g and h (channels,), float64, such that the normalisation is g y + h."""
     gamma, beta, mean, variance = (np.asarray(constant_value(t), dtype=np.float64) for t in norm.inputs[1:])
     scale = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))

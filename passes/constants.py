@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnx_lrsd.passes.nodes import is_op
 from onnx_lrsd.types import Values
 
 
@@ -21,15 +23,20 @@ def constant_value(tensor: gs.Tensor) -> Values | None:
     if len(tensor.inputs) != 1:
         return None
     node = tensor.inputs[0]
-    if node.op == "Constant":
+    if is_op(node, "Constant"):
         return _constant_node(node)
-    fold = _FOLDS.get(node.op)
-    if fold is None or node.domain not in (None, "", "ai.onnx"):
+    if not is_op(node, *_FOLDS):
         return None
+    fold = _FOLDS[node.op]
     inputs = [constant_value(given) for given in node.inputs]
     if not inputs or any(value is None for value in inputs):
         return None
     return fold(node, [value for value in inputs if value is not None])
+
+
+def constant_float64(tensor: gs.Tensor) -> npt.NDArray[np.float64]:
+    """The value of ``tensor``, which must be constant, in float64."""
+    return np.asarray(constant_value(tensor)).astype(np.float64)
 
 
 def derived(tensor: gs.Tensor) -> bool:
@@ -53,8 +60,8 @@ def stored_values(tensor: gs.Constant) -> Values:
     return np.asarray(values if isinstance(values, np.ndarray) else values.load())
 
 
-def overridable(tensor: gs.Tensor, names: set[str]) -> bool:
-    """Whether a caller of the model may override the constant behind ``tensor``."""
+def overridable(tensor: gs.Tensor, names: Set[str]) -> bool:
+    """Whether the constant behind ``tensor`` is one of those ``names`` that a caller may override."""
     if isinstance(tensor, gs.Constant):
         return tensor.name in names
     return any(overridable(given, names) for node in tensor.inputs for given in node.inputs)
@@ -63,7 +70,8 @@ def overridable(tensor: gs.Tensor, names: set[str]) -> bool:
 def quantised(tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` comes out of a DequantizeLinear, perhaps reshaped on the way."""
     return any(
-        node.op == "DequantizeLinear" or (node.op in _FOLDS and quantised(node.inputs[0]))
+        node.op == "DequantizeLinear"  # of ONNX, or of ONNX Runtime
+        or (is_op(node, *_FOLDS) and quantised(node.inputs[0]))
         for node in tensor.inputs
     )
 

@@ -8,12 +8,20 @@ from math import prod
 import numpy as np
 import onnx
 
+from onnx_lrsd.passes.nodes import domain_of
+from onnx_lrsd.passes.operators import OPERATORS, conv, matmul
+from onnx_lrsd.passes.operators.operator import Operator
+
 Shapes = Mapping[str, tuple[int, ...]]
 
-CONVOLUTIONS = ("Conv", "QLinearConv", "ConvInteger")
-PRODUCTS = ("MatMul", "MatMulInteger", "QLinearMatMul")
+QUANTISED: Mapping[str, Operator] = {
+    "QLinearConv": conv,
+    "ConvInteger": conv,
+    "QLinearMatMul": matmul,
+    "MatMulInteger": matmul,
+}
+"""Operators with integers in place of floats, and those that they compute the same as."""
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
-COUNTED = (*CONVOLUTIONS, *PRODUCTS, "ConvTranspose", "Gemm", *GATES)
 WEIGHTS = ("float16", "bfloat16", "float32", "float64", "int8", "uint8", "int4", "uint4", "int2", "uint2")
 
 
@@ -22,7 +30,7 @@ def compute_tensors(proto: onnx.ModelProto) -> list[str]:
     names: list[str] = []
     folded = _folded(proto)
     for node in proto.graph.node:
-        if node.op_type in COUNTED and not folded.issuperset(node.output):
+        if _is_counted(node) and not folded.issuperset(node.output):
             names.extend(name for name in (*_operands(node), node.output[0]) if name)
     return list(dict.fromkeys(names))
 
@@ -38,7 +46,7 @@ def macs(proto: onnx.ModelProto, shapes: Shapes) -> dict[str, int]:
     return {
         node.output[0]: _macs(node, shapes)
         for node in proto.graph.node
-        if node.op_type in COUNTED
+        if _is_counted(node)
         and not folded.issuperset(node.output)
         and all(name in shapes for name in (*_operands(node), node.output[0]) if name)
     }
@@ -71,18 +79,23 @@ def _operands(node: onnx.NodeProto) -> tuple[str, ...]:
     return node.input[0], node.input[1]
 
 
+def _operator(node: onnx.NodeProto) -> Operator | None:
+    """The operator whose MACs ``node`` has."""
+    found = OPERATORS.get((domain_of(node.domain), node.op_type))
+    return found if found is not None else QUANTISED.get(node.op_type)
+
+
+def _is_counted(node: onnx.NodeProto) -> bool:
+    return _operator(node) is not None or node.op_type in ("ConvTranspose", *GATES)
+
+
 def _macs(node: onnx.NodeProto, shapes: Shapes) -> int:
     first, second = (shapes[name] for name in _operands(node))
-    output = shapes[node.output[0]] if node.output[0] else ()
-    if node.op_type in CONVOLUTIONS:
-        return prod(output) * prod(second[1:])
+    operator = _operator(node)
+    if operator is not None:
+        return operator.macs(node, first, second, shapes[node.output[0]] if node.output[0] else ())
     if node.op_type == "ConvTranspose":
         return prod(first) * prod(second[1:])
-    if node.op_type == "Gemm":
-        transposed = any(a.name == "transA" and a.i for a in node.attribute)
-        return prod(output) * first[0 if transposed else 1]
-    if node.op_type in PRODUCTS:
-        return prod(output) * first[-1]
     # Recurrent: W is (directions, gates x hidden, input), R (directions, gates x hidden, hidden).
     directions, rows, inputs = second
     hidden = rows // GATES[node.op_type]

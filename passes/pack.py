@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
-from onnx_lrsd.passes.operators.conv import conv_attributes
+from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.passes.writer import Writer
 from onnx_lrsd.storage import FP16, STORAGES, Storage, gaps, pack_codes
 from onnx_lrsd.types import SPATIAL, Codes, Entries, Factors, Layer
@@ -32,20 +32,7 @@ def pack(write: Writer, layer: Layer, source: gs.Tensor, factors: Factors) -> gs
     if write.opset < OPSET:
         raise ValueError(f"codes need opset {OPSET}, the graph has {write.opset}")
     weight = _Decoder(write).weight(layer, factors)
-    bias = write.constant("bias", factors.bias)
-    if layer.op == "Conv":
-        attributes = conv_attributes(layer, layer.kernel, [True] * len(layer.kernel))
-        return write.node("Conv", "conv", [source, weight, bias], attributes)
-    if layer.op == "Gemm":
-        transposed = {"transA": int(layer.axis == 0), "transB": 1}
-        return write.node("Gemm", "gemm", [source, weight, bias], transposed)
-    left = layer.axis == -2
-    product = write.node("MatMul", "matmul", [weight, source] if left else [source, weight], {})
-    if not np.any(factors.bias):
-        return product
-    if left:
-        bias = write.constant("bias", factors.bias[:, None])
-    return write.node("Add", "bias", [product, bias], {})
+    return operator_of(layer).write_dense(write, layer, source, weight, factors.bias)
 
 
 class _Decoder:
@@ -74,10 +61,11 @@ class _Decoder:
             sparse = self._sparse(packed.sparse, flat)
             matrix = sparse if matrix is None else self._node("Add", [matrix, sparse])
         assert matrix is not None
-        if layer.op == "Conv":
-            matrix = self._reshaped(matrix, layer.shape)
-        elif layer.op == "MatMul" and layer.axis == -1:
-            matrix = self._node("Transpose", [matrix], {"perm": [1, 0]})
+        shape, order = operator_of(layer).weight_layout(layer)
+        if shape is not None:
+            matrix = self._reshaped(matrix, shape)
+        if order is not None:
+            matrix = self._node("Transpose", [matrix], {"perm": list(order)})
         if layer.dtype != "float32":
             element = helper.np_dtype_to_tensor_dtype(np.dtype(layer.dtype))
             matrix = self._node("Cast", [matrix], {"to": element})

@@ -1,4 +1,4 @@
-"""How many layers everything that a layer gives has to pass."""
+"""The layers on every path from a layer to the outputs of the model: its post-dominators."""
 
 from __future__ import annotations
 
@@ -6,31 +6,35 @@ from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
+from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.types import Layer
 
 
-def unavoidable(graph: gs.Graph, layers: Sequence[Layer]) -> dict[str, int]:
-    """The number of ``layers`` on every path from each layer to the outputs of the model, by its name.
+def count_post_dominators(working: WorkingGraph, layers: Sequence[Layer]) -> dict[str, int]:
+    """How many of ``layers`` lie on every path from a layer to the outputs of the model, by its output.
 
-    All that follow in a chain; none for what a skip leads past them. These are the layer's post-dominators
-    (Muchnick, Advanced Compiler Design and Implementation, section 7.3), as sets of bits.
+    In a chain these are all layers behind it; a layer that a skip connection leads past does not count.
+    One pass from the outputs to the inputs intersects the sets of what lies behind each reader; a set
+    is the bits of an integer.
+    Source: Muchnick, Advanced Compiler Design and Implementation, section 7.3.
     """
     bits = {layer.output: 1 << index for index, layer in enumerate(layers)}
-    anything = (1 << len(layers)) - 1
-    final = {id(tensor) for tensor in graph.outputs}
-    passed: dict[int, int] = {}
+    all_layers = (1 << len(layers)) - 1
+    outputs = {id(tensor) for tensor in working.outputs}
+    from_node: dict[int, int] = {}
 
     def behind(tensor: gs.Tensor) -> int:
-        met = 0 if id(tensor) in final else anything
+        found = 0 if id(tensor) in outputs else all_layers
         for reader in tensor.outputs:
-            met &= passed.get(id(reader), 0)  # 0: inside a branch or a loop
-        return met
+            # A reader that is not in the main graph lies in a branch or a loop: nothing is known behind it.
+            found &= from_node.get(id(reader), 0)
+        return found
 
-    for node in reversed(graph.nodes):
-        met, own = anything, 0
+    for node in reversed(working.nodes):
+        found, own = all_layers, 0
         for tensor in node.outputs:
-            met &= behind(tensor)
+            found &= behind(tensor)
             own |= bits.get(tensor.name, 0)
-        passed[id(node)] = met | own
-    tensors = graph.tensors()
+        from_node[id(node)] = found | own
+    tensors = working.tensors()
     return {layer.output: behind(tensors[layer.output]).bit_count() for layer in layers}

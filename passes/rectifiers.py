@@ -7,15 +7,17 @@ from math import inf
 
 import onnx_graphsurgeon as gs
 
+from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.constants import constant_value
+from onnx_lrsd.passes.nodes import is_op
 
 
-def rectifiers(graph: gs.Graph, names: Iterable[str]) -> dict[str, tuple[float, float]]:
+def rectifiers(working: WorkingGraph, names: Iterable[str]) -> dict[str, tuple[float, float]]:
     """Limits of the rectifier that alone reads a tensor, for those of ``names`` that have one.
 
     (0, inf) for Relu; what lies outside of the limits reaches no other node.
     """
-    tensors, outputs = graph.tensors(), {id(output) for output in graph.outputs}
+    tensors, outputs = working.tensors(), {id(output) for output in working.outputs}
     found = {}
     for name in names:
         tensor = tensors[name]
@@ -27,9 +29,9 @@ def rectifiers(graph: gs.Graph, names: Iterable[str]) -> dict[str, tuple[float, 
 
 
 def _limits(node: gs.Node) -> tuple[float, float] | None:
-    if node.op == "Relu":
+    if is_op(node, "Relu"):
         return 0.0, inf
-    if node.op != "Clip":
+    if not is_op(node, "Clip"):
         return None
     given = [node.attrs.get("min"), node.attrs.get("max")]  # before opset 11
     for index, tensor in enumerate(node.inputs[1:3]):

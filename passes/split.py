@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import onnx_graphsurgeon as gs
-
+from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.find_layers import producer
-from onnx_lrsd.passes.operators.conv import split_conv
-from onnx_lrsd.passes.operators.linear import split_gemm, split_matmul
+from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.passes.pack import pack
 from onnx_lrsd.passes.tidy import remove_node, remove_orphans
 from onnx_lrsd.passes.writer import Writer
 from onnx_lrsd.types import Factors, Layer
 
-SPLITTERS = {"Conv": split_conv, "Gemm": split_gemm, "MatMul": split_matmul}
 
-
-def split(graph: gs.Graph, layer: Layer, factors: Factors) -> None:
-    """Replace ``layer`` by ``factors`` in ``graph``. The tensor ``layer.name`` keeps its name.
+def split(working: WorkingGraph, layer: Layer, factors: Factors) -> None:
+    """Replace ``layer`` by ``factors`` in ``working``. The tensor ``layer.output`` keeps its name.
 
     A BatchNormalization or Add that the layer absorbed goes with it; so does what computed a weight
     that nothing reads any more.
@@ -35,24 +31,23 @@ def split(graph: gs.Graph, layer: Layer, factors: Factors) -> None:
     >>> [(node.op_type, list(node.output)) for node in model.splice(working).proto.graph.node]
     [('MatMul', ['y/lrsd/V_out']), ('MatMul', ['y'])]
     """
-    node = producer(graph, layer)
-    target = graph.tensors()[layer.output]
+    node = producer(working, layer)
+    tensors = working.tensors()
+    target, source = tensors[layer.output], tensors[layer.input]
     last = target.inputs[0]
-    source = graph.tensors()[layer.input]
-    write = Writer(graph, layer, graph.opset)
-    splitter = SPLITTERS[layer.op] if factors.packed is None else pack
-    result = splitter(write, layer, source, factors)
-    place = next(i for i, other in enumerate(graph.nodes) if other is last)
-    old_inputs = [given for gone in (node, last) for given in gone.inputs if given is not source]
-    for gone in dict.fromkeys((id(node), id(last))):
-        old = node if id(node) == gone else last
-        old.inputs.clear()
-        old.outputs.clear()
+    write = Writer(working, layer)
+    writer = operator_of(layer).write_factors if factors.packed is None else pack
+    result = writer(write, layer, source, factors)
+    place = next(i for i, other in enumerate(working.nodes) if other is last)
+    replaced = [node] if last is node else [node, last]
+    old_inputs = [given for gone in replaced for given in gone.inputs if given is not source]
+    for gone in replaced:
+        gone.inputs.clear()
+        gone.outputs.clear()
     final = write.nodes[-1]
     assert final.outputs[0] is result
     final.outputs[0] = target
-    graph.nodes[place:place] = write.nodes
-    remove_node(graph, node)
-    if last is not node:
-        remove_node(graph, last)
-    remove_orphans(graph, old_inputs)
+    working.nodes[place:place] = write.nodes
+    for gone in replaced:
+        remove_node(working, gone)
+    remove_orphans(working, old_inputs)

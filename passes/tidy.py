@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from onnx_lrsd.graph.working_graph import WorkingGraph
+from onnx_lrsd.passes.nodes import is_op
+
 LIFTED = ("Constant", "Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
-def remove_orphans(graph: gs.Graph, tensors: list[gs.Tensor]) -> None:
+def remove_orphans(working: WorkingGraph, tensors: list[gs.Tensor]) -> None:
     """Remove the nodes behind ``tensors`` that only fed a node which is gone.
 
     Dead nodes that were dead before are not ours to remove.
     """
-    outputs = {id(output) for output in graph.outputs}
-    captured = captured_names(graph)
+    outputs = {id(output) for output in working.outputs}
+    captured = captured_names(working.graph)
     waiting = list(tensors)
     while waiting:
         tensor = waiting.pop()
         if tensor.outputs or id(tensor) in outputs or tensor.name in captured:
             continue
         for node in list(tensor.inputs):
-            if node.op in LIFTED and len(node.outputs) == 1:
+            if is_op(node, *LIFTED) and len(node.outputs) == 1:
                 waiting.extend(node.inputs)
                 node.inputs.clear()
                 node.outputs.clear()
-                remove_node(graph, node)
+                remove_node(working, node)
 
 
-def remove_node(graph: gs.Graph, node: gs.Node) -> None:
+def remove_node(working: WorkingGraph, node: gs.Node) -> None:
     """Take ``node`` out of the list; by identity, since graphsurgeon's nodes compare by value."""
-    index = next(i for i, other in enumerate(graph.nodes) if other is node)
-    del graph.nodes[index]
+    index = next(i for i, other in enumerate(working.nodes) if other is node)
+    del working.nodes[index]
 
 
 def captured_names(graph: gs.Graph) -> set[str]:

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import onnx_graphsurgeon as gs
 
+from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.constants import constant_value, overridable
-from onnx_lrsd.passes.find_layers import label
+from onnx_lrsd.passes.nodes import label
+from onnx_lrsd.passes.operators import operator_at
 
 BLOCK, KEPT = 4, 2
 
@@ -21,23 +22,22 @@ class SparseNode(NamedTuple):
     dtype: str
 
 
-def two_of_four(graph: gs.Graph) -> tuple[SparseNode, ...]:
-    """Conv and Gemm of the main graph whose constant weight is 2:4 along the input channels.
+def two_of_four(working: WorkingGraph) -> tuple[SparseNode, ...]:
+    """Nodes of the main graph whose constant weight is 2:4 along the input channels.
 
     Of every four consecutive input channels at most two are not zero, for each output channel and each
     kernel position.
     Source: TensorRT documentation, Sparsity.
     """
     found = []
-    for node in graph.nodes:
-        if node.op not in ("Conv", "Gemm") or node.domain not in (None, "", "ai.onnx"):
-            continue
-        if node.op == "Conv" and node.attrs.get("group", 1) != 1:
+    for node in working.nodes:
+        operator = operator_at(node)
+        axis = operator.sparse_axis(node) if operator is not None else None
+        if axis is None:
             continue
         value = constant_value(node.inputs[1])
-        if value is None or overridable(node.inputs[1], graph.overridable):
+        if value is None or overridable(node.inputs[1], working.overridable):
             continue
-        axis = 0 if node.op == "Gemm" and not node.attrs.get("transB", 0) else 1
         if _is_two_of_four(np.moveaxis(value, axis, -1)):
             found.append(SparseNode(label(node), value.dtype.name))
     return tuple(found)

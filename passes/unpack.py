@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_lrsd.passes.find_layers import label
+from onnx_lrsd.graph.working_graph import WorkingGraph
+from onnx_lrsd.passes.nodes import domain_of, label
+from onnx_lrsd.passes.operators import OPERATORS, operator_at
 from onnx_lrsd.passes.pack import PREFIX
 from onnx_lrsd.passes.tidy import remove_node
-
-WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
 def coded_weights(proto: onnx.ModelProto) -> list[str]:
@@ -21,25 +21,25 @@ def coded_weights(proto: onnx.ModelProto) -> list[str]:
     names = [
         name
         for node in proto.graph.node
-        if node.op_type in WEIGHTED and not _decodes(node)
+        if (domain_of(node.domain), node.op_type) in OPERATORS and not _decodes(node)
         for name in node.input
         if name.startswith(PREFIX)
     ]
     return list(dict.fromkeys(names))
 
 
-def unpack(graph: gs.Graph, weights: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def unpack(working: WorkingGraph, weights: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Let layers read ``weights``, by the name of the tensor that was decoded; decoding nodes go."""
-    for node in graph.nodes:
+    for node in working.nodes:
         for index, given in enumerate(node.inputs):
-            if given.name in weights and node.op in WEIGHTED:
+            if given.name in weights and operator_at(node) is not None:
                 name = f"{label(node)}/weight"
                 node.inputs[index] = gs.Constant(name, np.ascontiguousarray(weights[given.name]))
-    for node in reversed(list(graph.nodes)):
+    for node in reversed(list(working.nodes)):
         if all(output.name.startswith(PREFIX) and not output.outputs for output in node.outputs):
             node.inputs.clear()
             node.outputs.clear()
-            remove_node(graph, node)
+            remove_node(working, node)
 
 
 def _decodes(node: onnx.NodeProto) -> bool:

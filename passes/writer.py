@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.types import Layer
 
 
 class Writer:
     """Collects the new nodes of one layer; names are ``NODE/lrsd/PART``, unique in the graph."""
 
-    def __init__(self, graph: gs.Graph, layer: Layer, opset: int) -> None:
+    def __init__(self, working: WorkingGraph, layer: Layer) -> None:
         self.nodes: list[gs.Node] = []
-        self.opset = opset
-        self._graph, self._layer = graph, layer
-        self._taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+        self.opset = working.opset
+        self._working, self._layer = working, layer
+        self._taken = set(working.tensors()) | {node.name for node in working.nodes}
         self._dtype = np.dtype(layer.dtype)
 
     def constant(self, part: str, values: np.ndarray) -> gs.Constant:
@@ -49,8 +50,7 @@ class Writer:
 
     def tensors(self) -> dict[str, gs.Tensor]:
         """Tensors of the graph by name."""
-        found: dict[str, gs.Tensor] = self._graph.tensors()
-        return found
+        return self._working.tensors()
 
     def gather(self, source: gs.Tensor, channels: Sequence[int], axis: int, total: int) -> gs.Tensor:
         """The chosen channels of ``source``; ``source`` itself when all are chosen."""

@@ -237,6 +237,40 @@ def test_costs_are_counted_from_shapes() -> None:
     assert parameters(model.proto) == 8 * 4 * 9 + 10 * 128
 
 
+def alike(*attributes: dict[str, Any]) -> bool:
+    """Whether Convs of one weight with these attributes count as alike, of one input."""
+    weight = np.ones((8, 8, 3, 3), np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], [f"y{index}"], **given) for index, given in enumerate(attributes)
+    ]
+    outputs = tuple(f"y{index}" for index in range(len(nodes)))
+    layers, _ = find_layers(make(nodes, {"w": weight}, {"x": [1, 8, 6, 6]}, outputs).graph())
+    return len({layer.unnamed for layer in layers}) == 1
+
+
+def test_layers_are_alike_in_all_that_their_time_depends_on() -> None:
+    assert alike({"auto_pad": "SAME_UPPER"}, {"auto_pad": "SAME_UPPER"})
+    assert not alike({"auto_pad": "SAME_UPPER"}, {"auto_pad": "VALID"}), "36 and 16 positions"
+    assert not alike({"pads": [1, 1, 1, 1]}, {})
+    assert not alike({"strides": [2, 2]}, {})
+    assert not alike({"dilations": [2, 2]}, {})
+    single, half = (
+        find_layers(make([reads("w")], {"w": W.astype(dtype)}).graph())[0][0]
+        for dtype in (np.float32, np.float16)
+    )
+    assert single.unnamed != half.unnamed
+
+
+def test_an_operator_of_another_domain_is_not_taken_for_onnxs_own() -> None:
+    other = helper.make_node("Add", ["h", "b"], ["y"], domain="other")
+    model = make(
+        [helper.make_node("MatMul", ["x", "w"], ["h"]), other], {"w": W, "b": np.ones(10, np.float32)}
+    )
+    assert [layer.output for layer in find_layers(model.graph())[0]] == ["h"]
+    product = helper.make_node("MatMul", ["x", "w"], ["y"], domain="other")
+    assert find_layers(make([product], {"w": W}).graph())[0] == ()
+
+
 def test_a_layer_alone_gives_what_it_gives_in_the_model() -> None:
     nodes = [helper.make_node("Relu", ["x"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])]
     model = make(nodes, {"w": W})

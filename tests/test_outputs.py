@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from onnx_lrsd.graph.model import load
-from onnx_lrsd.passes.consumers import readers
+from onnx_lrsd.passes.consumers import consumers
 from onnx_lrsd.passes.find_layers import find_layers
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
@@ -91,8 +91,8 @@ def found(body: str, sizes: dict[str, tuple[int, ...]]) -> dict[str, list[tuple[
     opset = onnx.helper.make_opsetid("", 17)
     working = load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)).graph()
     layers, _ = find_layers(working)
-    by_name = readers(working, layers, layers)
-    return {name: [(r.layer.output, r.last) for r in readings] for name, readings in by_name.items()}
+    by_name = consumers(working, layers, layers)
+    return {name: [(r.layer.output, r.channels_last) for r in readings] for name, readings in by_name.items()}
 
 
 def test_readers_are_found_behind_what_keeps_channels_apart() -> None:

@@ -23,11 +23,11 @@ from onnx_lrsd.fit.calibrate import calibrate, recalibrate
 from onnx_lrsd.graph.model import Model, check, load
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import shared_groups
-from onnx_lrsd.solver.moments import input_rows, positions_of
 from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Form, Layer, whole_channels
 
@@ -152,11 +152,12 @@ def test_rows_are_what_the_convolution_reads(drawn: tuple[Model, list[int]], see
         (y,) = outputs(model, {"x": x})
     except LrsdError:
         assume(False)
-    total = positions_of(layer, x.shape)
+    total = operator_of(layer).count_rows(layer, x.shape)
     assert total == y.size // layer.n
     positions = np.arange(0, total, 2)
     weight, bias = read_weight(graph, layer)
-    rows = input_rows(layer, x, positions)
+    rows = np.empty((len(positions), layer.m), np.float32)
+    operator_of(layer).input_rows(layer, x, positions, rows)
     given_there = np.moveaxis(y, 1, -1).reshape(-1, layer.n)[positions]
     np.testing.assert_allclose(rows @ weight.T + bias, given_there, atol=1e-3)
 

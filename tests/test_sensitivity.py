@@ -16,7 +16,7 @@ from onnx_lrsd.fit.sensitivity import logits, sensitivities
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
-from onnx_lrsd.passes.post_dominators import unavoidable
+from onnx_lrsd.passes.post_dominators import count_post_dominators
 from onnx_lrsd.plan.planner import Planner
 from onnx_lrsd.run import Options, Run
 from onnx_lrsd.types import CHANNEL, UNSTRUCTURED, ErrorCurve, Form, Layer, Moments, Pattern, Point, Price
@@ -114,7 +114,7 @@ def test_layers_are_behind_another_where_no_path_leads_past_them() -> None:
         for name in names
     ]
     expected = {"first": 1, "inner": 2, "block": 1, "left": 1, "right": 1, "seen": 0, "late": 0}
-    assert unavoidable(graph, layers) == expected
+    assert count_post_dominators(graph, layers) == expected
 
 
 def test_probabilities_and_logits_say_the_same() -> None:

@@ -19,15 +19,11 @@ import numpy.typing as npt
 from onnx_lrsd.data.samples import Samples, as_fed
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import frontier
+from onnx_lrsd.passes.operators import operator_of
+from onnx_lrsd.passes.operators.rows import pixel_rows
 from onnx_lrsd.runtime.activation_cache import Relay
 from onnx_lrsd.runtime.session import open_session
-from onnx_lrsd.solver.moments import (
-    MomentAccumulator,
-    input_rows,
-    pixel_rows,
-    positions_of,
-    sample_positions,
-)
+from onnx_lrsd.solver.moments import MomentAccumulator, sample_positions
 from onnx_lrsd.types import Feed, Layer, Moments, Progress, Rows, Values
 
 ROWS_PER_INPUT = 8
@@ -86,7 +82,7 @@ def calibrate(
     """Moments of the inputs of ``layers`` over ``samples``, and what tells the outputs they give.
 
     ``weight_of`` gives W (n, m) and b (n,) of a layer. Outputs of a Conv are fetched, which undoes a
-    fusion but costs less than computing them; those of Gemm and MatMul, whose bias another node may
+    fusion but costs less than computing them; those of other operators, whose bias another node may
     add, are computed from the sampled rows. ``asked`` says for which layers
     (located) there shall be moments; the inputs of the others are not even fetched. Memory
     is bounded by the layers: rows, not samples, are kept.
@@ -122,7 +118,7 @@ def calibrate(
         strides[layer.output] = _stride(layer, wanted, samples)
         accumulators[layer.output] = MomentAccumulator(layer, -(-wanted // strides[layer.output]))
         kept[layer.output] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
-        if not _keeps_inputs(layer) and layer.op != "Conv":
+        if not _keeps_inputs(layer) and not operator_of(layer).FETCHES_OUTPUTS:
             weights[layer.output] = _single(weight_of(layer))
     done = dict.fromkeys(accumulators, 0)
     into = {layer.output: kept[layer.output] for layer in watched if _keeps_inputs(layer)}
@@ -211,7 +207,9 @@ def _which(start: int, stop: int, every: int) -> slice:
 
 def _stride(layer: Layer, wanted: int, samples: Samples) -> int:
     """Of how many rows, padding not counted, one goes into the curves; FEWEST_ROWS are left."""
-    real = samples.filled * samples.count * layer.positions if layer.op != "Conv" else wanted
+    real: float = wanted
+    if not layer.channels_first:
+        real = samples.filled * samples.count * layer.positions
     return min(max(int(min(wanted, real)) // FEWEST_ROWS, 1), SURVEY)
 
 
@@ -287,7 +285,7 @@ def _observe(
                 room = np.empty((CHUNK + 2 * len(positions), layer.m), np.float32)
                 room[:start] = buffers[name][:start]
                 buffers[name] = room
-            input_rows(layer, values, positions, buffers[name][start:stop])
+            operator_of(layer).input_rows(layer, values, positions, buffers[name][start:stop])
             if name in outputs:
                 there = slice(seen[name], seen[name] + len(positions))
                 outputs[name][there] = pixel_rows(activations[name], positions)
@@ -317,8 +315,8 @@ def _positions(
     wanted = _wanted(layer, total)
     share = (first + count) * wanted // total - first * wanted // total
     rng = np.random.default_rng((seed, first, layer.n, layer.m))
-    if real is None or layer.op == "Conv" or not _of_tokens(shape, layer.axis, real):
-        return sample_positions(positions_of(layer, shape), share, rng)
+    if real is None or layer.channels_first or not _of_tokens(shape, layer.axis, real):
+        return sample_positions(operator_of(layer).count_rows(layer, shape), share, rng)
     positions = np.flatnonzero(real)
     return positions[sample_positions(len(positions), share, rng)]
 
@@ -341,8 +339,8 @@ def locate(
     return tuple(
         replace(
             layer,
-            positions=positions_of(layer, shapes[layer.input]) // samples.smallest_batch,
-            size=shapes[layer.input][2:] if layer.op == "Conv" else (),
+            positions=operator_of(layer).count_rows(layer, shapes[layer.input]) // samples.smallest_batch,
+            size=shapes[layer.input][2:] if layer.channels_first else (),
         )
         for layer in layers
     )

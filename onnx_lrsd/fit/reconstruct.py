@@ -17,7 +17,9 @@ import onnx_graphsurgeon as gs
 from onnx_lrsd.arrays import to_device
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf, recalibrate
 from onnx_lrsd.graph.model import Model
-from onnx_lrsd.passes.consumers import Reading, readers
+from onnx_lrsd.graph.working_graph import WorkingGraph
+from onnx_lrsd.passes.consumers import Reading, consumers
+from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.passes.order_sums import order_sums
 from onnx_lrsd.passes.rectifiers import rectifiers
 from onnx_lrsd.passes.split import split
@@ -54,12 +56,12 @@ def reconstruct(
     ``layers`` are in graph order. Without ``calibration`` the weights alone decide. A layer that was
     refitted alone has factors of a dense form.
     """
-    graph = model.graph()
+    working = model.graph()
     chosen = [layer for layer in layers if layer.output in forms]
-    limits = rectifiers(graph, [layer.output for layer in chosen])
-    read = readers(graph, chosen, layers)
+    limits = rectifiers(working, [layer.output for layer in chosen])
+    read = consumers(working, chosen, layers)
     if calibration is not None:
-        chosen = _with_dense(graph, layers, forms, weight_of, calibration)
+        chosen = _with_dense(working, layers, forms, weight_of, calibration)
     fitted: dict[str, Factors] = {}
     rewritten, done = model, 0
     relay = Relay()
@@ -85,18 +87,18 @@ def reconstruct(
                 factors = decompose(problem, form, rectified=seen)
             if factors is not None:
                 fitted[layer.output] = factors
-                split(graph, layer, factors)
+                split(working, layer, factors)
             done += 1
             if progress is not None:
                 progress("decompose", done, len(chosen))
-        rewritten = model.splice(graph)
-    if order_sums(graph, [name for name, factors in fitted.items() if _branched(factors)]):
-        rewritten = model.splice(graph)
+        rewritten = model.splice(working)
+    if order_sums(working, [name for name, factors in fitted.items() if _branched(factors)]):
+        rewritten = model.splice(working)
     return rewritten, fitted
 
 
 def _with_dense(
-    graph: gs.Graph,
+    working: WorkingGraph,
     layers: Sequence[Layer],
     forms: Mapping[str, Form],
     weight_of: WeightOf,
@@ -106,7 +108,7 @@ def _with_dense(
 
     These have a weight of their own, for which the samples hold rows enough, and a place for a bias.
     """
-    tensors, found = graph.tensors(), list[Layer]()
+    tensors, found = working.tensors(), list[Layer]()
 
     def may_be_refitted(layer: Layer) -> bool:
         weight = tensors[layer.weight]
@@ -115,7 +117,9 @@ def _with_dense(
         samples = calibration.samples
         if layer.positions * samples.count * samples.filled < ROWS_TO_REFIT * layer.m:
             return False
-        return layer.output in calibration.kept and (layer.op != "MatMul" or bool(weight_of(layer)[1].any()))
+        return layer.output in calibration.kept and (
+            operator_of(layer).HAS_BIAS_INPUT or bool(weight_of(layer)[1].any())
+        )
 
     for layer in layers:
         if layer.output in forms or (found and may_be_refitted(layer)):
@@ -128,10 +132,10 @@ def _output_metric(layer: Layer, read: Sequence[Reading], weight_of: WeightOf) -
     if not read or layer.n > MOST_OUTPUTS:
         return None
     weights = []
-    for reader, last in read:
-        shape = (reader.n, -1, layer.n) if last else (reader.n, layer.n, -1)
+    for reader, channels_last in read:
+        shape = (reader.n, -1, layer.n) if channels_last else (reader.n, layer.n, -1)
         weight = weight_of(reader)[0].reshape(shape)
-        weights.append(weight if last else weight.transpose(0, 2, 1))
+        weights.append(weight if channels_last else weight.transpose(0, 2, 1))
     return output_metric(weights)
 
 

@@ -61,9 +61,9 @@ def sensitivities(
     for done, (layer, form) in enumerate(chosen):
         problem = pose(layer, *weight_of(layer), moments.get(layer.output), device)
         factors = decompose(problem, form, effort=BRIEF)
-        graph = model.graph()
-        split(graph, layer, factors)
-        moved = movement(before, final_outputs(model.splice(graph), samples))
+        working = model.graph()
+        split(working, layer, factors)
+        moved = movement(before, final_outputs(model.splice(working), samples))
         if factors.error > 0 and moved > 0:
             found[layer.output] = moved / factors.error
         if progress is not None:

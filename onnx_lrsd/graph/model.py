@@ -37,6 +37,7 @@ from onnx_lrsd.graph.external_data import (
     subgraphs,
     tensor_values,
 )
+from onnx_lrsd.graph.working_graph import WorkingGraph
 
 G_LOGGER.severity = G_LOGGER.CRITICAL  # it logs to stdout, which belongs to the user
 
@@ -62,30 +63,27 @@ class Model:
         """Where the model's external data lies."""
         return self.path.parent if self.path is not None and self.external else None
 
-    def graph(self) -> gs.Graph:
+    def graph(self) -> WorkingGraph:
         """A working copy for passes. Weights are read when they are asked for, from disk if external."""
         graph = gs.import_onnx(_importable(self.proto))
         for tensor in graph.tensors().values():
             values = getattr(tensor, "_values", None)
             if isinstance(values, LazyValues) and type(values) is LazyValues:
                 tensor._values = _Mapped(values.tensor, self.folder)
-        graph.origin = {
-            id(node): proto for node, proto in zip(graph.nodes, self.proto.graph.node, strict=True)
-        }
-        listed = {value.name for value in self.proto.graph.input}
+        pairs = zip(graph.nodes, self.proto.graph.node, strict=True)
+        listed = frozenset(value.name for value in self.proto.graph.input)
         # Before IR version 4 every initializer had to be listed; since then a listed one is a default.
-        graph.overridable = listed if self.proto.ir_version >= 4 else set()
-        graph.keep = list(graph.nodes)  # the ids above stay theirs while these live
-        return graph
+        overridable = listed if self.proto.ir_version >= 4 else frozenset[str]()
+        return WorkingGraph(graph, overridable, {id(node): (node, proto) for node, proto in pairs})
 
-    def splice(self, graph: gs.Graph) -> Model:
-        """This model with the edits made to ``graph``; a node that did not change keeps its bytes."""
+    def splice(self, working: WorkingGraph) -> Model:
+        """This model with the edits made to ``working``; a node that did not change keeps its bytes."""
         nodes: list[onnx.NodeProto] = []
         replaced: dict[str, onnx.NodeProto] = {}
         for node in self.proto.graph.node:
             replaced.update((name, node) for name in node.output if name)
-        for node in graph.nodes:
-            origin = graph.origin.get(id(node))
+        for node in working.nodes:
+            _, origin = working.origins.get(id(node), (node, None))
             if origin is not None and _same_ends(node, origin):
                 nodes.append(origin)
                 continue
@@ -102,11 +100,11 @@ class Model:
             if descriptor.name not in EDITED:
                 _assign(proto.graph, descriptor, value)
         proto.graph.node.extend(nodes)
-        self._splice_tensors(graph, proto)
+        self._splice_tensors(working, proto)
         proto.graph.SetInParent()
         return Model(proto, self.path, self.external)
 
-    def _splice_tensors(self, graph: gs.Graph, proto: onnx.ModelProto) -> None:
+    def _splice_tensors(self, working: WorkingGraph, proto: onnx.ModelProto) -> None:
         """Initializers, value_info and annotations: add what is new, drop what this edit orphaned."""
         before, after = self.proto.graph, proto.graph
         used_before, used = _used(before), _used(after)
@@ -121,7 +119,7 @@ class Model:
         )
         dropped = {t.name for t in before.initializer} - {t.name for t in after.initializer}
         after.input.extend(value for value in before.input if value.name not in dropped)
-        for name, tensor in graph.tensors().items():
+        for name, tensor in working.tensors().items():
             if isinstance(tensor, gs.Constant) and name not in known and name in used:
                 values = numpy_helper.from_array(np.asarray(tensor.values), name)
                 after.initializer.append(values)

@@ -22,11 +22,12 @@ from onnx_lrsd.errors import LrsdError, ModelError
 from onnx_lrsd.fit.sensitivity import final_outputs, movement
 from onnx_lrsd.graph.model import PROTOBUF_LIMIT, Model, in_memory, model_bytes, raised
 from onnx_lrsd.passes.count import compute_tensors, macs
+from onnx_lrsd.passes.operators import OPERATORS
 from onnx_lrsd.runtime.quantiser import quantization, saturates
 from onnx_lrsd.runtime.session import shapes, simplified
 from onnx_lrsd.types import Feed, Progress
 
-WEIGHTED = ("Conv", "Gemm", "MatMul")
+WEIGHTED = tuple(op for (_, op), operator in OPERATORS.items() if not operator.NOT_INT8)
 QUANTISED = (*WEIGHTED, "Relu", "Clip", "MaxPool")
 """What stands between convolutions and takes int8 as it is goes with them."""
 OPSET = 13

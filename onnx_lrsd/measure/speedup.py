@@ -45,7 +45,7 @@ def speedups(
     rng = np.random.default_rng(0)
     for done, layer in enumerate(chosen):
         shape = shapes[layer.input]
-        key = (layer.op, layer.shape, layer.strides, layer.pads, layer.dilations, shape, forms[layer.output])
+        key = (layer.unnamed, shape, forms[layer.output])
         if key not in known:
             feed = {layer.input: rng.standard_normal(shape).astype(layer.dtype)}
             before, after = isolate(model.proto, layer, shape), isolate(rewritten.proto, layer, shape)
@@ -94,12 +94,12 @@ def whole_speedup(
 def _rewritten(
     model: Model, layers: Sequence[Layer], forms: Mapping[str, Form], whole: bool = False
 ) -> Model:
-    graph = model.graph()
+    working = model.graph()
     for layer in layers:
-        split(graph, layer, placeholder(layer, forms[layer.output]))
+        split(working, layer, placeholder(layer, forms[layer.output]))
     if whole:
-        order_sums(graph, [layer.output for layer in layers if forms[layer.output].channels])
-    return model.splice(graph)
+        order_sums(working, [layer.output for layer in layers if forms[layer.output].channels])
+    return model.splice(working)
 
 
 def placeholder(layer: Layer, form: Form) -> Factors:

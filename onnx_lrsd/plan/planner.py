@@ -13,7 +13,7 @@ from onnx_lrsd.facts import Verification
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.measure.speedup import CLEARLY, speedups, speedups_within, whole_speedup
-from onnx_lrsd.passes.post_dominators import unavoidable
+from onnx_lrsd.passes.post_dominators import count_post_dominators
 from onnx_lrsd.plan.allocate import allocate, by_time, spend
 from onnx_lrsd.plan.search import Drop, bearable, drop_of, search
 from onnx_lrsd.run import Run
@@ -74,7 +74,7 @@ class Planner:
             if smaller:
                 moderate[curve.layer.output] = min(smaller, key=_far_from_moderate).form
         able = [curve.layer for curve in self.curves if curve.layer.output in moderate]
-        behind = unavoidable(self.source.graph(), able)
+        behind = count_post_dominators(self.source.graph(), able)
 
         def left(forms: Forms) -> dict[str, float]:
             return {name: s * (1 - REPAIRED) ** behind[name] for name, s in measure(forms).items()}

@@ -1,53 +1,16 @@
-"""Rows of a layer's input, and their moments, streamed batch by batch.
+"""Moments of rows of a layer's input, streamed batch by batch.
 
-A row is what one output position of the layer reads: a vector for Gemm and MatMul, a patch for
-Conv. Positions are sampled, because all patches of a k x k convolution would cost k^2 times the
-activations (and their second moment many times the network itself).
+A row is what W is applied to once: a vector for Gemm and MatMul, a patch for Conv. Positions are
+sampled, because all patches of a k x k convolution would cost k^2 times the activations (and their
+second moment many times the network itself).
 """
 
 from __future__ import annotations
-
-from math import ceil, prod
 
 import numpy as np
 import numpy.typing as npt
 
 from onnx_lrsd.types import Layer, Moments, Rows
-
-
-def pads_of(layer: Layer, size: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Begin and end padding of every spatial axis for an input of that spatial ``size``."""
-    axes = len(layer.kernel)
-    if layer.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-        pads = []
-        for length, kernel, stride, dilation in zip(
-            size, layer.kernel, layer.strides, layer.dilations, strict=True
-        ):
-            outputs = ceil(length / stride)
-            total = max((outputs - 1) * stride + (kernel - 1) * dilation + 1 - length, 0)
-            small = total // 2
-            pads.append((small, total - small) if layer.auto_pad == "SAME_UPPER" else (total - small, small))
-        return tuple(pads)
-    if layer.auto_pad == "VALID" or not layer.pads:
-        return ((0, 0),) * axes
-    return tuple(zip(layer.pads[:axes], layer.pads[axes:], strict=True))
-
-
-def output_size(layer: Layer, size: tuple[int, ...]) -> tuple[int, ...]:
-    """Spatial size of a Conv's output for an input of that spatial ``size``."""
-    return tuple(
-        (length + sum(pads) - (kernel - 1) * dilation - 1) // stride + 1
-        for length, kernel, stride, dilation, pads in zip(
-            size, layer.kernel, layer.strides, layer.dilations, pads_of(layer, size), strict=True
-        )
-    )
-
-
-def positions_of(layer: Layer, shape: tuple[int, ...]) -> int:
-    """How many rows an input of that ``shape`` (batch included) holds."""
-    if layer.op == "Conv":
-        return shape[0] * prod(output_size(layer, shape[2:]))
-    return prod(shape) // layer.m
 
 
 def sample_positions(total: int, wanted: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -57,62 +20,6 @@ def sample_positions(total: int, wanted: int, rng: np.random.Generator) -> npt.N
     edges = np.arange(wanted) * total // wanted
     widths = np.diff(edges, append=total)
     return np.asarray(edges + (rng.random(wanted) * widths).astype(np.int64))
-
-
-def input_rows(
-    layer: Layer,
-    x: npt.NDArray[np.floating],
-    positions: npt.NDArray[np.int64],
-    out: Rows | None = None,
-) -> Rows:
-    """The rows (len(positions), m) that the layer's output positions read from its input ``x``.
-
-    Positions count the layer's outputs in C order, batch first: (batch, *output size) for Conv, all
-    axes but the feature axis otherwise. Padding reads as zero.
-    """
-    rows = np.empty((len(positions), layer.m), np.float32) if out is None else out
-    if layer.op != "Conv":
-        features = np.moveaxis(x, layer.axis, -1).reshape(-1, layer.m)
-        rows[:] = features[positions]
-        return rows
-    size, kernel = x.shape[2:], layer.kernel
-    if output_size(layer, size) == size and prod(kernel) == 1:
-        rows[:] = pixel_rows(x, positions)
-        return rows
-    where = np.unravel_index(positions, (x.shape[0], *output_size(layer, size)))
-    flat = np.zeros((len(positions),) + (1,) * len(kernel), dtype=np.int64)
-    inside = np.ones((len(positions), *kernel), dtype=bool)
-    for axis, (begin, _) in enumerate(pads_of(layer, size)):
-        offsets = np.arange(kernel[axis]) * layer.dilations[axis] - begin
-        at = (where[axis + 1] * layer.strides[axis])[:, None] + offsets
-        ok = (at >= 0) & (at < size[axis])
-        shape = [len(positions)] + [1] * len(kernel)
-        shape[axis + 1] = kernel[axis]
-        inside &= ok.reshape(shape)
-        flat = flat * size[axis] + np.where(ok, at, 0).reshape(shape)
-    taps = prod(kernel)
-    flat, inside = flat.reshape(-1, taps), inside.reshape(-1, 1, taps)
-    patches = rows.reshape(len(positions), layer.channels, taps)
-    # Image by image and channel by channel: each channel's map is read while it is in the cache.
-    for image, start, stop in _runs(where[0]):
-        picked = x[image].reshape(layer.channels, -1).take(flat[start:stop].ravel(), axis=1)
-        patches[start:stop] = picked.reshape(layer.channels, -1, taps).transpose(1, 0, 2)
-    border = np.flatnonzero(~inside.all(axis=(1, 2)))
-    patches[border] *= inside[border]
-    return rows
-
-
-def pixel_rows(x: npt.NDArray[np.floating], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-    """All channels of ``x`` (batch, channels, *size) at ``positions``, counted batch first: (k, channels)."""
-    pixels = x.reshape(*x.shape[:2], -1).transpose(0, 2, 1)
-    return pixels[np.divmod(positions, pixels.shape[1])]
-
-
-def _runs(batch: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """(value, start, stop) of each run of equal values in an ascending array."""
-    values, starts = np.unique(batch, return_index=True)
-    stops = [*starts[1:].tolist(), len(batch)]
-    return list(zip(values.tolist(), starts.tolist(), stops, strict=True))
 
 
 class MomentAccumulator:

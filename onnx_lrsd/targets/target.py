@@ -11,10 +11,10 @@ from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 from onnx_lrsd.errors import DataError
+from onnx_lrsd.passes.operators.conv import output_size
 from onnx_lrsd.solver.curve import errors
 from onnx_lrsd.solver.decompose import check_form
 from onnx_lrsd.solver.layout import rank_size
-from onnx_lrsd.solver.moments import output_size
 from onnx_lrsd.solver.pattern import nonzeros
 from onnx_lrsd.solver.problem import Problem
 from onnx_lrsd.storage import FP16, STORAGES, entry_bytes

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from math import ceil, prod
 
+from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.targets.chains import BLOCK, WIDE, Chains
 from onnx_lrsd.targets.target import Target, node_shapes
 from onnx_lrsd.types import CHANNEL, CHANNELS, DENSE, N_OF_M, Form, Layer, Pattern
@@ -74,7 +75,7 @@ def eligible(layer: Layer) -> bool:
     """Whether sparse tensor cores are expected to take a 2:4 weight of this layer, and to gain by it."""
     wide = min(layer.channels, layer.n) >= SPARSE_FROM
     aligned = layer.channels % BLOCK == 0 and layer.n % BLOCK == 0
-    return layer.op in ("Conv", "Gemm") and layer.dtype in SPARSE_DTYPES and wide and aligned
+    return operator_of(layer).SPARSE_MATH and layer.dtype in SPARSE_DTYPES and wide and aligned
 
 
 def forms(layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:

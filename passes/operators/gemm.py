@@ -1,0 +1,115 @@
+"""Gemm: y = alpha A B + beta C, the weight B (m, n), or (n, m) with transB, and the activation A."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnx_lrsd.graph.working_graph import WorkingGraph
+from onnx_lrsd.passes.batchnorm import fold, foldable_batchnorm
+from onnx_lrsd.passes.constants import constant_float64, constant_value
+from onnx_lrsd.passes.nodes import label
+from onnx_lrsd.passes.operators.operator import Matrix, Positions, WeightLayout
+from onnx_lrsd.passes.operators.rows import feature_rows
+from onnx_lrsd.passes.writer import Writer
+from onnx_lrsd.types import Factors, Layer, Rows, Values
+
+WEIGHT_INPUTS = (1,)
+HAS_BIAS_INPUT = True
+FETCHES_OUTPUTS = False
+FUSES_SUM = False
+SPARSE_MATH = True
+NOT_INT8 = ""
+
+
+def read(node: gs.Node, weight: Values, side: int, working: WorkingGraph) -> Layer | str:
+    """The layer, with a BatchNormalization behind it; its C must be a bias."""
+    n, m = weight.shape if node.attrs.get("transB", 0) else weight.shape[::-1]
+    norm = foldable_batchnorm(node, working)
+    if len(node.inputs) > 2 and node.inputs[2].name:
+        bias = constant_value(node.inputs[2])
+        if bias is None:
+            return "its bias is computed at run time"
+        # C may also vary along the rows; that is no bias of the layer.
+        if bias.size not in (1, n) or (bias.ndim == 2 and bias.shape[0] != 1 and n != 1):
+            return "its C is not one value for each output"
+    return Layer(
+        output=(norm or node).outputs[0].name,
+        name=label(node),
+        op="Gemm",
+        input=node.inputs[0].name,
+        weight=node.inputs[1].name,
+        shape=weight.shape,
+        dtype=weight.dtype.name,
+        n=n,
+        m=m,
+        axis=0 if node.attrs.get("transA", 0) else -1,
+    )
+
+
+def weight_and_bias(layer: Layer, node: gs.Node, last: gs.Node) -> tuple[Matrix, Matrix]:
+    """alpha B as (n, m) and beta C as (n,), with the BatchNormalization ``last`` folded in."""
+    stored = constant_float64(node.inputs[1])
+    weight = node.attrs.get("alpha", 1.0) * (stored if node.attrs.get("transB", 0) else stored.T)
+    bias = np.zeros(layer.n)
+    if len(node.inputs) > 2 and node.inputs[2].name:
+        given = constant_float64(node.inputs[2]).reshape(-1)
+        bias = node.attrs.get("beta", 1.0) * np.broadcast_to(given, layer.n)
+    return fold(last, weight, bias)
+
+
+def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Factors) -> gs.Tensor:
+    """A chain of Gemms; the sparse branch is the C of the last one, so that no Add is left over."""
+    transposed = layer.axis == 0
+    addend = write.constant("bias", factors.bias)
+    if factors.sparse is not None:
+        picked = write.gather(source, factors.channels, axis=0 if transposed else 1, total=layer.m)
+        inputs = [picked, write.constant("S", factors.sparse), addend]
+        addend = write.node("Gemm", "S", inputs, {"transA": int(transposed), "transB": 1})
+        if not factors.kernels:
+            return addend
+    first, last = factors.kernels
+    hidden = write.node(
+        "Gemm",
+        "V",
+        [source, write.constant("V", first)],
+        {"transA": int(transposed), "transB": 1},
+        optional_c=True,
+    )
+    return write.node("Gemm", "U", [hidden, write.constant("U", last), addend], {"transB": 1})
+
+
+def weight_layout(layer: Layer) -> WeightLayout:
+    """(n, m): the node is written with transB."""
+    return WeightLayout()
+
+
+def write_dense(write: Writer, layer: Layer, source: gs.Tensor, weight: gs.Tensor, bias: Matrix) -> gs.Tensor:
+    """One Gemm."""
+    attributes = {"transA": int(layer.axis == 0), "transB": 1}
+    return write.node("Gemm", "gemm", [source, weight, write.constant("bias", bias)], attributes)
+
+
+def count_rows(layer: Layer, shape: tuple[int, ...]) -> int:
+    """The vectors of m features in an input of that ``shape``."""
+    return prod(shape) // layer.m
+
+
+def input_rows(layer: Layer, x: Values, positions: Positions, out: Rows) -> None:
+    """Put the rows of A at ``positions`` into ``out``, its columns with transA."""
+    feature_rows(layer, x, positions, out)
+
+
+def macs(node: onnx.NodeProto, first: Sequence[int], second: Sequence[int], output: Sequence[int]) -> int:
+    """Each output value takes one weight for each column of A."""
+    transposed = any(a.name == "transA" and a.i for a in node.attribute)
+    return prod(output) * first[0 if transposed else 1]
+
+
+def sparse_axis(node: gs.Node) -> int | None:
+    """The rows of B, or its columns with transB."""
+    return 1 if node.attrs.get("transB", 0) else 0
