@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from onnx_lrsd.errors import DataError
 from onnx_lrsd.facts import (
     Engine,
     Inspection,
+    Int8,
     LayerReport,
     ModelCost,
     OutputError,
@@ -330,3 +332,19 @@ def test_a_wrong_entry_is_named_in_one_sentence(entry: str) -> None:
 def test_what_is_no_plan_is_refused_in_one_sentence(text: str) -> None:
     with pytest.raises(DataError, match=r"^[^\n]+\.$"):
         plan_from_json(text)
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, ""), (1, "1 in float"), (9, "9 in float")])
+def test_layers_that_do_not_bear_int8_are_named_worst_first(count: int, said: str) -> None:
+    left = {f"conv{index}": 0.02 * (index + 1) for index in range(count)}
+    step = REPORT.verification
+    assert step is not None
+    int8 = Int8("both", 7, left, {"low rank": step, "int8": step, "both": step})
+    table = " ".join(report_table(replace(REPORT, int8=int8)).split())
+    assert "7 nodes in int8" in table and said in table
+    assert ("in float" in table) == bool(count)
+    if count:
+        named = re.findall(r"conv\d \((\d+)", table)
+        assert named == sorted(named, key=int, reverse=True)
+        assert f"conv{count - 1} ({2 * count}" in table
+        assert len(named) == count or f"and {count - len(named)} more" in table

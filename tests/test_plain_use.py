@@ -1,0 +1,162 @@
+"""Plain use on the command line: no goal, no samples, a terminal that watches or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+from click.testing import CliRunner, Result
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_lrsd import cli
+from onnx_lrsd.measure.compare import Pace
+
+Values = npt.NDArray[Any]
+CHANNELS, SIDE = 32, 12
+
+
+def model_of(rank: int, noise: float) -> onnx.ModelProto:
+    """A 3 x 3 convolution whose weight is of this rank, but for noise of this share of its energy."""
+    rng = np.random.default_rng(0)
+    n, m = CHANNELS, 9 * CHANNELS
+    weight = rng.standard_normal((n, rank)) @ rng.standard_normal((rank, m)) / np.sqrt(rank * m)
+    weight += np.sqrt(noise / m) * rng.standard_normal((n, m))
+    tensor = numpy_helper.from_array(weight.reshape(n, CHANNELS, 3, 3).astype(np.float32), "w")
+    ends = [helper.make_tensor_value_info(x, TensorProto.FLOAT, ["N", CHANNELS, SIDE, SIDE]) for x in "xy"]
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "conv", pads=[1, 1, 1, 1])
+    graph = helper.make_graph([node], "one", ends[:1], ends[1:], [tensor])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def images(count: int, seed: int) -> Values:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((count, CHANNELS, SIDE, SIDE)).astype(np.float32)
+
+
+def outputs(path: Path, x: Values) -> Values:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is timed is clearly faster: these tests are about outputs and words."""
+    pace = Pace(ratio=2.0, interval=(1.9, 2.1), before_ms=2.0, after_ms=1.0)
+    for module in ("compare", "speedup"):
+        monkeypatch.setattr(f"onnx_lrsd.measure.{module}.time_pair", lambda *_, **__: pace)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with model.onnx, nearly of low rank, and calib.npz."""
+    onnx.save(model_of(8, 0.001), tmp_path / "model.onnx")
+    np.savez(tmp_path / "calib.npz", x=images(40, 1))
+    return tmp_path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def relative_error(folder: Path, name: str) -> float:
+    """Squared change of the outputs over their variance, on samples that the tool never saw."""
+    x = images(30, 2)
+    before, after = outputs(folder / "model.onnx", x), outputs(folder / name, x)
+    return float(np.mean((before - after) ** 2) / np.var(before))
+
+
+def test_without_a_goal_the_outputs_change_by_at_most_a_hundredth(folder: Path, fast: None) -> None:
+    report = folder / "report.json"
+    result = run("optimize", folder / "model.onnx", "--calib", folder / "calib.npz", "--json", report)
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(report.read_text())
+    assert facts["promise"]["kind"] == "max_error" and facts["promise"]["asked"] == 0.01
+    assert facts["promise"]["kept"]
+    assert facts["after"]["macs"] < 0.7 * facts["before"]["macs"]
+    assert 0 < relative_error(folder, "model.lrsd.onnx") <= 0.01
+    assert "error" in result.stderr and "kept" in result.stderr
+
+
+def test_max_error_is_what_may_change(folder: Path, fast: None) -> None:
+    command = "optimize", folder / "model.onnx", "--calib", folder / "calib.npz", "--max-error"
+    for most in (0.3, 0.02):
+        result = run(*command, most, "-o", folder / f"{most}.onnx")
+        assert result.exit_code == 0, result.stderr
+        assert relative_error(folder, f"{most}.onnx") <= most
+    sizes = [(folder / f"{most}.onnx").stat().st_size for most in (0.3, 0.02)]
+    assert sizes[0] < sizes[1] < (folder / "model.onnx").stat().st_size
+
+
+def test_a_model_that_bears_nothing_comes_back_as_it_was(tmp_path: Path, fast: None) -> None:
+    onnx.save(model_of(CHANNELS, 1.0), tmp_path / "model.onnx")
+    np.savez(tmp_path / "calib.npz", x=images(40, 1))
+    command = "optimize", tmp_path / "model.onnx", "--calib", tmp_path / "calib.npz", "--max-error", 1e-6
+    result = run(*command)
+    assert result.exit_code in (0, 3), result.stderr
+    assert relative_error(tmp_path, "model.lrsd.onnx") <= 1e-6
+
+
+def test_without_samples_the_weights_decide_and_a_warning_says_so(folder: Path, fast: None) -> None:
+    result = run("optimize", folder / "model.onnx", "--ratio", 2)
+    assert result.exit_code == 0, result.stderr
+    assert "--calib" in result.stderr and "Warning" in result.stderr
+    onnx.checker.check_model(str(folder / "model.lrsd.onnx"), full_check=True)
+    x = images(4, 2)
+    before, after = outputs(folder / "model.onnx", x), outputs(folder / "model.lrsd.onnx", x)
+    assert np.mean((before - after) ** 2) < 0.5 * np.var(before)
+
+
+def test_without_a_terminal_nothing_is_drawn(folder: Path) -> None:
+    command = [sys.executable, "-m", "onnx_lrsd", "compare", *2 * ["model.onnx"], "--data", "calib.npz"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b""
+    assert b"\r" not in done.stderr.replace(os.linesep.encode(), b"") and b"\x1b" not in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("quiet", [False, True])
+def test_on_a_terminal_a_bar_is_drawn_and_wiped_unless_quiet(folder: Path, quiet: bool) -> None:
+    import pty
+
+    command = [sys.executable, "-m", "onnx_lrsd", "compare", *2 * ["model.onnx"], "--data", "calib.npz"]
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "NO_COLOR": "1", "TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen(
+        [*command, *["--quiet"] * quiet], cwd=folder, stderr=theirs, stdout=subprocess.PIPE, env=environment
+    ) as process:
+        os.close(theirs)
+        seen = read_all(ours)
+        assert process.stdout is not None and process.stdout.read() == b""
+    os.close(ours)
+    assert process.returncode == 0, seen
+    if quiet:
+        assert not seen
+    else:
+        drawn, _, after = seen.rpartition("verify")  # the stage
+        assert "\r" in drawn
+        assert "\x1b[K" in after[: after.index("latency")], "the bar is wiped before the table comes"
+
+
+def read_all(terminal: int) -> str:
+    """What is written to a terminal until its other side is closed."""
+    parts, end = [], time.monotonic() + 120
+    while time.monotonic() < end:
+        try:
+            part = os.read(terminal, 1 << 16)
+        except OSError:  # Linux says so that the other side is closed
+            break
+        if not part:
+            break
+        parts.append(part)
+    return b"".join(parts).decode()
