@@ -529,6 +529,12 @@ def test_the_example_is_of_middle_size_and_the_extremes_are_not() -> None:
     samples = read_samples(texts((2, 9, 4, 4, 4, 7)), [IDS, MASK])
     lengths = [feed["ids"].shape[1] for feed in (samples.example(), *samples.extremes())]
     assert lengths == [4, 2, 9]
+    pictures = [np.zeros((3, *size), np.float32) for size in ((4, 9), (6, 6), (9, 4), (6, 6))]
+    extremes = read_samples(
+        {"image": pictures}, [InputSpec("image", "float32", ("N", 3, "H", "W"))]
+    ).extremes()
+    assert sorted(feed["image"].shape[2:] for feed in extremes) == [(4, 9), (9, 4)]
+    assert not read_samples({"image": images(4)}, [IMAGE]).extremes()
     assert np.array_equal(samples.sizes, [4, 18, 8, 8, 8, 14])
 
 

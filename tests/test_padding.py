@@ -1,7 +1,11 @@
-"""What is at padding, which nobody reads, counts neither in the fit nor in what is said of it."""
+"""What is at padding, which nobody reads, counts neither in the fit nor in what is said of it.
+
+Samples of their own shapes tell the same as padded ones.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,20 +19,22 @@ from click.testing import CliRunner
 import onnx_lrsd
 from onnx_lrsd.cli import main
 from onnx_lrsd.data.padding import without_padding
-from onnx_lrsd.data.samples import Samples, read_samples
+from onnx_lrsd.data.samples import Samples, position_axes, read_samples
+from onnx_lrsd.errors import ModelError
 from onnx_lrsd.fit.calibrate import Calibration, calibrate
 from onnx_lrsd.fit.reconstruct import reconstruct
-from onnx_lrsd.fit.sensitivity import final_outputs
+from onnx_lrsd.fit.sensitivity import final_outputs, movement
 from onnx_lrsd.graph.model import Model, load, save
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
-from onnx_lrsd.runtime.divergence import unpadded
+from onnx_lrsd.runtime.divergence import Divergence, positions_first, unpadded
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import Form
 
 WORDS, LENGTH = 50, 12
 MASK = "attention_mask"
+LENGTHS = np.random.default_rng(3).integers(3, 13, 60)
 
 
 def token_model(*, leaks: bool = False, flat: bool = False, mask: str = MASK) -> Model:
@@ -214,3 +220,207 @@ def test_a_metric_may_ask_for_the_inputs() -> None:
     found = onnx_lrsd.compare(model, model, samples, metric=sentence, latency=False)
     assert found.metric is not None and found.metric.before == found.metric.after == 1
     assert (40, 40, 40) in seen and all(len(set(sizes)) == 1 for sizes in seen)
+
+
+def open_token_model() -> Model:
+    """The transformer of the padding tests, for texts of any length."""
+    model = token_model()
+    for value in (*model.proto.graph.input, *model.proto.graph.output):
+        value.type.tensor_type.shape.dim[1].dim_param = "s"
+    return model
+
+
+def pictures_model() -> Model:
+    """Two convolutions with a Relu between them, for pictures of any size."""
+    text = """g (float[n, 3, h, w] x) => (float[n, 8, i, j] y)
+    { a = Conv <pads = [1, 1, 1, 1]> (x, w0, b0) r = Relu (a) y = Conv <strides = [2, 2]> (r, w1) }"""
+    graph = onnx.parser.parse_graph(text)
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (16, 3, 3, 3), "b0": (16,), "w1": (8, 16, 3, 3)}
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape).astype(np.float32) / 4
+        graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    opset = onnx.helper.make_opsetid("", 17)
+    return load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8))
+
+
+def moved(model: Model) -> Model:
+    """The model with other weights."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    rng = np.random.default_rng(1)
+    for tensor in proto.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.ndim > 1 and tensor.name != "table":
+            noisy = values + 0.1 * rng.standard_normal(values.shape) * values.std()
+            tensor.CopyFrom(onnx.numpy_helper.from_array(noisy.astype(values.dtype), tensor.name))
+    return load(proto)
+
+
+def words() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, WORDS, length) for length in LENGTHS]
+
+
+def ragged_texts(model: Model) -> Samples:
+    feeds = [{"ids": text, MASK: np.ones_like(text), "labels": len(text)} for text in words()]
+    return without_padding(model, read_samples(feeds, inputs_of(model.proto)))
+
+
+def padded_texts(model: Model) -> Samples:
+    ids = np.zeros((len(LENGTHS), LENGTHS.max()), np.int64)
+    for row, text in zip(ids, words(), strict=True):
+        row[: len(text)] = text
+    return without_padding(model, read_samples({"ids": ids, MASK: (ids > 0) * 1}, inputs_of(model.proto)))
+
+
+def pictures(model: Model, count: int = 40) -> Samples:
+    rng = np.random.default_rng(0)
+    shown = [rng.standard_normal((3, *rng.integers(6, 14, 2))).astype(np.float32) for _ in range(count)]
+    return read_samples({"x": shown}, inputs_of(model.proto))
+
+
+def test_errors_of_outputs_are_those_of_padded_texts_with_a_mask() -> None:
+    model = open_token_model()
+    ragged, padded = ragged_texts(model), padded_texts(model)
+    assert ragged.ragged and ragged.mask is None and padded.mask == MASK
+    one, other = (compare(model, moved(model), samples, latency=False).error for samples in (ragged, padded))
+    assert one == pytest.approx(other, rel=1e-4)
+    assert one > 1e-4
+
+
+def test_what_sensitivities_are_measured_by_is_that_of_padded_texts_with_a_mask() -> None:
+    model = open_token_model()
+    one, other = (
+        movement(final_outputs(model, samples), final_outputs(moved(model), samples))
+        for samples in (ragged_texts(model), padded_texts(model))
+    )
+    assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_texts_padded_batch_by_batch_are_both_ragged_and_masked() -> None:
+    model = open_token_model()
+    feeds = []
+    for start in range(0, len(LENGTHS), 10):
+        part = words()[start : start + 10]
+        ids = np.zeros((len(part), max(map(len, part))), np.int64)
+        for row, text in zip(ids, part, strict=True):
+            row[: len(text)] = text
+        feeds.append({"ids": ids, MASK: (ids > 0) * 1})
+    samples = without_padding(model, read_samples(feeds, inputs_of(model.proto)))
+    assert samples.mask == MASK
+    assert samples.filled == pytest.approx(LENGTHS.sum() / sum(feed["ids"].size for feed in feeds))
+    error = compare(model, moved(model), samples, latency=False).error
+    assert error == pytest.approx(
+        compare(model, moved(model), padded_texts(model), latency=False).error, 1e-4
+    )
+
+
+def test_errors_of_pictures_are_relative_to_the_variance_of_each_channel() -> None:
+    model = pictures_model()
+    samples = pictures(model)
+    one, two = (
+        np.concatenate(
+            [
+                np.moveaxis(session.run(feed)["y"], 1, -1).reshape(-1, 8).astype(np.float64)
+                for feed in samples.batches(1)
+            ]
+        )
+        for session in (open_session(model.proto), open_session(moved(model).proto))
+    )
+    error = np.sum((one - two) ** 2) / np.sum((one - one.mean(axis=0)) ** 2)
+    assert compare(model, moved(model), samples, latency=False).error == pytest.approx(error, rel=1e-4)
+
+
+def test_axes_of_positions_are_those_that_go_with_the_samples() -> None:
+    model = pictures_model()
+    assert position_axes(pictures(model), open_session(model.proto).run) == {"y": (2, 3)}
+    tokens = open_token_model()
+    assert position_axes(ragged_texts(tokens), open_session(tokens.proto).run) == {"hidden": (1,)}
+    assert position_axes(padded_texts(tokens), open_session(tokens.proto).run) == {}
+
+
+def test_positions_count_as_samples() -> None:
+    values = np.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
+    rows = positions_first(values, None, (2, 3))
+    assert np.array_equal(rows, values.transpose(0, 2, 3, 1).reshape(-1, 3))
+    assert positions_first(values[0, 0], None, (2,)).shape == (4, 5)
+    error = Divergence((1,))
+    for length in (3, 5):
+        error.add(np.ones((2, length, 4)) * np.arange(length)[:, None], np.zeros((2, length, 4)))
+    assert error.relative() > 1  # relative to the variance, not to the squares
+
+
+def test_costs_and_times_are_those_of_a_sample_of_middle_size() -> None:
+    model = pictures_model()
+    samples = pictures(model)
+    middle = samples.example()["x"].shape
+    found = compare(model, model, samples, latency=False).before.macs
+    height, width = middle[2:]
+    assert found == 16 * 27 * height * width + 8 * 144 * ((height - 1) // 2) * ((width - 1) // 2)
+
+
+def test_a_metric_gets_what_differs_in_shape_as_lists() -> None:
+    model = open_token_model()
+    seen = []
+
+    def length(outputs: Mapping[str, Any], labels: np.ndarray, inputs: Mapping[str, Any]) -> float:
+        assert isinstance(outputs["hidden"], list) and isinstance(inputs["ids"], list)
+        seen.append(len(labels))
+        agree = [
+            len(hidden) == len(ids) == label
+            for hidden, ids, label in zip(outputs["hidden"], inputs["ids"], labels, strict=True)
+        ]
+        return float(np.mean(agree))
+
+    found = compare(model, moved(model), ragged_texts(model), metric=length, latency=False)
+    assert found.metric is not None and found.metric.before == found.metric.after == 1
+    assert max(seen) == len(LENGTHS) > min(seen)
+
+
+def test_padding_that_turns_outputs_to_nan_is_named_with_the_remedy() -> None:
+    text = """g (int64[1, s] ids) => (float[1, s, 4] y)
+    { e = Gather (w, ids) m = Equal (ids, nought) p = Where (m, low, high) u = Unsqueeze (p, two)
+      k = Add (e, u) y = Softmax <axis = -1> (k) }"""
+    graph = onnx.parser.parse_graph(text)
+    constants: dict[str, Any] = {
+        "w": np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32),
+        "nought": np.array(0),
+        "low": np.float32(-np.inf),
+        "high": np.float32(0),
+        "two": np.array([2]),
+    }
+    graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items())
+    opset = onnx.helper.make_opsetid("", 17)
+    model = load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8))
+    padded, own = (
+        [np.array([[3, 4, 0, 0]]), np.array([[3, 4, 5, 6]])],
+        [np.array([[3, 4]]), np.array([[3, 4, 5, 6]])],
+    )
+    said, nothing = (
+        without_padding(model, read_samples({"ids": ids}, inputs_of(model.proto))).notes
+        for ids in (padded, own)
+    )
+    assert said == (
+        "Padding in the given data turns the output y to NaN, and such values are left out: give each sample "
+        "at its own length, as files of a folder or a list of arrays.",
+    )
+    assert not any("NaN" in note for note in nothing)
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    model = pictures_model()
+    stages: list[str] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        stages.append(stage)
+
+    for path, says in (
+        (Path("/proc/x.onnx"), "cannot be written"),
+        (tmp_path / "absent" / "x.onnx", "There is no folder"),
+        (tmp_path, "no ordinary file"),
+    ):
+        if path.parent.exists() or path.parts[1] != "proc":
+            with pytest.raises(ModelError, match=says):
+                onnx_lrsd.optimize(model.proto, pictures(model), output=path, progress=progress)
+    assert not stages

@@ -22,7 +22,7 @@ from onnx_lrsd.facts import Report, Verification
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf, calibrate, input_shapes, locate
 from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.fit.sensitivity import sensitivities
-from onnx_lrsd.graph.model import Model, check, load, raised, save
+from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, save
 from onnx_lrsd.int8.fit import INT8, LOW_RANK, Int8Fit
 from onnx_lrsd.measure.compare import compare, total_price
 from onnx_lrsd.measure.layer_times import anatomy
@@ -98,6 +98,8 @@ def optimize(
     run = Run(settings, progress)
     with run.clock("load"):
         original = load(model)
+        if output is not None and not dry_run:
+            ensure_writable(output, original.path)
         source = raised(original, run.target.opset, f"The target {run.target.name}")
         graph = source.graph()
         layers, declined = _select(*find_layers(graph), settings)

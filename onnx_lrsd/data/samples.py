@@ -116,11 +116,12 @@ class Samples:
         owner = np.repeat(np.arange(len(self.groups)), self._counts)[middle]
         return self._feed(self.groups[owner], slice(0, self.smallest_batch))
 
-    def extremes(self) -> tuple[Feed, Feed]:
-        """A smallest batch of the smallest samples, and one of the largest."""
-        by_size = sorted(self.groups, key=_entries)
-        first = slice(0, self.smallest_batch)
-        return self._feed(by_size[0], first), self._feed(by_size[-1], first)
+    def extremes(self) -> list[Feed]:
+        """A smallest batch of the shortest and of the longest samples along every axis that varies."""
+        lengths = np.array([_lengths(group) for group in self.groups])
+        varying = np.flatnonzero(np.ptp(lengths, axis=0))
+        chosen = {int(end(lengths[:, axis])) for axis in varying for end in (np.argmin, np.argmax)}
+        return [self._feed(self.groups[index], slice(0, self.smallest_batch)) for index in sorted(chosen)]
 
     def _feed(self, group: Group, which: slice) -> dict[str, Values]:
         laid = {name: self.slots.get(name, Slot()).lay_out(array[which]) for name, array in group.items()}
@@ -262,6 +263,25 @@ def as_fed(samples: Samples, run: Callable[[Mapping[str, Values]], Any]) -> Samp
         run(next(samples.batches(1)))  # raises what is wrong where the batch is not to blame
         return replace(samples, fixed=1)
     return samples
+
+
+def position_axes(
+    samples: Samples, run: Callable[[Mapping[str, Values]], Mapping[str, Any]]
+) -> dict[str, tuple[int, ...]]:
+    """The axes of each output of ``run`` whose sizes go with those of the samples; none for most.
+
+    Along these lie positions (of a text, a sound, a picture), which are counted as samples are. They are
+    looked for with the smallest and the largest samples.
+    """
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for feed in samples.extremes():
+        for name, value in run(feed).items():
+            shapes.setdefault(name, set()).add(np.shape(value))
+    return {
+        name: tuple(axis for axis, sizes in enumerate(zip(*found, strict=True)) if axis and len({*sizes}) > 1)
+        for name, found in shapes.items()
+        if len({len(shape) for shape in found}) == 1
+    }
 
 
 @dataclass(frozen=True)
@@ -499,6 +519,11 @@ def _shape_key(group: Mapping[str, Values]) -> tuple[tuple[str, tuple[int, ...]]
 def _entries(group: Group) -> int:
     """Entries of all inputs of one sample."""
     return sum(prod(array.shape[1:]) for array in group.values())
+
+
+def _lengths(group: Group) -> list[int]:
+    """Sizes of all axes of one sample, input by input."""
+    return [size for array in group.values() for size in array.shape[1:]]
 
 
 def _bytes_each(group: Group) -> int:

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from onnx_lrsd.data.samples import Samples, batch_to_run
+from onnx_lrsd.data.samples import Samples, batch_to_run, position_axes
 from onnx_lrsd.fit.calibrate import WeightOf
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.passes.split import split
-from onnx_lrsd.runtime.divergence import Divergence, as_array, is_scores, unpadded
+from onnx_lrsd.runtime.divergence import Divergence, as_array, is_scores, positions_first
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.effort import BRIEF
@@ -97,14 +97,15 @@ def movement(before: Sequence[Sequence[Values]], after: Sequence[Sequence[Values
 def final_outputs(model: Model, samples: Samples) -> list[list[Values]]:
     """Floating outputs of the model but at padding, in batches; scores of classes as centred logits."""
     session = open_session(model.proto, folder=model.folder)
-    found: list[list[Values]] = [[] for _ in session.outputs]
+    axes = position_axes(samples, session.run)
+    found: dict[str, list[Values]] = {name: [] for name in session.outputs}
     for feed in samples.batches(batch_to_run(samples)):
         size, real = samples.size_of(feed), samples.real(feed)
-        for batches, value in zip(found, session.run(feed).values(), strict=True):
-            array = unpadded(as_array(value), real)
+        for name, value in session.run(feed).items():
+            array = positions_first(as_array(value), real, axes.get(name, ()))
             if array.dtype.kind == "f":
-                batches.append(logits(array.reshape(size, -1)) if is_scores(array, size) else array)
-    return [batches for batches in found if batches]
+                found[name].append(logits(array.reshape(size, -1)) if is_scores(array, size) else array)
+    return [batches for batches in found.values() if batches]
 
 
 def logits(scores: Values) -> Values:

@@ -264,18 +264,36 @@ def _read(path: Path) -> onnx.ModelProto:
     return proto
 
 
+def ensure_writable(path: str | Path, source: Path | None) -> None:
+    """Find out before the work whether a model made from ``source`` can be written to ``path``.
+
+    Raises ModelError where it cannot, or where ``path`` is ``source`` itself.
+    """
+    path = Path(path)
+    if source is not None and path.exists() and path.samefile(source):
+        raise ModelError(f"{path} is the model itself: choose another output.")
+    if not path.parent.is_dir():
+        raise ModelError(f"There is no folder {path.parent} to write to: create it first.")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path} is no ordinary file: name the output file.")
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-lrsd-"):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> ModelError:
+    return ModelError(f"{path} cannot be written ({error.strerror}): choose another output.")
+
+
 def save(model: Model, path: str | Path) -> None:
     """Write ``model``, all of it or nothing. External data in, external data out (``NAME.data``).
 
     Raises ModelError when ``path`` is the model's own file or cannot be written.
     """
     path = Path(path)
-    if model.path is not None and path.exists() and path.samefile(model.path):
-        raise ModelError(f"{path} is the model itself: choose another output.")
-    if not path.parent.is_dir():
-        raise ModelError(f"There is no folder {path.parent} to write to: create it first.")
-    if path.exists() and not path.is_file():
-        raise ModelError(f"{path} is no ordinary file: name the output file.")
+    ensure_writable(path, model.path)
     external = model.external or model.proto.ByteSize() > PROTOBUF_LIMIT
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-lrsd-") as folder:
@@ -289,7 +307,7 @@ def save(model: Model, path: str | Path) -> None:
                 os.replace(written / data, path.with_name(data))
             os.replace(written / path.name, path)
     except OSError as error:
-        raise ModelError(f"{path} cannot be written ({error.strerror}): choose another output.") from None
+        raise _unwritable(path, error) from None
     except EncodeError:
         raise ModelError(
             f"{path} would exceed what one ONNX file can hold: save the input with external data."

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from onnx_lrsd.data.samples import Samples, as_fed, batch_to_run
+from onnx_lrsd.data.samples import Samples, as_fed, batch_to_run, position_axes
 from onnx_lrsd.errors import DataError, LrsdError, VerificationError
 from onnx_lrsd.facts import ModelCost, OutputError, ScoreChange, Verification
 from onnx_lrsd.graph.model import Model, model_bytes
@@ -50,7 +50,7 @@ class Pace(NamedTuple):
 
 def total_price(model: Model, samples: Samples) -> Price:
     """MACs of one sample, parameters and bytes of the whole model."""
-    feed = next(iter(samples.batches(1)))
+    feed = samples.example()
     found = cost(model, model_bytes(model), feed, samples.size_of(feed))
     return Price(found.macs, found.parameters, found.bytes)
 
@@ -102,7 +102,7 @@ def compare(
     score = None
     if labels is not None:
         score = _scored(metric, *kept, labels, samples) if callable(metric) else _score(*kept, labels, metric)
-    feed = next(iter(samples.batches(1)))
+    feed = samples.example()
     pace = None
     if latency:
         models = (before.proto, before.folder), (after.proto, after.folder)
@@ -182,7 +182,8 @@ def _differences(
     with _second():
         new = open_session(after.proto, folder=after.folder)
     samples = as_fed(samples, old.run)
-    errors = {name: Divergence() for name in old.outputs}
+    axes = position_axes(samples, old.run)
+    errors = {name: Divergence(axes.get(name, ())) for name in old.outputs}
     kept: tuple[list[Any], list[Any]] = [], []
     done = 0
     for feed in samples.batches(batch_to_run(samples)):
@@ -257,24 +258,23 @@ def _scored(
 ) -> ScoreChange:
     """The user's own score of both, and the 95 % interval of the difference.
 
-    A function with a parameter ``inputs`` gets the samples, (count, ...) by name of the input.
+    A function with a parameter ``inputs`` gets the samples, (count, ...) by name of the input. Where shapes
+    differ from sample to sample, inputs or outputs come as a list of arrays without the axis of the batch.
 
     Source: delete-a-group jackknife; Shao and Tu, The Jackknife and Bootstrap (1995), section 2.2.
     """
     count, labelled = len(labels), samples.labelled
 
-    def scored(outputs: Feed, which: npt.NDArray[np.int64]) -> float:
+    def scored(outputs: Mapping[str, Any], which: npt.NDArray[np.int64]) -> float:
         rows = (which[:, None] * labelled + np.arange(labelled)).ravel()
-        inputs = (
-            {"inputs": {name: values[rows] for name, values in samples.by_input().items()}} if asks else {}
-        )
-        return float(score({name: values[rows] for name, values in outputs.items()}, labels[which], **inputs))
+        inputs = {"inputs": _picked(samples.by_input(), rows)} if asks else {}
+        return float(score(_picked(outputs, rows), labels[which], **inputs))
 
     def difference(which: npt.NDArray[np.int64]) -> float:
         return scored(two, which) - scored(one, which)
 
     try:
-        one, two = ({name: np.concatenate([f[name] for f in fs]) for name in fs[0]} for fs in (old, new))
+        one, two = ({name: _by_sample([f[name] for f in fs]) for name in fs[0]} for fs in (old, new))
         asks = "inputs" in inspect.signature(score).parameters
         whole = scored(one, np.arange(count)), scored(two, np.arange(count))
         order, groups = np.random.default_rng(0).permutation(count), min(GROUPS, count)
@@ -286,6 +286,20 @@ def _scored(
     middle = whole[1] - whole[0]
     name = getattr(score, "__name__", "metric")
     return ScoreChange(name, *whole, count, (middle - spread, middle + spread))
+
+
+def _by_sample(batches: list[Any]) -> Any:
+    """One array, or a list of one for each sample where their shapes differ."""
+    if len({np.shape(batch)[1:] for batch in batches}) == 1:
+        return np.concatenate(batches)
+    return [sample for batch in batches for sample in batch]
+
+
+def _picked(values: Mapping[str, Any], rows: npt.NDArray[np.int64]) -> dict[str, Any]:
+    return {
+        name: [value[row] for row in rows] if isinstance(value, list) else value[rows]
+        for name, value in values.items()
+    }
 
 
 def _top1(old: Classes, new: Classes, labels: npt.NDArray[Any]) -> ScoreChange:

@@ -46,7 +46,7 @@ def anatomy(
 
     ``shapes`` are those of the layers' inputs in that batch.
     """
-    feed = next(iter(samples.batches(1)))
+    feed = samples.example()
     size = samples.size_of(feed)
     rng, known = np.random.default_rng(0), dict[object, float]()
     found = {}

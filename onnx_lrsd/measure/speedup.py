@@ -67,7 +67,7 @@ def speedups_within(
     """
     chosen = [layer for layer in layers if layer.output in forms]
     rewritten = _rewritten(model, chosen, forms, whole=True)
-    feed = next(iter(samples.batches(1)))
+    feed = samples.example()
     old, new = (kernels(x.proto, feed, folder=model.folder) for x in (model, rewritten))
     before, after = ([kernel.name for kernel in each] for each in (old, new))
     owners = {k: layer.output for k in after for layer in chosen if k.startswith(f"{layer.name}/lrsd/")}
@@ -86,7 +86,7 @@ def whole_speedup(
     """How many times faster the whole model gets with ``forms``, measured on one smallest batch."""
     chosen = [layer for layer in layers if layer.output in forms]
     rewritten = _rewritten(model, chosen, forms, whole=True)
-    feed = next(iter(samples.batches(1)))
+    feed = samples.example()
     pair = model.proto, rewritten.proto
     return time_pair(*pair, feed, folder=model.folder, seconds=seconds, restarts=STARTS).ratio
 

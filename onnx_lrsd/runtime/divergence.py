@@ -19,9 +19,12 @@ class Divergence:
     does, |old|^2 stands below the line. What is no floating number counts as the share of entries that
     differ, and a batch whose shape changed as wholly different. NaN equals NaN and infinity itself;
     a value that is finite in one stream only makes the error infinite.
+
+    Entries along ``positions``, axes whose size differs from sample to sample, count as samples do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, positions: tuple[int, ...] = ()) -> None:
+        self.positions = positions
         self.missed = self.squares = self.spread = 0.0
         self.shift: Values | None = None
         self.sum: Any = 0.0
@@ -30,7 +33,7 @@ class Divergence:
 
     def add(self, old: Any, new: Any, real: Values | None = None) -> None:
         """Take in the outputs of one batch; where ``real`` (samples, positions) says so, without padding."""
-        one, two = unpadded(as_array(old), real), unpadded(as_array(new), real)
+        one, two = (positions_first(as_array(value), real, self.positions) for value in (old, new))
         if one.shape != two.shape:
             self.uneven = True
             energy = float(np.sum(_finite(one) ** 2)) if one.dtype.kind == "f" else float(max(one.size, 1))
@@ -88,6 +91,15 @@ def as_array(value: Any) -> Values:
     if arrays and all(a.shape == arrays[0].shape and a.dtype.kind in "biufUS" for a in arrays):
         return np.stack(arrays)
     return np.array([repr(item) for item in value])
+
+
+def positions_first(values: Values, real: Values | None, positions: tuple[int, ...]) -> Values:
+    """``values`` without padding, as ``unpadded`` has them, or with ``positions`` counted as samples."""
+    found = unpadded(values, real)
+    if found is not values or not positions or values.ndim <= max(positions):
+        return found
+    moved = np.moveaxis(values, positions, range(1, 1 + len(positions)))
+    return moved.reshape(-1, *moved.shape[1 + len(positions) :])
 
 
 def unpadded(values: Values, real: Values | None) -> Values:

@@ -57,7 +57,7 @@ def open_shapes(
     An open batch goes from one to BATCH, for which times are predicted; other open dimensions have the
     sizes that ``samples`` have.
     """
-    feed = next(iter(samples.batches(1)))
+    feed = samples.example()
     least, most = {}, {}
     for spec in inputs_of(model.proto):
         if spec.ranked and all(isinstance(size, int) for size in spec.shape):
