@@ -1,0 +1,361 @@
+"""The report page: one file that loads nothing, tells the whole report, and needs no mouse."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onnx_lrsd.errors import DataError
+from onnx_lrsd.report.html import report_page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+EVIL = '</script><img src="http://example.com/x" onerror="document.title=1">'
+PICTURE = {"kind": "entries", "shape": [64, 576], "cells": ["0129" * 16] * 32}
+
+
+def layer(index: int, changed: bool = True) -> dict[str, Any]:
+    """A row of the report, for a convolution of 64 channels."""
+    less = 2 if changed else 1
+    return {
+        "name": f"/body/block.{index}/conv/Conv",
+        "output": f"y{index}",
+        "op": "Conv",
+        "shape": [64, 64, 3, 3],
+        "form": "spatial" if changed else "dense",
+        "rank": 16 + index if changed else 0,
+        "nonzeros": 900 if changed else 0,
+        "pattern": "unstructured" if changed else "none",
+        "macs_before": 10**6 * (index + 1),
+        "macs_after": 10**6 * (index + 1) // less,
+        "bytes_before": 147_456,
+        "bytes_after": 147_456 // less,
+        "parameters_before": 36_864,
+        "parameters_after": 36_864 // less,
+        "error": 0.01 / (index + 1) if changed else 0.0,
+        "reason": "" if changed else "no smaller form is predicted to be faster",
+        "kept": 0,
+        "of": 0,
+        "weights": {},
+        "entries": "",
+    }
+
+
+def layer_details(index: int, points: int = 40) -> dict[str, Any]:
+    shares = [(i + 1) / points for i in range(points)]
+    bins = [math.exp(-(((i - 20) / 8) ** 2)) / 14 for i in range(40)]
+    return {
+        "output": f"y{index}",
+        "planned": "spatial 16",
+        "seconds_before": 1e-4 * (index + 1),
+        "seconds_after": 6e-5 * (index + 1),
+        "sensitivity": 0.1 + index / 10,
+        "curve": {
+            "forms": [f"{'spatial' if i % 2 else 'channel'} {16 + i}" for i in range(points)],
+            "groups": ["spatial" if i % 2 else "channel" for i in range(points)],
+            "errors": [0.3 * (1 - share) ** 2 + 1e-6 * (index + 1) for share in shares],
+            "macs": [int(1e6 * (index + 1) * share) for share in shares],
+            "parameters": [int(36_864 * share) for share in shares],
+            "bytes": [int(147_456 * share) for share in shares],
+            "seconds": [1e-4 * (index + 1) * share for share in shares],
+        },
+        "spectrum": {
+            "ranks": list(range(1, 65)),
+            "values": [1 / rank for rank in range(1, 65)],
+            "left": [0.5**rank for rank in range(1, 65)],
+        },
+        "picture": PICTURE,
+        "histogram": {"low": -2.0, "high": 2.0, "before": bins, "after": bins[::-1]},
+    }
+
+
+def a_report(layers: int = 4) -> dict[str, Any]:
+    """A report with every part that the page draws; its last layer was left as it was."""
+    cost = {"bytes": 3_000_000, "parameters": 750_000, "macs": 60_000_000, "latency_ms": 1.5}
+    less = {"bytes": 1_800_000, "parameters": 450_000, "macs": 30_000_000, "latency_ms": 0.9}
+    return {
+        "schema": 1,
+        "tool": {"name": "onnx-lrsd", "version": "0.1.0"},
+        "model": {"input": "models/net.onnx", "output": "models/net.lrsd.onnx"},
+        "target": "onnxruntime",
+        "cost": "macs",
+        "calibration": {"samples": 300, "source": "calib.npz"},
+        "before": cost,
+        "after": less,
+        "ratio": {
+            "bytes": 5 / 3,
+            "macs": 2.0,
+            "parameters": 5 / 3,
+            "latency": {"median": 1.66, "interval": [1.6, 1.7]},
+        },
+        "outputs": [{"name": "scores", "relative_error": 0.004}, {"name": "boxes", "relative_error": 0.0001}],
+        "metric": {
+            "name": "top1",
+            "before": 0.91,
+            "after": 0.905,
+            "samples": 400,
+            "interval": [-0.01, 0.002],
+        },
+        "promise": {"kind": "ratio", "asked": 2.0, "got": 2.0, "kept": True},
+        "int8": None,
+        "loading": None,
+        "tensorrt": None,
+        "predicted": {"latency": 1.7, "table": "built in: some processor"},
+        "layers": [layer(i, changed=i + 1 < layers) for i in range(layers)],
+        "warnings": ["Few samples: the error may be larger on others."],
+        "seconds": {"load": 0.1, "calibrate": 1.2, "plan": 3.4},
+        "details": {
+            "command": "onnx-lrsd optimize models/net.onnx --calib calib.npz --ratio 2",
+            "machine": {"processor": "some processor", "cores": 2},
+            "versions": {"onnx-lrsd": "0.1.0", "numpy": "2.0"},
+            "trade_off": {
+                "cost": "macs",
+                "predicted": [{"ratio": 1 + i / 4, "error": 0.0001 * 2**i} for i in range(8)],
+                "tried": [{"ratio": 3.0, "error": 0.03}],
+                "chosen": {"ratio": 2.0, "error": 0.004},
+            },
+            "layers": [layer_details(i) for i in range(layers)],
+        },
+    }
+
+
+def test_a_page_of_sixty_layers_takes_less_than_a_megabyte() -> None:
+    assert len(report_page(json.dumps(a_report(60))).encode()) < 10**6
+
+
+def test_the_file_names_no_address_on_the_network() -> None:
+    page = report_page(json.dumps(a_report())).replace("http://www.w3.org/2000/svg", "")
+    assert "http:" not in page and "https:" not in page and "//cdn" not in page
+
+
+def test_names_in_a_model_cannot_end_the_data_they_stand_in() -> None:
+    facts = a_report()
+    facts["layers"][0]["name"] = facts["model"]["input"] = EVIL
+    page = report_page(json.dumps(facts))
+    assert EVIL not in page and page.count("</script>") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "no report"),
+        ('{"schema": 1, "layers": {}}', "no report"),
+        ('{"schema": 1, "model": {"input": "a.onnx"}, "total": {}, "layers": []}', "no report"),
+        ('{"schema": 2, "model": {"input": "a.onnx"}, "outputs": []}', "schema 2"),
+    ],
+)
+def test_what_is_no_report_is_refused_with_the_remedy(text: str, said: str) -> None:
+    with pytest.raises(DataError, match=said) as raised:
+        report_page(text)
+    assert "--json" in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, headless; no browser is ever downloaded."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+class Opened:
+    """A page, what it said on the console, and what it asked the network for."""
+
+    def __init__(self, browser: Any, path: Path, facts: dict[str, Any], **context: Any) -> None:
+        path.write_text(report_page(json.dumps(facts)), encoding="utf-8")
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page = browser.new_context(**context).new_page()
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("main")
+
+    def rows(self) -> list[str]:
+        """Names of the layers in the list, from its top."""
+        found = self.page.locator("tbody tr[data-name]").evaluate_all("rows => rows.map(r => r.dataset.name)")
+        return [str(name) for name in found]
+
+    def picked(self) -> str:
+        return str(self.page.locator(".picked h3").inner_text())
+
+    def curve(self) -> str:
+        return str(self.page.locator(".picked .curves svg[role=img]").inner_html())
+
+    def command(self) -> str:
+        return str(self.page.locator(".command code").last.inner_text())
+
+
+@pytest.fixture
+def opened(browser: Any, tmp_path: Path) -> Iterator[Opened]:
+    found = Opened(browser, tmp_path / "page.html", a_report())
+    yield found
+    found.page.context.close()
+
+
+def test_nothing_is_said_on_the_console_and_nothing_is_fetched(opened: Opened) -> None:
+    opened.page.wait_for_timeout(100)
+    assert opened.said == []
+    assert [url for url in opened.asked if not url.startswith(("file:", "data:"))] == []
+    assert sum(url.startswith("file:") for url in opened.asked) == 1
+
+
+def test_names_in_a_model_are_text_on_the_page(browser: Any, tmp_path: Path) -> None:
+    facts = a_report()
+    facts["layers"][0]["name"] = facts["model"]["input"] = EVIL
+    found = Opened(browser, tmp_path / "page.html", facts)
+    found.page.wait_for_timeout(100)
+    assert found.page.locator("img").count() == 0 and EVIL in found.rows()
+    assert found.said == [] and len(found.asked) == 1
+    found.page.context.close()
+
+
+def test_the_largest_rewritten_layer_is_picked_first_and_a_click_picks_another(opened: Opened) -> None:
+    assert opened.picked() == "/body/block.2/conv/Conv"
+    before = opened.curve()
+    opened.page.locator("tbody tr[data-name]").first.click()
+    assert opened.picked() == "/body/block.0/conv/Conv"
+    assert opened.curve() != before
+
+
+def test_layers_are_picked_and_excluded_from_the_keyboard(opened: Opened) -> None:
+    opened.page.locator("tr[aria-selected=true]").focus()
+    for key, picked in (("ArrowUp", 1), ("End", 3), ("Home", 0), ("ArrowDown", 1)):
+        opened.page.keyboard.press(key)
+        assert opened.picked() == f"/body/block.{picked}/conv/Conv"
+    focused = opened.page.evaluate("document.activeElement.dataset.name")
+    assert focused == opened.picked()
+    outline = opened.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline != "none", "where the focus is must be seen"
+    assert "--exclude" not in opened.command()
+    opened.page.keyboard.press("x")
+    assert opened.command().endswith(r"--exclude '^(?:/body/block\.1/conv/Conv)$'")
+    opened.page.keyboard.press("x")
+    assert "--exclude" not in opened.command()
+
+
+def test_layers_are_filtered_and_sorted(opened: Opened) -> None:
+    every = opened.rows()
+    assert len(every) == 4
+    opened.page.get_by_role("searchbox").fill("block.1")
+    assert opened.rows() == ["/body/block.1/conv/Conv"] and opened.picked() == opened.rows()[0]
+    opened.page.get_by_role("searchbox").fill("no such layer")
+    assert opened.rows() == [] and "No layer" in opened.page.locator(".list").inner_text()
+    opened.page.get_by_role("searchbox").fill("")
+    header = opened.page.locator(".list").get_by_role("columnheader", name="Error")
+    header.get_by_role("button").click()
+    assert opened.rows() == every, "the largest error stands first"
+    assert header.get_attribute("aria-sort") == "descending"
+    header.get_by_role("button").click()
+    assert opened.rows() == [every[3], *every[2::-1]]
+    opened.page.get_by_label("Which layers").select_option("left")
+    assert opened.rows() == [every[3]]
+
+
+def test_the_unit_of_bars_and_curves_is_switched(opened: Opened) -> None:
+    before = opened.curve()
+    assert "time left" in before
+    opened.page.get_by_role("button", name="bytes", exact=True).click()
+    assert "bytes left" in opened.curve()
+    assert opened.page.get_by_role("columnheader", name="Bytes").count() == 1
+
+
+def test_every_part_of_the_report_is_told(opened: Opened) -> None:
+    text = opened.page.locator("main").inner_text()
+    for said in (
+        "net.onnx",
+        "Promise kept",
+        "Few samples",
+        "scores",
+        "no smaller form is predicted to be faster",
+        "onnx-lrsd optimize models/net.onnx",
+        "some processor",
+        "numpy",
+    ):
+        assert said in text, said
+
+
+def test_a_report_without_details_leaves_their_panels_out(browser: Any, tmp_path: Path) -> None:
+    facts = a_report()
+    del facts["details"]
+    for row in facts["layers"]:
+        del row["output"]
+    found = Opened(browser, tmp_path / "page.html", facts)
+    assert found.said == [] and len(found.rows()) == 4
+    assert found.page.locator(".panel").count() == 0
+    found.page.context.close()
+
+
+def test_a_dry_run_and_errors_that_are_not_finite_have_a_page(browser: Any, tmp_path: Path) -> None:
+    facts = a_report()
+    facts |= {"before": None, "after": None, "ratio": None, "outputs": [], "metric": None, "promise": None}
+    found = Opened(browser, tmp_path / "plan.html", facts)
+    assert found.said == [] and "A plan only" in found.page.locator("main").inner_text()
+    found.page.context.close()
+    facts = copy.deepcopy(a_report())
+    facts["outputs"][0]["relative_error"] = None
+    found = Opened(browser, tmp_path / "nan.html", facts)
+    assert found.said == [] and "not finite" in found.page.locator("main").inner_text()
+    found.page.context.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_wider_than_the_window(browser: Any, tmp_path: Path, width: int) -> None:
+    found = Opened(browser, tmp_path / "page.html", a_report(), viewport={"width": width, "height": 800})
+    wide = found.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert wide <= 0
+    found.page.context.close()
+
+
+def test_a_print_shows_every_layer_on_white(browser: Any, tmp_path: Path) -> None:
+    found = Opened(browser, tmp_path / "page.html", a_report(40), color_scheme="dark")
+    found.page.emulate_media(media="print")
+    hidden = found.page.evaluate("(l => l.scrollHeight - l.clientHeight)(document.querySelector('.list'))")
+    assert hidden <= 1
+    assert found.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    found.page.context.close()
+
+
+def test_the_theme_follows_the_system_until_it_is_chosen(browser: Any, tmp_path: Path) -> None:
+    def paper(found: Opened) -> int:
+        return int(found.page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]"))
+
+    for scheme, dark in (("light", False), ("dark", True)):
+        found = Opened(browser, tmp_path / "page.html", a_report(), color_scheme=scheme)
+        assert (paper(found) < 128) == dark
+        button = found.page.get_by_role("button", name="Theme")
+        button.click()
+        assert paper(found) > 128
+        button.click()
+        assert paper(found) < 128
+        found.page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_that_shuts_people_out(browser: Any, tmp_path: Path, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
+    found = Opened(browser, tmp_path / "page.html", a_report(), color_scheme=scheme)
+    violations = axe.Axe().run(found.page).response["violations"]
+    assert [(v["id"], v["impact"], v["nodes"][0]["html"][:200]) for v in violations] == []
+    found.page.context.close()
