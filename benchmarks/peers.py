@@ -30,7 +30,7 @@ from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.facts import LoadCost, Verification
 from onnx_lrsd.graph.model import Model, model_bytes
 from onnx_lrsd.measure.compare import compare, time_pair, total_price
-from onnx_lrsd.measure.load_cost import loading
+from onnx_lrsd.measure.load_cost import opening_cost
 from onnx_lrsd.types import DENSE
 
 OPTIONS = (FOLDERS, LIMIT, JSON)
@@ -101,7 +101,7 @@ class Case:
     @cached_property
     def opened(self) -> LoadCost:
         """What it takes to open the original."""
-        return loading(self.given.source)
+        return opening_cost(self.given.source)
 
     def judged(
         self,
@@ -116,7 +116,7 @@ class Case:
         found = compare(
             self.given.source, model, self.given.evaluation, bytes_after=counted, latency=counted is None
         )
-        opened = loading(model) if opens else None
+        opened = opening_cost(model) if opens else None
         macs = counted is None and not opens
         return self._row(model, found, opened, macs, ratio=ratio, group=group, method=method)
 
@@ -158,7 +158,7 @@ class Case:
             return Row(self.given.name, ratio, group, "onnx-lrsd", says=str(error)), None
         found = report.verification
         assert found is not None
-        opened = report.loading and report.loading[1]
+        opened = None if report.loading is None else report.loading.after
         names = {"ratio": ratio, "group": group, "method": "onnx-lrsd"}
         return self._row(model, found, opened, target != "size", **names), model
 

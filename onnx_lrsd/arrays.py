@@ -1,6 +1,6 @@
-"""One array namespace for the solver: NumPy on a CPU, CuPy on a GPU, any array-API library in tests.
+"""The solver's arrays: NumPy on a CPU, CuPy on a GPU, any array-API library in tests.
 
-The solver calls only what the array API standard has. What the standard lacks stands here once.
+The solver calls only functions of the array API standard, and those below, which the standard lacks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What can go wrong, in words a user can act on.
+"""Errors that a user can cause.
 
-Each message is one sentence that ends with the remedy. The command line prints it and
-exits with ``code``; a traceback is always a bug.
+Each message is one sentence that ends with the remedy. The command line prints it and exits with ``code``;
+a traceback is always a bug.
 """
 
 
@@ -16,7 +16,7 @@ class ModelError(LrsdError):
 
 
 class UnsupportedModelError(ModelError):
-    """The model is valid, but there is nothing in it that can be worked on."""
+    """The model is valid, but has no layer that can be worked on."""
 
 
 class DataError(LrsdError):
@@ -24,11 +24,11 @@ class DataError(LrsdError):
 
 
 class DeviceError(LrsdError):
-    """The requested device or an optional package is not there."""
+    """A device or an optional package that was asked for is missing."""
 
 
 class BudgetError(LrsdError):
-    """No plan meets the budget; the message says the nearest one that can be met."""
+    """No plan meets the budget; the message names the nearest budget that can be met."""
 
     code = 3
 

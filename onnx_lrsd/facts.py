@@ -127,6 +127,14 @@ class LoadCost:
 
 
 @dataclass(frozen=True)
+class LoadCosts:
+    """What it takes to open the model before and after."""
+
+    before: LoadCost
+    after: LoadCost
+
+
+@dataclass(frozen=True)
 class Engine:
     """What TensorRT is to be told: ``command`` builds the engine, by trtexec.
 
@@ -156,7 +164,7 @@ class Report:
     promise: Promise | None
     layers: tuple[LayerReport, ...]
     int8: Int8 | None = None
-    loading: tuple[LoadCost, LoadCost] | None = None
+    loading: LoadCosts | None = None
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

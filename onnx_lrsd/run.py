@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from onnx_lrsd.facts import Engine, Int8, LoadCost
+from onnx_lrsd.facts import Engine, Int8, LoadCosts
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, processor, this_machine
 from onnx_lrsd.types import COSTS, Progress, Score
@@ -74,7 +74,7 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     int8: Int8 | None = None
-    loading: tuple[LoadCost, LoadCost] | None = None
+    loading: LoadCosts | None = None
     engine: Engine | None = None
     target: Target = field(init=False)
     machine: Machine | None = field(init=False, default=None)

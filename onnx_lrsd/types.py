@@ -1,4 +1,4 @@
-"""The nouns that the stages pass to each other: plain, frozen, and free of behaviour that costs.
+"""The plain data that stages pass to each other.
 
 Throughout, a layer is ``y = W x + b`` with W of shape (n, m): n outputs, and the m inputs of
 one output. For a convolution x is a patch, flattened as (input channel, kernel position), so
@@ -51,8 +51,8 @@ PATTERNS = ("none", UNSTRUCTURED, N_OF_M, CHANNELS)
 class Layer:
     """One Conv, Gemm or MatMul with a constant weight.
 
-    ``name`` is the tensor the layer gives (that of the BatchNormalization folded into it, if
-    any); ``node`` is what a person calls it. ``shape`` is the weight as the node reads it.
+    ``output`` is the tensor the layer gives (that of the BatchNormalization folded into it, if
+    any) and identifies it; ``name`` is what a person calls it. ``shape`` is the weight as the node reads it.
     ``axis`` is the axis of the input that carries features: 1 for Conv, -1 for ``x @ W``, -2 for
     ``W @ x``, 0 for a Gemm with transA. ``positions`` is how often W is applied in one sample
     (0: not known), so that MACs = n m positions. ``size`` is the spatial size of the input, once it
@@ -166,8 +166,8 @@ class Form:
     rank, sparse and both are points of one space.
 
     A form with ``weights`` is stored in codes that the runtime decodes to one dense weight: how many
-    outputs (dense) or ranks (factors, the largest first) are kept in which storage. ``entries`` is the
-    storage of S there.
+    outputs (dense) or ranks (factors, the largest first) are kept in which storage. ``entries`` is then the
+    storage of S.
     """
 
     kind: str = DENSE
@@ -179,17 +179,17 @@ class Form:
 
     @property
     def coded(self) -> bool:
-        """Whether it is stored in codes."""
+        """Whether the weight is stored in codes."""
         return bool(self.weights or self.entries)
 
     @property
     def dense(self) -> bool:
-        """Whether the layer stays as it is."""
+        """Whether the layer stays as it was."""
         return self.kind == DENSE and not self.coded
 
     @property
     def channels(self) -> int:
-        """Input channels that a channel-structured S keeps in full."""
+        """How many whole input channels S keeps."""
         return self.pattern.count if self.pattern.kind == CHANNELS else 0
 
     def __str__(self) -> str:
@@ -199,9 +199,9 @@ class Form:
         if self.kind == DENSE and len(self.weights) == 1:
             kept = self.weights[0][0]
         low = f"{self.kind}{rank}{outer}" + (f" ({kept})" if kept else "")
-        return low + (f" + S {self.pattern}" + (f" ({self.entries})" if self.entries else "")) * (
-            self.pattern != NONE
-        )
+        if self.pattern == NONE:
+            return low
+        return f"{low} + S {self.pattern}" + (f" ({self.entries})" if self.entries else "")
 
 
 @dataclass(frozen=True)
@@ -267,8 +267,8 @@ class Factors:
 class Price:
     """What a layer or a model costs for one sample.
 
-    ``seconds``, in one thread, are measured where it is as it was, predicted from that where it is another
-    form; None where nobody measured.
+    ``seconds``, in one thread, are measured for a dense layer, and predicted from that for another form; None
+    where nothing was measured.
     """
 
     macs: int
@@ -290,8 +290,8 @@ class Price:
 class Point:
     """One point of an error curve: a form, its relative output error, its price, and its predicted time.
 
-    ``time`` is what the target's table says, the same in every run; ``price.seconds`` is that made to fit
-    what the dense layer was measured to take.
+    ``time`` is predicted from the target's table alone, so it is the same in every run. ``price.seconds`` is
+    scaled so that the dense layer takes what was measured.
     """
 
     form: Form
@@ -308,12 +308,12 @@ COSTS: Mapping[str, CostOf] = {
     "bytes": lambda point: point.price.bytes,
     "latency": lambda point: point.price.seconds or 0.0,
 }
-"""What a ratio may be of, and how much of it a point costs."""
+"""By name of a cost, which a ratio may be of: how much of it a point has."""
 
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """What one layer loses for each form it may take; the first point is dense, with error 0."""
+    """The error of one layer in each form it may take; the first point is dense, with error 0."""
 
     layer: Layer
     points: tuple[Point, ...]
@@ -321,7 +321,7 @@ class ErrorCurve:
 
 @dataclass(frozen=True)
 class Choice:
-    """The form a plan gives one layer, with the error and prices it was chosen for."""
+    """The form that a plan gives one layer, with the error and the prices it was chosen by."""
 
     form: Form
     error: float
@@ -332,7 +332,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Layer name -> choice, for every layer that was found. JSON in, JSON out, replayable."""
+    """A choice for every layer that was found, by ``Layer.output``; it can be saved as JSON and replayed."""
 
     target: str
     cost: str

@@ -202,14 +202,14 @@ def test_profile_says_before_it_measures_that_it_cannot_write(monkeypatch: pytes
 
 def test_measuring_fills_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, small in (
-        *(("SIDES", (7, 14)), ("CHANNELS", (8, 32)), ("PASSES", 1), ("SECONDS", 0.01)),
+        *(("SIDES", (7, 14)), ("_CHANNELS", (8, 32)), ("PASSES", 1), ("_SECONDS", 0.01)),
         *(("MATRIX_ROWS", (1, 4)), ("MATRIX_INPUTS", (16, 32)), ("MATRIX_OUTPUTS", (16, 64))),
         ("MOST_MACS", 8_000_000),
     ):
         monkeypatch.setattr(profile, name, small)
     told: list[tuple[str, int, int]] = []
     found = profile.measure(lambda *said: told.append(said))
-    assert found.block in profile.BLOCKS and set(found.rates) == set(NODES)
+    assert found.block in profile._BLOCKS and set(found.rates) == set(NODES)
     assert from_json(to_json(found)).block == found.block  # no gap, all positive
     assert told[-1] == ("profile", 8, 8)
     assert 1e-8 < found.node < 1e-3 and 1e-12 < found.value < 1e-6

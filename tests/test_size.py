@@ -21,7 +21,7 @@ from onnx_lrsd.errors import DataError, ModelError, UnsupportedModelError
 from onnx_lrsd.fit.calibrate import calibrate
 from onnx_lrsd.graph.model import model_bytes, raised
 from onnx_lrsd.graph.subgraph import inputs_of
-from onnx_lrsd.measure.load_cost import loading
+from onnx_lrsd.measure.load_cost import opening_cost
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.session import open_session, simplified
@@ -359,7 +359,7 @@ def test_a_plan_in_codes_needs_a_target_that_writes_them() -> None:
 
 def test_memory_that_opening_takes_is_not_that_of_the_process_which_asks() -> None:
     mine = np.ones(50_000_000)
-    assert loading(onnx_lrsd.load(EXAMPLE / "digits.onnx")).peak_bytes < mine.nbytes
+    assert opening_cost(onnx_lrsd.load(EXAMPLE / "digits.onnx")).peak_bytes < mine.nbytes
 
 
 def test_a_weight_that_a_runtime_would_not_fold_is_left() -> None:

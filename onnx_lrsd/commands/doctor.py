@@ -1,29 +1,28 @@
-"""What is installed, what works, and what to do about the rest."""
+"""What is installed, what works, and how to mend the rest."""
 
 from __future__ import annotations
 
 import platform
-import sys
-from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.metadata import PackageNotFoundError, distributions, metadata, requires, version
 from typing import NamedTuple
 
 import numpy as np
 import onnx
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from onnx_lrsd.arrays import cupy
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.runtime.session import gist, onnxruntime, open_session
 from onnx_lrsd.targets.machine import built_in, stored_at, this_machine
 
-NEEDED = {"numpy": (2, 0), "onnx": (1, 16), "onnx-graphsurgeon": (0, 6)}
-"""Package -> the oldest version that will do."""
-OLDEST_PYTHON = (3, 11)
+DISTRIBUTION = "onnx-lrsd"
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at; ``said`` is a sentence that ends with the remedy if there is one.
+    """One thing that was checked; ``said`` is a sentence that ends with the remedy, if one is needed.
 
-    ``good`` is True for what works, False for what has to be mended, None for what one can do without.
+    ``good`` is True for what works, False for what has to be mended, None for what is optional.
     """
 
     name: str
@@ -32,28 +31,32 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Look at everything that onnx-lrsd stands on; nothing is changed and nothing is raised."""
-    return [_python(), *(_package(name) for name in NEEDED), *_runtime(), _times(), _cupy()]
+    """Check all that onnx-lrsd needs, by the requirements of its own distribution; raises nothing."""
+    return [_python(), *map(_package, _requirements()), *_runtime(), _times(), _cupy()]
 
 
 def _python() -> Finding:
     found = platform.python_version()
-    if sys.version_info < OLDEST_PYTHON:
-        return Finding("python", False, f"Python {found} is too old: install Python 3.11 or newer.")
+    needed = SpecifierSet(metadata(DISTRIBUTION)["Requires-Python"] or "")
+    if not needed.contains(found, prereleases=True):
+        return Finding("python", False, f"Python {found} does not do: install Python {needed}.")
     return Finding("python", True, f"Python {found} on {platform.system()} {platform.machine()}.")
 
 
-def _package(name: str) -> Finding:
+def _requirements() -> list[Requirement]:
+    """What every installation needs; requirements of extras are left out."""
+    found = map(Requirement, requires(DISTRIBUTION) or [])
+    return [entry for entry in found if entry.marker is None or entry.marker.evaluate({"extra": ""})]
+
+
+def _package(needed: Requirement) -> Finding:
+    name = needed.name
     try:
         found = version(name)
     except PackageNotFoundError:
-        return Finding(name, False, f"{name} is not installed: pip install onnx-lrsd.")
-    parts = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    least = ".".join(map(str, NEEDED[name]))
-    if parts < NEEDED[name]:
-        return Finding(name, False, f"{name} {found} is too old: pip install '{name}>={least}'.")
-    if name == "onnx-graphsurgeon" and parts >= (0, 7):  # parts of it that we use are not public
-        return Finding(name, False, f"{name} {found} was never tried: pip install '{name}>=0.6,<0.7'.")
+        return Finding(name, False, f"{name} is not installed: pip install {DISTRIBUTION}.")
+    if not needed.specifier.contains(found, prereleases=True):
+        return Finding(name, False, f"{name} {found} does not do: pip install '{name}{needed.specifier}'.")
     return Finding(name, True, f"{name} {found}.")
 
 

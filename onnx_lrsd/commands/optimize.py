@@ -18,7 +18,7 @@ import onnx
 from onnx_lrsd.data.holdout import fit_and_check, search_and_confirm
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import BudgetError, DataError, UnsupportedModelError
-from onnx_lrsd.facts import Report, Verification
+from onnx_lrsd.facts import LoadCosts, Report, Verification
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf, calibrate, input_shapes, locate
 from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.fit.sensitivity import sensitivities
@@ -26,7 +26,7 @@ from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, s
 from onnx_lrsd.int8.fit import INT8, LOW_RANK, Int8Fit
 from onnx_lrsd.measure.compare import compare, total_price
 from onnx_lrsd.measure.layer_times import anatomy
-from onnx_lrsd.measure.load_cost import loading
+from onnx_lrsd.measure.load_cost import opening_cost
 from onnx_lrsd.measure.speedup import CLEARLY
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.plan.curves import error_curves, with_seconds
@@ -302,7 +302,7 @@ def _verify(
     found = compare(source, rewritten, check_on, metric=metric, progress=run.progress)
     if any(fitted.packed is not None for fitted in factors.values()):
         found = replace(found, after=replace(found.after, parameters=_held(found, layers, factors)))
-        run.loading = loading(source), loading(rewritten)
+        run.loading = LoadCosts(opening_cost(source), opening_cost(rewritten))
     if isinstance(fit, Int8Fit):
         kept, rewritten, found, run.int8 = fit.fastest(found, check_on)
         if kept == INT8:

@@ -1,8 +1,8 @@
-"""Measure this machine: how fast ONNX Runtime runs the nodes that factors are made of, in one thread.
+"""Measure how fast ONNX Runtime runs the nodes of factors on this machine, in one thread.
 
-Nodes of all kinds and numbers of outputs read the same tensor in one model, so that a few sessions measure
-them all, and every pass over the sessions measures all of them once more: what counts is the best pass,
-since other work of the machine only ever adds time.
+Nodes of all kinds and numbers of outputs read the same tensor in one model, so a few sessions measure them
+all. Every pass over the sessions measures each node again; the fastest pass counts, since other work of the
+machine only adds time.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from onnx_lrsd.types import Progress
 
 KERNELS = {SQUARE: (3, 3), COLUMN: (3, 1), ROW: (1, 3), POINT: (1, 1)}
 SIDES = (7, 14, 28, 56, 112, 224)
-CHANNELS = (8, 16, 64, 256)
+_CHANNELS = (8, 16, 64, 256)
 MATRIX_ROWS, MATRIX_INPUTS, MATRIX_OUTPUTS = (1, 16, 128), (64, 256, 1024), (16, 64, 256, 1024)
 MOST_MACS = 600_000_000
-"""Nodes above it are not measured: they run at the rate of the next smaller map."""
-PASSES, SECONDS = 4, 0.35
+"""Nodes above it are not measured and get the rate of the next smaller map."""
+PASSES, _SECONDS = 4, 0.35
 """Passes over all sessions, and about how long one session runs in a pass."""
 SHORTEST, LONG = 1e-7, 2e-5
-"""Seconds: work below the first is not told apart, above the second recording it hardly counts."""
-BLOCKS = (16, 8, 4)
+"""Seconds. Shorter work is rounded up to SHORTEST; from LONG on the time of recording hardly counts."""
+_BLOCKS = (16, 8, 4)
 """Blocks that outputs may be padded to, the largest first."""
 SAME = 0.9
-"""Half the outputs in this share of the time or more: the other half is padding."""
+"""Outputs are padded to a block if half a block takes at least this share of the time of a whole one."""
 Measured = dict[str, float]
-"""Node -> seconds."""
+"""Seconds by name of a node."""
 
 
 def measure(progress: Progress | None = None) -> Machine:
-    """The table of this machine; takes about a minute. ``progress`` is told of each session."""
+    """The table of this machine; it takes about a minute. ``progress`` is called after each session."""
     block = _block()
     sessions: list[Callable[[], Measured]] = [
-        _session(_convolutions(channels, side, _outputs(block)), (1, BLOCKS[0], side, side))
-        for channels, side in product(CHANNELS, SIDES)
+        _session(_convolutions(channels, side, _outputs(block)), (1, _BLOCKS[0], side, side))
+        for channels, side in product(_CHANNELS, SIDES)
     ]
     sessions += [
         _session(_products(inputs, rows), (rows, MATRIX_OUTPUTS[0]))
@@ -61,7 +61,7 @@ def measure(progress: Progress | None = None) -> Machine:
     ]
     best = _best(sessions * PASSES, progress)
     squares = tuple(side * side for side in SIDES)
-    rates = {kind: _rates(best, kind, _outputs(block), CHANNELS, squares) for kind in KERNELS}
+    rates = {kind: _rates(best, kind, _outputs(block), _CHANNELS, squares) for kind in KERNELS}
     rates[MATRIX] = _rates(best, MATRIX, MATRIX_OUTPUTS, MATRIX_INPUTS, MATRIX_ROWS)
     return Machine(processor(), runtime(), block, bare_node().seconds, _value(), rates)
 
@@ -89,10 +89,10 @@ def _rates(
     channels: Sequence[int],
     positions: Sequence[int],
 ) -> Rates:
-    """The grid of one kind; a node that was not measured runs as on the next smaller map.
+    """The grid of one kind; a node that was not measured has the rate of the next smaller map.
 
-    Work too short to be told from its recording can seem to take next to no time: no rate is above the
-    highest one of those that took long.
+    The time of very short work is uncertain, and its rate may come out far too high. So no rate exceeds the
+    highest one of nodes that took long.
     """
     grid: list[float] = []
     peak = 0.0
@@ -116,7 +116,7 @@ def _session(proto: onnx.ModelProto, shape: tuple[int, ...]) -> Callable[[], Mea
 
     def run() -> Measured:
         once = sum(kernel.fastest for kernel in kernels(proto, feed, runs=1))
-        runs = int(np.clip(SECONDS / max(once, SHORTEST), 3, 200))
+        runs = int(np.clip(_SECONDS / max(once, SHORTEST), 3, 200))
         beside = bare_node().seconds + bare_node().recording
         return {k.name: max(k.fastest - beside, SHORTEST) for k in kernels(proto, feed, runs=runs)}
 
@@ -125,7 +125,8 @@ def _session(proto: onnx.ModelProto, shape: tuple[int, ...]) -> Callable[[], Mea
 
 def _convolutions(channels: int, side: int, outputs: Sequence[int]) -> onnx.ModelProto:
     """Convolutions of every kind and number of ``outputs`` over one map, each output reduced at once."""
-    nodes, tensors = [_conv("h", "x", channels, BLOCKS[0], (1, 1))], [_weight("h", channels, BLOCKS[0], 1, 1)]
+    nodes = [_conv("h", "x", channels, _BLOCKS[0], (1, 1))]
+    tensors = [_weight("h", channels, _BLOCKS[0], 1, 1)]
     ends = []
     for (kind, kernel), out in product(KERNELS.items(), outputs):
         if out * channels * prod(kernel) * side * side > MOST_MACS:
@@ -135,7 +136,7 @@ def _convolutions(channels: int, side: int, outputs: Sequence[int]) -> onnx.Mode
         nodes += [helper.make_node("GlobalMaxPool", [name], [f"{name} max"])]
         tensors.append(_weight(name, out, channels, *kernel))
         ends.append(helper.make_tensor_value_info(f"{name} max", TensorProto.FLOAT, [1, out, 1, 1]))
-    return _model(nodes, (1, BLOCKS[0], side, side), ends, tensors)
+    return _model(nodes, (1, _BLOCKS[0], side, side), ends, tensors)
 
 
 def _products(inputs: int, rows: int) -> onnx.ModelProto:
@@ -176,14 +177,14 @@ def _model(
 def _block() -> int:
     """The number of outputs that convolutions are padded to."""
     channels, side = 64, 28
-    session = _session(_convolutions(channels, side, (2, *BLOCKS)), (1, BLOCKS[0], side, side))
+    session = _session(_convolutions(channels, side, (2, *_BLOCKS)), (1, _BLOCKS[0], side, side))
     best = _best([session] * PASSES)
 
     def padded(block: int) -> bool:
         half, full = (best[_name(SQUARE, out, channels, side * side)] for out in (block // 2, block))
         return bool(half >= SAME * full)
 
-    return next((block for block in BLOCKS if padded(block)), BLOCKS[-1])
+    return next((block for block in _BLOCKS if padded(block)), _BLOCKS[-1])
 
 
 def _value() -> float:

@@ -1,4 +1,4 @@
-"""What it takes to open a model: measured in processes of their own, where nothing else is in memory."""
+"""Time and memory that it takes to open a model, each measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from onnx_lrsd.errors import VerificationError
 from onnx_lrsd.facts import LoadCost
 from onnx_lrsd.graph.model import Model, save
 
-STARTS = 3
+_STARTS = 3
+"""Processes started; the median counts."""
 CODE = """
 import json, sys, time
 from onnx_lrsd.measure.load_cost import peak_memory
@@ -24,7 +25,7 @@ print(json.dumps([time.perf_counter() - start, peak_memory()]))
 """
 
 
-def loading(model: Model) -> LoadCost:
+def opening_cost(model: Model) -> LoadCost:
     """Median seconds of opening ``model`` from its file, and peak memory of the process that does so.
 
     Raises VerificationError where the process fails.
@@ -32,25 +33,24 @@ def loading(model: Model) -> LoadCost:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         save(model, path)
-        found = [_once(path) for _ in range(STARTS)]
-    return LoadCost(median(s for s, _ in found), round(median(b for _, b in found)))
+        found = [_once(path) for _ in range(_STARTS)]
+    return LoadCost(median(x.seconds for x in found), round(median(x.peak_bytes for x in found)))
 
 
-def _once(path: Path) -> tuple[float, float]:
+def _once(path: Path) -> LoadCost:
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(path)], capture_output=True, text=True, check=False, timeout=600
     )
     if done.returncode:
         said = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
         raise VerificationError(f"The model could not be opened by itself ({said[0]}): please report this.")
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    return seconds, peak
+    return LoadCost(*json.loads(done.stdout.splitlines()[-1]))
 
 
 def peak_memory() -> int:
     """Most bytes of memory that this process has held; 0 where the system does not tell.
 
-    Linux hands getrusage's figure on from a parent to what it starts, so that its own is read instead.
+    On Linux a child process inherits its parent's peak in getrusage, so /proc is read instead.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One report, several faces: JSON for programs, a table for people. They read data and compute nothing."""
+"""The report as JSON for programs and as a table for people; what it says is computed elsewhere."""
 
 from onnx_lrsd.report.json import (
     comparison_to_json,

@@ -1,6 +1,6 @@
-"""Reports and plans as JSON, schema 1: keys may be added, none is renamed or removed.
+"""Reports and plans as JSON, schema 1: keys may be added, but none is renamed or removed.
 
-Numbers are plain JSON numbers in full precision; what is not finite is written as null.
+Numbers are JSON numbers in full precision; NaN and infinities are written as null.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
 from onnx_lrsd.errors import DataError
-from onnx_lrsd.facts import Engine, Inspection, Int8, LayerReport, LoadCost, ModelCost, Report, Verification
+from onnx_lrsd.facts import Engine, Inspection, Int8, LayerReport, LoadCosts, ModelCost, Report, Verification
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.types import (
     CHANNELS,
@@ -33,11 +33,11 @@ from onnx_lrsd.types import (
 
 SCHEMA = 1
 STORED = ("weights", "entries")
-"""What is kept in codes: storages with the number of ranks (or outputs) in each, and that of S."""
+"""Fields of a form in codes: storages with the number of ranks (or outputs) in each, and the storage of S."""
 FORM_NUMBERS = ("rank", "channels", "outer", "nonzeros", "kept", "of")
 """``outer`` is Tucker-2's second rank; ``channels``, ``nonzeros``, or ``kept`` ``of`` a block describe S."""
-UNITS = ("macs", "parameters", "bytes")
-STAGES = ("load", "calibrate", "decompose", "plan", "rewrite", "verify")
+_UNITS = ("macs", "parameters", "bytes")
+_STAGES = ("load", "calibrate", "decompose", "plan", "rewrite", "verify")
 
 Json: TypeAlias = dict[str, Any]
 
@@ -60,7 +60,7 @@ def report_to_json(report: Report) -> str:
         "predicted": {"latency": report.predicted, "table": report.table or None},
         "layers": [_layer(layer) for layer in report.layers],
         "warnings": list(report.warnings),
-        "seconds": {stage: report.seconds.get(stage, 0.0) for stage in STAGES} | dict(report.seconds),
+        "seconds": {stage: report.seconds.get(stage, 0.0) for stage in _STAGES} | dict(report.seconds),
     }
     return _dump(facts)
 
@@ -92,7 +92,7 @@ def inspection_to_json(found: Inspection, model: str) -> str:
 def plan_to_json(plan: Plan) -> str:
     """A plan to be read, edited and replayed: one line for each layer.
 
-    ``kind`` and the numbers of FORM_NUMBERS are what a replay obeys; the rest says why they were chosen.
+    A replay obeys ``kind`` and the fields of FORM_NUMBERS and STORED; the rest says why they were chosen.
     """
     head = _dump({**_head(), "target": plan.target, "cost": plan.cost})
     lines = (f"    {json.dumps(name)}: {_dump(_choice(c), indent=None)}" for name, c in plan.choices.items())
@@ -102,8 +102,8 @@ def plan_to_json(plan: Plan) -> str:
 def plan_from_json(text: str) -> Plan:
     """Read a plan that ``plan_to_json`` wrote and a person may have edited.
 
-    Of a layer only ``kind`` is required, and ``rank`` unless it is dense. Raises DataError, naming the
-    layer, for whatever cannot be meant.
+    Of a layer only ``kind`` is required, and ``rank`` unless it is dense. Raises DataError, which names the
+    layer, for an invalid entry.
     """
     try:
         facts = json.loads(text, object_pairs_hook=_without_repeats)
@@ -189,13 +189,13 @@ def _read_choice(name: str, entry: Any) -> Choice:
 
 
 def _read_price(entry: Any) -> Price:
-    """A price, all zero where there is none: a replay computes it anew."""
+    """A price; all zero where there is none, since a replay computes prices anew."""
     if entry is None:
         return Price(0, 0, 0)
     if not isinstance(entry, dict):
         raise TypeError
     seconds = entry.get("seconds")
-    macs, parameters, stored = (int(entry.get(unit, 0)) for unit in UNITS)
+    macs, parameters, stored = (int(entry.get(unit, 0)) for unit in _UNITS)
     return Price(macs, parameters, stored, None if seconds is None else float(seconds))
 
 
@@ -211,9 +211,8 @@ def _head(tool_version: str | None = None) -> Json:
 def _sides(found: Verification) -> Json:
     before, after = found.before, found.after
     interval = None if found.latency_interval is None else list(found.latency_interval)
-    ratio: Json = {
-        unit: _quotient(getattr(before, unit), getattr(after, unit)) for unit in ("bytes", *UNITS[1::-1])
-    }
+    units = "bytes", "parameters", "macs"
+    ratio: Json = {unit: _quotient(getattr(before, unit), getattr(after, unit)) for unit in units}
     ratio["latency"] = {"median": found.latency_ratio, "interval": interval}
     outputs = [asdict(output) for output in found.outputs]
     return {"before": _cost(before), "after": _cost(after), "ratio": ratio, "outputs": outputs}
@@ -228,8 +227,8 @@ def _int8(int8: Int8) -> Json:
     }
 
 
-def _loading(loading: tuple[LoadCost, LoadCost] | None) -> Json | None:
-    return None if loading is None else {"before": asdict(loading[0]), "after": asdict(loading[1])}
+def _loading(loading: LoadCosts | None) -> Json | None:
+    return None if loading is None else asdict(loading)
 
 
 def _engine(engine: Engine) -> Json:
@@ -245,7 +244,7 @@ def _cost(cost: ModelCost) -> Json:
 
 
 def _price(price: Price) -> Json:
-    facts: Json = {unit: getattr(price, unit) for unit in UNITS}
+    facts: Json = {unit: getattr(price, unit) for unit in _UNITS}
     return facts if price.seconds is None else facts | {"seconds": float(f"{price.seconds:.3e}")}
 
 

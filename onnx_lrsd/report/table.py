@@ -1,6 +1,6 @@
-"""The report as a person reads it in a terminal of 100 columns.
+"""The report as text, for a terminal of 100 columns.
 
-Ratios are rounded down and errors up: nothing is rounded in a flattering direction.
+Ratios are rounded down and errors up, so rounding never makes a result look better.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from onnx_lrsd.facts import (
     Inspection,
     Int8,
     LayerReport,
-    LoadCost,
+    LoadCosts,
     Promise,
     Report,
     ScoreChange,
@@ -27,11 +27,11 @@ from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets.machine import MATRIX, Machine
 
 WIDTH = 100
-NAMES = 3
+NAMES_SHOWN = 3
 """Names shown of the layers that share a reason."""
-MOST_ROWS = 60
-"""Rows of layers shown unless every one is asked for."""
-UNITS = {"macs": "MACs", "parameters": "parameters", "bytes": "bytes"}
+ROWS_SHOWN = 60
+"""Rows of layers shown unless all are asked for."""
+_UNIT_NAMES = {"macs": "MACs", "parameters": "parameters", "bytes": "bytes"}
 
 Row: TypeAlias = Sequence[str]
 
@@ -55,7 +55,7 @@ def report_table(report: Report, *, colour: bool = False, every: bool = False) -
     if report.int8 is not None:
         parts.append(_int8(report.int8, ink))
     if report.loading is not None:
-        parts.append(_loading(*report.loading))
+        parts.append(_loading(report.loading))
     if report.engine is not None:
         parts.append(_engine(report.engine, ink))
     split = [layer for layer in report.layers if not layer.left]
@@ -91,7 +91,7 @@ def inspection_table(found: Inspection, model: str, *, colour: bool = False, eve
         ),
         f"{_plural(len(found.layers), 'layer')} can be worked on: {_share(covered, total.macs)} of the MACs.",
     ]
-    shown = found.layers if every else found.layers[:MOST_ROWS]
+    shown = found.layers if every else found.layers[:ROWS_SHOWN]
     rows: list[Row] = [
         (
             layer.name,
@@ -195,8 +195,8 @@ def _facts(
         f"output error  {_shorten(o.name, 40)}  {_percent(o.relative_error)} {measured}"
         for o in found.outputs
     ]
-    if len(errors) > MOST_ROWS:
-        errors = [*errors[:MOST_ROWS], f"and {len(errors) - MOST_ROWS} outputs more"]
+    if len(errors) > ROWS_SHOWN:
+        errors = [*errors[:ROWS_SHOWN], f"and {len(errors) - ROWS_SHOWN} outputs more"]
     parts = [grid, "", *errors]
     if promise is not None:
         parts.append(ink.verdict(_promise(promise, cost), promise.kept))
@@ -204,7 +204,7 @@ def _facts(
 
 
 def _int8(int8: Int8, ink: _Ink) -> str:
-    """What either step does alone, and which layers stay in float."""
+    """The result of each step alone, and which layers stay in float."""
     rows: list[Row] = []
     for name, step in int8.steps.items():
         worst = step.error
@@ -216,14 +216,14 @@ def _int8(int8: Int8, ink: _Ink) -> str:
     said = f"{_plural(int8.nodes, 'node')} in int8"
     if int8.left:
         worst_first = sorted(int8.left, key=lambda name: -int8.left[name])
-        listed = ", ".join(f"{_shorten(n, 40)} ({_percent(int8.left[n])})" for n in worst_first[:NAMES])
-        more = f" and {len(int8.left) - NAMES} more" if len(int8.left) > NAMES else ""
+        listed = ", ".join(f"{_shorten(n, 40)} ({_percent(int8.left[n])})" for n in worst_first[:NAMES_SHOWN])
+        more = f" and {len(int8.left) - NAMES_SHOWN} more" if len(int8.left) > NAMES_SHOWN else ""
         said += f", {len(int8.left)} in float for the output error of each in int8: {listed}{more}"
     return "\n".join([*lines, _paragraph(said)])
 
 
 def _engine(engine: Engine, ink: _Ink) -> str:
-    """The command in one line, to be copied as it is."""
+    """The command on one line, for copying, and the nodes with 2:4 weights."""
     names = ", ".join(_shorten(name, 40) for name in engine.sparse)
     said = f"2:4, for sparse tensor cores: {names}" if names else "No weight is 2:4."
     lines = [ink.strong(engine.command), _paragraph(said)]
@@ -241,7 +241,7 @@ def _metric(metric: ScoreChange) -> Row:
 def _promise(promise: Promise, cost: str) -> str:
     verdict = "kept" if promise.kept else "NOT KEPT"
     if promise.kind == "ratio":
-        less = "less time" if cost == "latency" else f"fewer {UNITS.get(cost, cost)}"
+        less = "less time" if cost == "latency" else f"fewer {_UNIT_NAMES.get(cost, cost)}"
         said = f"{promise.asked:g} x {less} asked, {_down(promise.got):.2f} x got"
     elif promise.kind == "max_error":
         said = f"output error of at most {100 * promise.asked:g} % asked, {_percent(promise.got)} got"
@@ -252,8 +252,9 @@ def _promise(promise: Promise, cost: str) -> str:
     return f"promise       {said}: {verdict}"
 
 
-def _loading(before: LoadCost, after: LoadCost) -> str:
-    """What decoding costs: when the model is opened, and where a runtime does not fold it."""
+def _loading(costs: LoadCosts) -> str:
+    """What decoding the weights costs: when the model is opened, or in every run if it is not folded."""
+    before, after = costs.before, costs.after
     peaks = f"{_size(before.peak_bytes)} -> {_size(after.peak_bytes)}"
     return _paragraph(
         f"opening       {1000 * before.seconds:,.0f} -> {1000 * after.seconds:,.0f} ms, peak memory of the "
@@ -263,7 +264,7 @@ def _loading(before: LoadCost, after: LoadCost) -> str:
 
 
 def _split_layers(layers: Sequence[LayerReport], ink: _Ink, every: bool) -> str:
-    shown = layers if every else layers[:MOST_ROWS]
+    shown = layers if every else layers[:ROWS_SHOWN]
     rows: list[Row] = []
     coded = any(layer.weights or layer.entries for layer in layers)
     for layer in shown:
@@ -288,7 +289,7 @@ def _form(layer: LayerReport) -> str:
 
 
 def _in_codes(layer: LayerReport) -> str:
-    """The storage of the dense weight or the mean bits of the ranks, and the storage of S."""
+    """The storage of a dense weight, or the mean bits of the ranks; and the storage of S."""
     low = next(iter(layer.weights), "")
     if layer.rank:
         bits = sum(STORAGES[name].bits * count for name, count in layer.weights.items()) / layer.rank
@@ -298,7 +299,7 @@ def _in_codes(layer: LayerReport) -> str:
 
 
 def _share_left(report: Report, split: Sequence[LayerReport]) -> str:
-    """Of the model's MACs, those of its rewritten layers taken away; unknown before a run has counted."""
+    """The share of the model's MACs outside its rewritten layers; empty where they were not counted."""
     if report.verification is None:
         return ""
     whole = report.verification.before.macs
@@ -315,7 +316,7 @@ def _left_alone(layers: Sequence[LayerReport], share: str, ink: _Ink, every: boo
 
 def _grouped(groups: dict[str, list[str]], every: bool) -> Iterable[str]:
     for reason, names in sorted(groups.items(), key=lambda group: -len(group[1])):
-        listed = names if every else names[:NAMES]
+        listed = names if every else names[:NAMES_SHOWN]
         more = f" and {len(names) - len(listed)} more" if len(names) > len(listed) else ""
         text = f"{reason}: {', '.join(_shorten(name, 40) for name in listed)}{more}"
         yield textwrap.fill(
@@ -328,7 +329,7 @@ def _grouped(groups: dict[str, list[str]], every: bool) -> Iterable[str]:
 
 
 def _grid(header: Row, rows: Sequence[Row], align: str, ink: _Ink) -> str:
-    """Columns as wide as what is in them, the first cut to what is left; ``align`` has l or r for each."""
+    """Columns as wide as their cells, the first cut to the space left; ``align`` has l or r for each."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))
 
@@ -351,7 +352,7 @@ def _paragraph(text: str) -> str:
 
 
 def _shorten(name: str, width: int) -> str:
-    """A name cut in its middle: exporters tell layers apart at both ends."""
+    """``name``, cut in its middle to ``width``: names of layers differ at both ends."""
     if len(name) <= width:
         return name
     head = (width - 3) // 2
@@ -359,7 +360,7 @@ def _shorten(name: str, width: int) -> str:
 
 
 def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _size(count: int) -> str:
@@ -394,7 +395,7 @@ def _down(ratio: float) -> float:
 
 
 def _percent(error: float) -> str:
-    """An error in per cent, rounded up to two digits that count."""
+    """An error in per cent, rounded up to two significant digits."""
     if not math.isfinite(error):
         return "not finite"
     if error <= 0:

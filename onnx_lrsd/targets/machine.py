@@ -1,24 +1,24 @@
-"""How fast a machine runs the nodes that forms are made of: one table, measured there or built in.
+"""How fast a machine runs the nodes of the forms: one table, measured there or built in.
 
 A node takes a fixed time, and its MACs at the rate measured for its kind, outputs, input channels and
-positions. Small counts run at lower rates (a vector unit half empty, the edges of a map, weights read for
-few positions), large ones at a constant rate, so that rates are interpolated between a few powers of two
-and held beyond the last.
+positions. Rates are lower for small counts (a vector unit half empty, the edges of a map, weights read for
+few positions) and constant for large ones, so they are interpolated between a few powers of two and held
+beyond the last.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import platformdirs
 
 from onnx_lrsd.runtime.session import onnxruntime
 from onnx_lrsd.targets.target import Node
@@ -26,7 +26,7 @@ from onnx_lrsd.targets.target import Node
 SQUARE, COLUMN, ROW, POINT, MATRIX = "k x k", "k x 1", "1 x k", "1 x 1", "matrix"
 NODES = (SQUARE, COLUMN, ROW, POINT, MATRIX)
 """Kinds of nodes. Convolutions that are not over two axes run as products of matrices."""
-SCHEMA = 1
+_SCHEMA = 1
 BUILT_IN = Path(__file__).with_name("built_in.json")
 """The table used where none was measured: what ``onnx-lrsd profile`` wrote for a server CPU with AVX-512."""
 
@@ -51,22 +51,30 @@ class Rates:
         2.0
         """
         axes = (self.outputs, self.channels, self.positions)
-        places = [_between(axis, x) for axis, x in zip(axes, (outputs, channels, positions), strict=True)]
+        places = [_around(axis, x) for axis, x in zip(axes, (outputs, channels, positions), strict=True)]
         total = 0.0
-        for (i, a), (j, b), (k, c) in product(*places):
-            if a * b * c:
-                rate = self.macs[(i * len(self.channels) + j) * len(self.positions) + k]
-                total += a * b * c * math.log(rate)
+        for i, j, k in product(*places):
+            weight = i.weight * j.weight * k.weight
+            if weight:
+                index = (i.at * len(self.channels) + j.at) * len(self.positions) + k.at
+                total += weight * math.log(self.macs[index])
         return math.exp(total)
 
 
-def _between(axis: Sequence[int], x: float) -> tuple[tuple[int, float], tuple[int, float]]:
-    """The two places of ``axis`` around ``x``, with their weights."""
+class _Place(NamedTuple):
+    """A grid point of one axis, and its weight in an interpolation."""
+
+    at: int
+    weight: float
+
+
+def _around(axis: Sequence[int], x: float) -> list[_Place]:
+    """The grid points of ``axis`` on both sides of ``x``; the last one alone beyond the grid."""
     for low, (left, right) in enumerate(pairwise(axis)):
         if x < right:
             share = max(math.log(x / left), 0.0) / math.log(right / left)
-            return (low, 1 - share), (low + 1, share)
-    return (len(axis) - 1, 1.0), (len(axis) - 1, 0.0)
+            return [_Place(low, 1 - share), _Place(low + 1, share)]
+    return [_Place(len(axis) - 1, 1.0)]
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ def to_json(machine: Machine) -> str:
     """The table as text, in MACs a second and in seconds, to three digits."""
     lines = [f'    "{kind}": {json.dumps(_rounded(asdict(rates)))}' for kind, rates in machine.rates.items()]
     facts = {key: value for key, value in asdict(machine).items() if key != "rates"}
-    head = json.dumps({"schema": SCHEMA, **_rounded(facts)}, indent=2).removesuffix("\n}")
+    head = json.dumps({"schema": _SCHEMA, **_rounded(facts)}, indent=2).removesuffix("\n}")
     return head + ',\n  "rates": {\n' + ",\n".join(lines) + "\n  }\n}"
 
 
@@ -132,7 +140,7 @@ def from_json(text: str) -> Machine:
     """Read what ``to_json`` wrote. Raises ValueError for anything else."""
     try:
         facts = json.loads(text)
-        if facts.pop("schema") != SCHEMA:
+        if facts.pop("schema") != _SCHEMA:
             raise ValueError("another schema")
         rates = {kind: Rates(**{k: tuple(v) for k, v in facts["rates"][kind].items()}) for kind in NODES}
         machine = Machine(**{**facts, "rates": rates})
@@ -155,19 +163,13 @@ def built_in() -> Machine:
 
 def stored_at() -> Path:
     """Where ``onnx-lrsd profile`` keeps the table of this machine: the user's folder for caches."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "onnx-lrsd" / "machine.json"
+    return platformdirs.user_cache_path("onnx-lrsd", appauthor=False, opinion=False) / "machine.json"
 
 
 def this_machine() -> tuple[Machine, str]:
-    """The table to predict with, and what a user should know about it, or nothing.
+    """The table to predict with, and a warning about it for the user, which may be empty.
 
-    The measured one is used where it was made on this processor and version of ONNX Runtime.
+    The measured table is used if it was made on this processor with this version of ONNX Runtime.
     """
     path = stored_at()
     try:
@@ -185,7 +187,7 @@ def this_machine() -> tuple[Machine, str]:
 
 
 def processor() -> str:
-    """The processor's name; on Linux with the numbers that tell apart what names do not."""
+    """The processor's name; on Linux with its family and model, since names can be equal."""
     try:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
