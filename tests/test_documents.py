@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import onnx_lrsd
 from benchmarks.__main__ import STUDIES
 
 ROOT = Path(__file__).parent.parent
@@ -41,3 +42,18 @@ def test_every_result_is_in_the_index() -> None:
     index = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "results").glob("*.md"):
         assert path.name == "README.md" or f"({path.name})" in index, path.name
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited is not None and cited[1] == onnx_lrsd.__version__
+
+
+def test_files_that_recipes_name_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:onnx_lrsd|passes|tests|benchmarks|models|docs)/[\w/.]+)`", text)
+    inside = re.findall(r"`((?:fit|plan|solver|graph|measure)/\w+\.py)`", text)
+    files = {*named, *(f"onnx_lrsd/{name}" for name in inside)}
+    files = {name for name in files if "NAME" not in name}
+    assert len(files) > 15
+    assert not [name for name in files if not (ROOT / name).exists()]

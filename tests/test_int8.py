@@ -143,6 +143,7 @@ def test_the_report_names_the_share_of_each_step_and_the_fastest_is_kept(
     assert "low rank" in report_table(result.report)
 
 
+@pytest.mark.slow
 def test_low_rank_and_int8_multiply_on_the_command_line(tmp_path: Path) -> None:
     written = tmp_path / "out.onnx"
     options = ["--calib", str(CALIB), "--eval", str(EVAL), "--ratio", "2", "--int8", "-o", str(written)]

@@ -44,7 +44,7 @@ def right(outputs: Mapping[str, Any], labels: Any) -> float:
     return float(np.mean(outputs["scores"].argmax(axis=1) == labels))
 
 
-@pytest.mark.parametrize("metric", ["top1", right])
+@pytest.mark.parametrize("metric", ["top1", pytest.param(right, marks=pytest.mark.slow)])
 def test_the_drop_is_confirmed_on_samples_that_the_search_has_not_seen(metric: Any) -> None:
     found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, max_drop=2, metric=metric, samples=100)
     promise, verification = found.report.promise, found.report.verification
@@ -122,6 +122,7 @@ def test_what_was_refused_is_not_found_again() -> None:
     assert all(following < ratio for ratio, following in pairwise(found))
 
 
+@pytest.mark.slow
 def test_a_model_that_others_refuse_is_followed_by_a_smaller_gain_not_by_none() -> None:
     outputs = onnxruntime.InferenceSession(str(MODEL)).run(None, {"image": np.load(EVAL)["image"]})[0]
     numbered = read_samples(
@@ -144,7 +145,9 @@ def test_a_model_that_others_refuse_is_followed_by_a_smaller_gain_not_by_none() 
     assert verification.after.macs < verification.before.macs
 
 
-@pytest.mark.parametrize(("cost", "back"), [("macs", True), ("parameters", False)])
+@pytest.mark.parametrize(
+    ("cost", "back"), [("macs", True), pytest.param("parameters", False, marks=pytest.mark.slow)]
+)
 def test_a_model_that_gains_no_time_as_a_whole_is_handed_back_where_time_counts(
     monkeypatch: pytest.MonkeyPatch, cost: str, back: bool
 ) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnx.version_converter
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -121,7 +121,6 @@ def convolutions(draw: st.DrawFn) -> tuple[Model, list[int]]:
     return make(nodes, shape, tensors), shape
 
 
-@settings(max_examples=60)
 @given(convolutions(), st.integers(0, 99), st.sampled_from([0, 0, 2]))
 def test_conv_at_full_rank(drawn: tuple[Model, list[int]], seed: int, channels: int) -> None:
     model, shape = drawn
@@ -141,7 +140,6 @@ def test_conv_at_full_rank(drawn: tuple[Model, list[int]], seed: int, channels: 
     )
 
 
-@settings(max_examples=40)
 @given(convolutions(), st.integers(0, 99))
 def test_rows_are_what_the_convolution_reads(drawn: tuple[Model, list[int]], seed: int) -> None:
     model, shape = drawn
@@ -162,7 +160,6 @@ def test_rows_are_what_the_convolution_reads(drawn: tuple[Model, list[int]], see
     np.testing.assert_allclose(rows @ weight.T + bias, given_there, atol=1e-3)
 
 
-@settings(max_examples=100)
 @given(
     st.booleans(),
     st.booleans(),
@@ -210,7 +207,6 @@ def test_gemm_at_full_rank(
     assert_same(model, rewrite(model, lambda layer: full_rank(layer, CHANNEL, channels)), feed)
 
 
-@settings(max_examples=100)
 @given(
     st.booleans(),
     st.lists(st.integers(1, 3), max_size=3),

@@ -206,6 +206,7 @@ def optimised(tmp_path: Path, *arguments: Any) -> tuple[Any, Path]:
     return result, out
 
 
+@pytest.mark.slow
 def test_the_example_takes_an_eighth_and_unpacks_to_the_same_answers(tmp_path: Path) -> None:
     report_path, plan = tmp_path / "report.json", tmp_path / "plan.json"
     written = ("--json", report_path, "--save-plan", plan)
@@ -231,6 +232,7 @@ def test_the_example_takes_an_eighth_and_unpacks_to_the_same_answers(tmp_path: P
     np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_storage_for_all_weights(tmp_path: Path) -> None:
     result, _ = optimised(tmp_path, "--weights", "int4", "--ratio", 6, "--json", tmp_path / "r.json")
     assert result.exit_code == 0, result.stderr
@@ -238,6 +240,7 @@ def test_one_storage_for_all_weights(tmp_path: Path) -> None:
     assert layers and all(set(layer["weights"]) == {"int4"} for layer in layers)
 
 
+@pytest.mark.slow
 def test_parameters_count_numbers_not_bytes(tmp_path: Path) -> None:
     asked = ("--cost", "params", "--ratio", 3, "--forms", "dense,channel")  # a spatial one beside S is slow
     result, _ = optimised(tmp_path, *asked, "--json", tmp_path / "r.json")
@@ -261,6 +264,7 @@ def numbers(form: Form, layer: Layer) -> int:
     return price(layer, form).parameters
 
 
+@pytest.mark.slow
 def test_where_numbers_count_a_curve_tells_what_s_loses_between_the_shares_it_tries(
     convolution: Problem,
 ) -> None:

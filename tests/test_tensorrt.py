@@ -291,6 +291,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnx_lrsd.measure.compare._pace", half)
 
 
+@pytest.mark.slow
 def test_the_latency_of_another_engine_decides_nothing(slow: None, tmp_path: Path) -> None:
     output = tmp_path / "half the MACs.onnx"
     found = onnx_lrsd.optimize(MODEL, CALIB, ratio=2, samples=60, target="tensorrt", output=output)
