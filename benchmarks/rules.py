@@ -73,7 +73,7 @@ RULES: dict[str, dict[str, tuple[str, Any] | None]] = {
         "without sensitivity": (f"{PLANNER}.Planner.weigh", lambda planner, measure: None),
         "without sequential": (f"{RECONSTRUCT}.STAGES", 1),
         "without rectifier": NO_RECTIFIER,
-        "without readers": (f"{RECONSTRUCT}.readers", lambda *_: {}),
+        "without readers": (f"{RECONSTRUCT}.consumers", lambda *_: {}),
         "without original rows": NO_ORIGINAL,
         "without refit": NO_REFIT,
         "without repair": (f"{PLANNER}.REPAIRED", 0.0),
