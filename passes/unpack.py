@@ -28,7 +28,7 @@ def coded_weights(proto: onnx.ModelProto) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def unpack(working: WorkingGraph, weights: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def replace_coded_weights(working: WorkingGraph, weights: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Let layers read ``weights``, by the name of the tensor that was decoded; decoding nodes go."""
     for node in working.nodes:
         for index, given in enumerate(node.inputs):

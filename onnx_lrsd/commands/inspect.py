@@ -1,4 +1,4 @@
-"""What a model holds, before anything is done to it."""
+"""The layers of a model, before anything is done to it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from onnx_lrsd.types import DENSE, KINDS, Declined, Form
 
 
 def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
-    """The layers of ``model`` that a smaller form is predicted to speed up, with their dense price.
+    """The layers of ``model`` that a smaller form is predicted to speed up, with the price of each as it is.
 
-    What was declined and why, and the price of the whole. Shapes come from one run on made-up data.
+    Also the nodes that were declined, with the reason, and the price of the whole model. Shapes come from one
+    run on made-up data.
     """
     source = load(model)
     layers, declined = find_layers(source.graph())

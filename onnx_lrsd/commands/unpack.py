@@ -8,8 +8,7 @@ import onnx
 
 from onnx_lrsd.errors import UnsupportedModelError
 from onnx_lrsd.graph.model import Model, check, load
-from onnx_lrsd.passes.unpack import coded_weights
-from onnx_lrsd.passes.unpack import unpack as unpack_weights
+from onnx_lrsd.passes.unpack import coded_weights, replace_coded_weights
 from onnx_lrsd.runtime.session import open_session
 
 
@@ -24,7 +23,7 @@ def unpack(model: str | Path | onnx.ModelProto) -> Model:
         raise UnsupportedModelError("The model has no weights in codes: it can be used as it is.")
     weights = open_session(source.proto, folder=source.folder, outputs=names).run({})
     graph = source.graph()
-    unpack_weights(graph, weights)
+    replace_coded_weights(graph, weights)
     plain = source.splice(graph)
     check(plain, source)
     return plain

@@ -22,7 +22,7 @@ SCALING = 0.2
 THIN = 8
 """For a weight this many times wider than high, forming the inverse (m, m) costs more than it saves."""
 
-Operator = Callable[[Array], Array]
+_Map = Callable[[Array], Array]
 
 
 class Resolvent:
@@ -61,7 +61,7 @@ class Resolvent:
             return x @ self.matrix
         return (x @ self._rows.T) @ self._rows + self.damping * x
 
-    def shifted_inverse(self, rho: float) -> Operator:
+    def shifted_inverse(self, rho: float) -> _Map:
         """x (n, m) -> x (H + rho I)^-1."""
         rows, shift = self._rows, rho + (self.damping if self._rows is not None else 0.0)
         vectors, values = self._vectors, self._values + shift

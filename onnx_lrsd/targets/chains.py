@@ -1,6 +1,6 @@
-"""The forms that are plain chains of the layer's own operators, which every engine runs.
+"""Forms that are chains of the layer's own operators, which every engine runs.
 
-What differs between engines is which ranks they like and when a form pays; both are given.
+Engines differ in the ranks that suit them and in when a form pays; both are parameters.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from onnx_lrsd.types import CHANNEL, CHANNEL_IN, CHANNELS, DENSE, SPATIAL, TUCKE
 
 WIDE = 64
 """Channels from which a layer is wide: a third factor, or a sparse branch beside factors, may pay."""
-BLOCK = 16
-"""Ranks are multiples of it, where an engine does not say otherwise."""
-RANKS = 20
+RANK_MULTIPLE = 16
+"""Ranks are multiples of it, unless an engine says otherwise."""
+RANKS_TRIED = 20
 """Ranks tried for each kind: more would cost time and change no plan."""
 TUCKER_RANKS, OUTER_SHARES = 8, (0.75, 1.0, 1.5)
 """Ranks tried for Tucker-2, up to half the channels, and outer ranks relative to rank x outputs / inputs."""
 SPARSE_CHANNELS = (8, 16)
-"""Channels tried for S beside factors of a layer without kernel positions: up to 16 its node is unpadded.
-Beside the spatial form of a k x k convolution S never paid at equal MACs (results/forms.md)."""
+"""Whole channels tried for S beside factors of a layer without taps: a node with up to 16 inputs needs no
+padding. Beside the spatial form of a k x k convolution S never paid at equal MACs (results/forms.md)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Chains:
 
     pays: Callable[[Layer, Form], bool]
     low_ranks: Callable[[Layer, str], Sequence[int]]
-    block: int = BLOCK
+    block: int = RANK_MULTIPLE
 
     def forms(self, layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
         """Forms that are predicted to pay, kind by kind."""
@@ -55,7 +55,7 @@ class Chains:
                 SPATIAL: min(layer.n, layer.channels) * 3,
             }[kind]
             every = [*self.low_ranks(layer, kind), *range(self.block, top + 1, self.block)]
-            ranks = _spread([r for r in every if self.pays(layer, Form(kind, r))], RANKS)
+            ranks = _spread([r for r in every if self.pays(layer, Form(kind, r))], RANKS_TRIED)
             found += [Form(kind, r) for r in ranks]
             if taps == 1 and layer.channels >= WIDE:
                 with_s = [

@@ -1,6 +1,6 @@
-"""The file is what counts: weights in codes, decoded to the dense layers that stood there before.
+"""The smallest file: weights in codes, which the runtime decodes to the dense weights of the original layers.
 
-Latency and memory are those of the original once the model is open; opening it takes the decoding.
+Weights are decoded when the model is opened; from then on latency and memory are those of the original.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from onnx_lrsd.targets.target import Target, price
 from onnx_lrsd.types import DENSE, UNSTRUCTURED, Form, Layer
 
 MOST_FOLDED = 1 << 30
-"""Bytes of a constant up to which ONNX Runtime folds it, unless it is told otherwise."""
+"""Bytes of the largest constant that ONNX Runtime folds by default."""
 
 
-def predicted_time(layer: Layer, form: Form) -> float:
+def _dense_macs(layer: Layer, form: Form) -> float:
     """MACs of the dense layer, whatever the form."""
     return float(price(layer, form).macs)
 
 
-def forms(layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
-    """The dense weight in every storage that makes it smaller; other forms take the layer's data.
+def _forms(layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
+    """The dense weight in every storage that makes it smaller; all other forms depend on the layer's data.
 
-    None for a weight that is too large to be folded: it would be decoded in every run.
+    Nothing for a weight too large to be folded, which would be decoded in every run.
     """
     if 4 * layer.n * layer.m > MOST_FOLDED:
         return ()
@@ -34,8 +34,8 @@ def forms(layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
 
 SIZE = Target(
     "size",
-    forms,
-    predicted_time,
+    _forms,
+    _dense_macs,
     patterns=(UNSTRUCTURED,),
     timed_here=False,
     coded_errors=coded_errors,

@@ -22,7 +22,7 @@ from __future__ import annotations
 from math import ceil, prod
 
 from onnx_lrsd.passes.operators import operator_of
-from onnx_lrsd.targets.chains import BLOCK, WIDE, Chains
+from onnx_lrsd.targets.chains import RANK_MULTIPLE, WIDE, Chains
 from onnx_lrsd.targets.target import Target, node_shapes
 from onnx_lrsd.types import CHANNEL, CHANNELS, DENSE, N_OF_M, Form, Layer, Pattern
 
@@ -47,7 +47,7 @@ SPARSE_TIME = 0.85
 """Share of the dense arithmetic's time that 2:4 takes: what whole networks gain, as if by this alone."""
 SPARSE_DTYPES = ("float16", "float32")
 """float32 runs so where the user lets TensorRT take half precision; the command in the report does."""
-SPARSE_RANKS = (BLOCK, 2 * BLOCK)
+SPARSE_RANKS = (RANK_MULTIPLE, 2 * RANK_MULTIPLE)
 """Ranks tried beside a 2:4 part, whose dense-sized branch leaves them little to win."""
 
 
@@ -74,11 +74,11 @@ def pays(layer: Layer, form: Form) -> bool:
 def eligible(layer: Layer) -> bool:
     """Whether sparse tensor cores are expected to take a 2:4 weight of this layer, and to gain by it."""
     wide = min(layer.channels, layer.n) >= SPARSE_FROM
-    aligned = layer.channels % BLOCK == 0 and layer.n % BLOCK == 0
+    aligned = layer.channels % RANK_MULTIPLE == 0 and layer.n % RANK_MULTIPLE == 0
     return operator_of(layer).SPARSE_MATH and layer.dtype in SPARSE_DTYPES and wide and aligned
 
 
-def forms(layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
+def _forms(layer: Layer, kinds: tuple[str, ...]) -> tuple[Form, ...]:
     """Factor chains, 2:4 weights, and both together, where they are predicted to pay."""
     found = CHAINS.forms(layer, kinds)
     if CHANNEL not in kinds or not eligible(layer):
@@ -94,4 +94,4 @@ def _low_ranks(layer: Layer, kind: str) -> tuple[int, ...]:
 
 
 CHAINS = Chains(pays, _low_ranks)
-TENSORRT = Target("tensorrt", forms, predicted_time, patterns=(CHANNELS, N_OF_M), timed_here=False)
+TENSORRT = Target("tensorrt", _forms, predicted_time, patterns=(CHANNELS, N_OF_M), timed_here=False)

@@ -1,4 +1,4 @@
-"""What to tell TensorRT: the command that builds an engine, and which nodes sparse tensor cores may take."""
+"""The command that builds an engine with TensorRT, and the nodes that sparse tensor cores may run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOT_TIMED = (
 def engine(model: Model, samples: Samples, output: Path | None) -> Engine:
     """How to build an engine from ``model``, written to ``output``.
 
-    Tensors keep the types they have in the file; where only float32 weights are 2:4, TensorRT is let take
+    Tensors keep the types they have in the file, unless only float32 weights are 2:4: then TensorRT may use
     half precision.
     """
     path = Path("model.onnx") if output is None else output
@@ -52,10 +52,10 @@ def engine(model: Model, samples: Samples, output: Path | None) -> Engine:
 def open_shapes(
     model: Model, samples: Samples
 ) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str, tuple[int, ...]]]:
-    """Least and greatest shapes of the inputs that leave a dimension open.
+    """Least and greatest shapes of the inputs with an open dimension.
 
-    An open batch goes from one to BATCH, for which times are predicted; other open dimensions have the
-    sizes that ``samples`` have.
+    An open batch ranges from one to BATCH, for which times are predicted. Other open dimensions have those
+    of ``samples``.
     """
     feed = samples.example()
     least, most = {}, {}
@@ -71,5 +71,5 @@ def open_shapes(
 
 
 def _quoted(name: str) -> str:
-    """``name`` as trtexec wants it: in single quotes where it holds what separates names and shapes."""
+    """``name`` for trtexec: in single quotes if it has a colon or comma, which separate names and shapes."""
     return f"'{name}'" if set(name) & {":", ","} else name
