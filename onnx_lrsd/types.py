@@ -49,14 +49,19 @@ PATTERNS = ("none", UNSTRUCTURED, N_OF_M, CHANNELS)
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One Conv, Gemm or MatMul with a constant weight.
+    """One node with a constant weight that can be written in another form; ``op`` is its type.
 
-    ``output`` is the tensor the layer gives (that of the BatchNormalization folded into it, if
-    any) and identifies it; ``name`` is what a person calls it. ``shape`` is the weight as the node reads it.
-    ``axis`` is the axis of the input that carries features: 1 for Conv, -1 for ``x @ W``, -2 for
-    ``W @ x``, 0 for a Gemm with transA. ``positions`` is how often W is applied in one sample
-    (0: not known), so that MACs = n m positions. ``size`` is the spatial size of the input, once it
-    is known. The spatial tuples are empty but for Conv.
+    ``output`` is the tensor the layer gives (that of the BatchNormalization folded into it, if any), which
+    identifies it; ``name`` is what a person calls it. ``shape`` is the weight as the node reads it.
+    ``axis`` is the axis of the input that carries features: 1 for Conv and ConvTranspose, -1 for
+    ``x @ W``, -2 for ``W @ x``, 0 for a Gemm with transA. ``positions`` is how often W is applied in one
+    sample (0: not known), so that MACs = n m positions. ``size`` is the spatial size of the input, once it
+    is known.
+
+    ``kernel`` is that of the patches that a Conv reads, and empty for every other operator. ``strides`` and
+    what follows are the attributes of a convolution, transposed or not, as far as it has them. So many
+    consecutive rows of W as ``rows_per_bias`` share one bias: the kernel positions of an output channel of
+    a ConvTranspose, whose n is output channels x kernel positions; 1 for every other operator.
     """
 
     output: str
@@ -74,18 +79,21 @@ class Layer:
     pads: tuple[int, ...] = ()
     dilations: tuple[int, ...] = ()
     auto_pad: str = "NOTSET"
+    output_padding: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+    rows_per_bias: int = 1
     positions: int = 0
     size: tuple[int, ...] = ()
 
     @property
     def channels(self) -> int:
-        """Input channels of a Conv, input features of a Gemm or MatMul."""
+        """Input channels of a Conv or ConvTranspose, input features of a Gemm or MatMul."""
         return self.m // prod(self.kernel)
 
     @property
     def output_channels(self) -> int:
-        """Output channels of a Conv, output features of a Gemm or MatMul."""
-        return self.n
+        """Output channels of a Conv or ConvTranspose, output features of a Gemm or MatMul."""
+        return self.n // self.rows_per_bias
 
     @property
     def channels_first(self) -> bool:

@@ -86,7 +86,7 @@ def _operator(node: onnx.NodeProto) -> Operator | None:
 
 
 def _is_counted(node: onnx.NodeProto) -> bool:
-    return _operator(node) is not None or node.op_type in ("ConvTranspose", *GATES)
+    return _operator(node) is not None or node.op_type in GATES
 
 
 def _macs(node: onnx.NodeProto, shapes: Shapes) -> int:
@@ -94,8 +94,6 @@ def _macs(node: onnx.NodeProto, shapes: Shapes) -> int:
     operator = _operator(node)
     if operator is not None:
         return operator.macs(node, first, second, shapes[node.output[0]] if node.output[0] else ())
-    if node.op_type == "ConvTranspose":
-        return prod(first) * prod(second[1:])
     # Recurrent: W is (directions, gates x hidden, input), R (directions, gates x hidden, hidden).
     directions, rows, inputs = second
     hidden = rows // GATES[node.op_type]

@@ -24,7 +24,7 @@ QUANTISED = (
 )
 RECURRENT = ("LSTM", "GRU", "RNN")
 NESTED = ("If", "Loop", "Scan")
-WEIGHTED = (*(op for _, op in OPERATORS), "ConvTranspose", *QUANTISED, *RECURRENT)
+WEIGHTED = (*(op for _, op in OPERATORS), *QUANTISED, *RECURRENT)
 
 
 def find_layers(working: WorkingGraph) -> tuple[tuple[Layer, ...], tuple[Declined, ...]]:
@@ -54,8 +54,6 @@ def find_layers(working: WorkingGraph) -> tuple[tuple[Layer, ...], tuple[Decline
             declined.append(Declined(label(node), node.op, "already quantised"))
         elif node.op in RECURRENT:
             declined.append(Declined(label(node), node.op, "recurrent weights are left as they are"))
-        elif node.op == "ConvTranspose":
-            declined.append(Declined(label(node), node.op, "transposed convolutions are left as they are"))
         declined.extend(_nested(node))
     for function in working.graph.functions:
         for node in function.nodes:

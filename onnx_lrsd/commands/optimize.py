@@ -182,7 +182,7 @@ def _select(
             kept.append(layer)
     if not kept and not out:
         raise UnsupportedModelError(
-            "The model has no Conv, Gemm or MatMul with a constant weight: use it as it is."
+            "The model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight: use it as it is."
         )
     if not kept:
         reasons = Counter(entry.reason for entry in out)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.arrays import to_device
@@ -58,7 +59,8 @@ def reconstruct(
     """
     working = model.graph()
     chosen = [layer for layer in layers if layer.output in forms]
-    limits = rectifiers(working, [layer.output for layer in chosen])
+    # Where outputs are sums of rows a rectifier does not act on rows.
+    limits = rectifiers(working, [layer.output for layer in chosen if layer.rows_per_bias == 1])
     read = consumers(working, chosen, layers)
     if calibration is not None:
         chosen = _with_dense(working, layers, forms, weight_of, calibration)
@@ -133,10 +135,12 @@ def _output_metric(layer: Layer, read: Sequence[Reading], weight_of: WeightOf) -
         return None
     weights = []
     for reader, channels_last in read:
-        shape = (reader.n, -1, layer.n) if channels_last else (reader.n, layer.n, -1)
+        channels = layer.output_channels
+        shape = (reader.n, -1, channels) if channels_last else (reader.n, channels, -1)
         weight = weight_of(reader)[0].reshape(shape)
         weights.append(weight if channels_last else weight.transpose(0, 2, 1))
-    return output_metric(weights)
+    by_row: Values = np.kron(output_metric(weights), np.eye(layer.rows_per_bias))
+    return by_row
 
 
 def _branched(factors: Factors) -> bool:

@@ -62,6 +62,9 @@ class Int8Fit:
                 )
         best = max(found, key=lambda name: found[name].latency_ratio or 0.0)
         kept = made.get(best)
+        for reason, count in (kept.without_kernel if kept else {}).items():
+            said = "1 node stays" if count == 1 else f"{count} nodes stay"
+            run.warnings.append(f"{said} in float: {reason}.")
         if kept and kept.nodes and saturates():
             run.warnings.append(
                 "Sums of int8 products saturate on this processor, so weights take 7 bits of their 8. "

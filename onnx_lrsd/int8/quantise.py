@@ -11,7 +11,8 @@ Source: ONNX Runtime's documentation, Quantize ONNX models, section When and why
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from onnx_lrsd.errors import LrsdError, ModelError
 from onnx_lrsd.fit.sensitivity import final_outputs, movement
 from onnx_lrsd.graph.model import PROTOBUF_LIMIT, Model, in_memory, model_bytes, raised
 from onnx_lrsd.passes.count import compute_tensors, macs
+from onnx_lrsd.passes.nodes import domain_of
 from onnx_lrsd.passes.operators import OPERATORS
 from onnx_lrsd.runtime.quantiser import quantization, saturates
 from onnx_lrsd.runtime.session import shapes, simplified
@@ -44,13 +46,15 @@ class Quantised(NamedTuple):
     """A quantised model: how many Conv, Gemm and MatMul are int8 in it, and the ones that stay in float.
 
     ``left`` is by node name: the relative error of the outputs with that node alone in int8. ``error`` is
-    that of the whole, measured on calibration samples that gave no ranges.
+    that of the whole, measured on calibration samples that gave no ranges. ``without_kernel`` counts the
+    nodes that no int8 kernel runs, by the reason.
     """
 
     model: Model
     nodes: int
     left: dict[str, float]
     error: float
+    without_kernel: Mapping[str, int] = {}
 
 
 def quantise(
@@ -83,7 +87,7 @@ def quantise(
     if (less := error(other)) < CLEARLY * lost:
         ranges, whole, lost = robust, other, less
     if lost <= tolerance:
-        return Quantised(_finished(whole, model), len(layers), {}, lost)
+        return Quantised(_finished(whole, model), len(layers), {}, lost, _without_kernel(ready))
     alone = {}
     for done, name in enumerate(layers):
         alone[name] = error(_quantised(ready, ranges, [name]))
@@ -102,7 +106,7 @@ def quantise(
         else:
             fewest = middle + 1
     left = {name: alone[name] for name in worst_first[:count]}
-    return Quantised(best, len(layers) - count, left, lost)
+    return Quantised(best, len(layers) - count, left, lost, _without_kernel(ready))
 
 
 def _ready(model: Model) -> onnx.ModelProto:
@@ -120,6 +124,12 @@ def _ready(model: Model) -> onnx.ModelProto:
             )
             taken.add(node.name)
     return onnx.shape_inference.infer_shapes(proto)
+
+
+def _without_kernel(proto: onnx.ModelProto) -> Counter[str]:
+    """How many nodes there are for which ONNX Runtime has no int8 kernel, by what is to be said of them."""
+    operators = (OPERATORS.get((domain_of(node.domain), node.op_type)) for node in proto.graph.node)
+    return Counter(operator.NOT_INT8 for operator in operators if operator is not None and operator.NOT_INT8)
 
 
 def _weighted(proto: onnx.ModelProto) -> list[str]:

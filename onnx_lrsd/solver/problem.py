@@ -2,6 +2,12 @@
 
 With C = E[(x - mu)(x - mu)^T] the bias takes up the mean exactly, and what is left of the error of
 W~ is tr((W - W~) C (W - W~)^T). Solvers work in the damped metric H = C + lambda I.
+
+Where k consecutive outputs share one bias (the kernel positions of a transposed convolution) it takes up
+the mean of D mu over them, D = W - W~, and |Q D mu|^2 is left as well, Q = I - P P^T projecting on what
+differs within each k outputs. Solvers then work in C + (1 - 1/k) mu mu^T: Q treats rows unlike, for which
+no metric of the inputs has a place, and 1 - 1/k is its mean over all directions. The bias and the error
+that are reported are exact.
 """
 
 from __future__ import annotations
@@ -83,7 +89,8 @@ class Problem:
     regression of the original outputs on them. ``mean`` (m,) and ``output_mean`` (n,) carry the
     bias, ``energy`` is E|y - E y|^2, and ``cross`` (n, m), where outputs and inputs come from
     different networks, E[(y - E y)(x - E x)^T]. With ``outputs`` None, errors of all outputs count alike.
-    ``entries_damping`` is the damping for an S of free entries.
+    ``entries_damping`` is the damping for an S of free entries. ``offset`` (n,) is the bias beside W, where
+    several outputs share one.
     """
 
     layer: Layer
@@ -95,6 +102,7 @@ class Problem:
     cross: Array | None = None
     outputs: Outputs | None = None
     entries_damping: float = 0.0
+    offset: Array | None = None
 
     def error(self, weight: Array) -> float:
         """E|y - y~|^2 / E|y - E y|^2 of ``weight`` (n, m) with its best bias; 0 for a constant output."""
@@ -106,7 +114,9 @@ class Problem:
             missed = float(xp.sum(self.metric.undamped(difference) * difference))
         else:
             own = float(xp.sum(self.metric.undamped(weight) * weight))
-            missed = self.energy - 2 * float(xp.sum(weight * self.cross)) + own
+            nothing = self._mean_missed(self.output_mean)
+            missed = self.energy - nothing - 2 * float(xp.sum(weight * self.cross)) + own
+        missed += self._mean_missed(self.output_mean - weight @ self.mean)
         return max(missed, 0.0) / self.energy
 
     def expected(self, weight: Array) -> float:
@@ -150,8 +160,17 @@ class Problem:
         return right if self.outputs is None else _times(self.outputs.inverse, right)
 
     def bias(self, weight: Array) -> Array:
-        """The best bias (n,) of ``weight`` (n, m)."""
-        return self.output_mean - weight @ self.mean
+        """The best bias (n,) of ``weight`` (n, m); outputs that share one get the mean of theirs."""
+        missed = self.output_mean - weight @ self.mean
+        return missed if self.offset is None else _group_means(missed, self.layer.rows_per_bias)
+
+    def _mean_missed(self, missed: Array) -> float:
+        """What shared biases leave of ``missed`` (n,), a mean, beyond what the metric counts of it."""
+        if self.offset is None:
+            return 0.0
+        xp, shared = namespace(missed), self.layer.rows_per_bias
+        left = xp.sum(xp.square(missed - _group_means(missed, shared)))
+        return float(left - _in_metric(shared) * xp.sum(xp.square(missed - self.offset)))
 
 
 def relative_damping(inputs: int, rows: int, samples: int, entries: bool = False) -> float:
@@ -210,27 +229,51 @@ def pose(
     w, b = to_device(cast(weight, np.float64), device), to_device(cast(bias, np.float64), device)
     xp = namespace(w)
     weighed = None if outputs is None else _roots(to_device(outputs, device))
+    offset = b if layer.rows_per_bias > 1 else None
     if moments is None or moments.count == 0:
         metric = Metric(None, None, 0.0)
         energy, mean = float(xp.sum(w * w)), xp.zeros(layer.m, dtype=w.dtype)
-        return Problem(layer, w, mean, b, metric, energy, outputs=weighed)
+        return Problem(layer, w, mean, b, metric, energy, outputs=weighed, offset=offset)
     second = None if moments.second is None else cast(to_device(moments.second, device), xp.float64)
     rows = None if moments.rows is None else cast(to_device(moments.rows, device), xp.float64)
     mean = to_device(moments.mean, device)
     total = trace(second) if rows is None else float(xp.sum(xp.square(rows))) / moments.count
     relative = partial(relative_damping, layer.m, moments.count, moments.samples or moments.count)
     scale = total / layer.m
+    part = _in_metric(layer.rows_per_bias)
+    if part and second is not None:
+        second = second + part * mean[:, None] * mean[None, :]
+    if part and rows is not None:
+        rows = rows + part**0.5 * mean  # they are centred: their second moment grows by part mu mu^T
     metric = Metric(second, rows, max(relative(entries) * scale, 1e-30))
     of_entries = max(relative(True) * scale, 1e-30)
     if moments.cross is None:
         energy = float(xp.sum(metric.undamped(w) * w))
-        return Problem(layer, w, mean, b + w @ mean, metric, energy, None, weighed, of_entries)
+        middle = b + w @ mean
+        found = Problem(layer, w, mean, middle, metric, energy, None, weighed, of_entries, offset)
+        return replace(found, energy=energy + found._mean_missed(middle))
     cross = cast(to_device(moments.cross, device), xp.float64)
+    middle = to_device(moments.output_mean, device)
+    energy = float(moments.output_energy or 0.0)
+    if part:
+        cross = cross + part * (middle - b)[:, None] * mean[None, :]
+        energy += part * float(xp.sum(xp.square(middle - b)))
     ridge = replace(metric, damping=pull * metric.damping)
     best = _ridge(cross + ridge.damping * w, ridge)
-    energy = float(moments.output_energy or 0.0)
-    middle = to_device(moments.output_mean, device)
-    return Problem(layer, best, mean, middle, metric, energy, cross, weighed, of_entries)
+    found = Problem(layer, best, mean, middle, metric, energy, cross, weighed, of_entries, offset)
+    return replace(found, energy=energy + found._mean_missed(middle))
+
+
+def _in_metric(shared: int) -> float:
+    """The part of mu mu^T that the metric counts where so many outputs share a bias."""
+    return 1 - 1 / shared
+
+
+def _group_means(values: Array, size: int) -> Array:
+    """Each of ``values`` (n,) replaced by the mean of the ``size`` consecutive ones that it belongs to."""
+    xp = namespace(values)
+    groups = xp.reshape(values, (-1, size))
+    return xp.reshape(xp.broadcast_to(xp.mean(groups, axis=1, keepdims=True), groups.shape), (-1,))
 
 
 def _times(left: Array, right: Array) -> Array:

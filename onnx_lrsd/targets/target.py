@@ -115,11 +115,13 @@ def price(layer: Layer, form: Form) -> Price:
     """
     dense = layer.n * layer.m * max(layer.positions, 1)
     nodes = node_shapes(layer, form)
-    parameters = sum(out * inner for out, inner, _ in nodes) + layer.n
+    parameters = sum(out * inner for out, inner, _ in nodes) + layer.output_channels
     if form.pattern.kind == UNSTRUCTURED:
         parameters += nonzeros(form.pattern, layer.n, layer.m, prod(layer.kernel)) - layer.n * layer.m
     if form.coded:
-        return Price(dense, parameters, _coded_bytes(layer, form) + layer.n * BYTES[layer.dtype])
+        return Price(
+            dense, parameters, _coded_bytes(layer, form) + layer.output_channels * BYTES[layer.dtype]
+        )
     macs = sum(out * inner * times for out, inner, times in nodes)
     return Price(macs, parameters, parameters * BYTES[layer.dtype])
 
@@ -127,7 +129,7 @@ def price(layer: Layer, form: Form) -> Price:
 class Node(NamedTuple):
     """A node that a form needs: it applies ``outputs`` x (``channels`` x kernel) weights ``times`` a sample.
 
-    ``kernel`` is empty for Gemm and MatMul.
+    ``kernel`` is empty where a row of inputs is no patch.
     """
 
     outputs: int

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.passes.nodes import DOMAIN, domain_of
-from onnx_lrsd.passes.operators import conv, gemm, matmul
+from onnx_lrsd.passes.operators import conv, conv_transpose, gemm, matmul
 from onnx_lrsd.passes.operators.operator import Operator
 from onnx_lrsd.types import Layer
 
 OPERATORS: Mapping[tuple[str, str], Operator] = {
     (DOMAIN, "Conv"): conv,
+    (DOMAIN, "ConvTranspose"): conv_transpose,
     (DOMAIN, "Gemm"): gemm,
     (DOMAIN, "MatMul"): matmul,
 }

@@ -192,7 +192,8 @@ def _some_rows(problem: Problem, rows: int) -> Problem:
     chosen = order[(np.arange(rows) + 0.5).astype(int) * len(order) // rows]
     kept = indices(np.sort(chosen), problem.weight)
     weight, own = (xp.take(x, kept, axis=0) for x in (problem.weight, problem.output_mean))
-    layer = replace(problem.layer, n=rows, shape=(rows, *problem.layer.shape[1:]))
+    shape = (rows, *problem.layer.shape[1:])
+    layer = replace(problem.layer, n=rows, shape=shape, rows_per_bias=1)
     energy = float(xp.sum(xp.take(energies, kept, axis=0)))
     return Problem(layer, weight, problem.mean, own, problem.metric, energy)
 
