@@ -11,6 +11,9 @@ import onnx_graphsurgeon as gs
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.types import Layer
 
+PART = "/lrsd/"
+"""Stands between the name of a layer and the part of it that a new node is."""
+
 
 class Writer:
     """Collects the new nodes of one layer; names are ``NODE/lrsd/PART``, unique in the graph."""
@@ -65,7 +68,7 @@ class Writer:
         return output
 
     def _name(self, part: str) -> str:
-        base = f"{self._layer.name}/lrsd/{part}"
+        base = f"{self._layer.name}{PART}{part}"
         name, count = base, 1
         while name in self._taken:
             count += 1

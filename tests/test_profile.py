@@ -19,6 +19,7 @@ from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.speedup import speedups_within
+from onnx_lrsd.passes.kernel_owners import kernel_owners
 from onnx_lrsd.plan import planner
 from onnx_lrsd.plan.planner import LAVISH, SPARE, Planner
 from onnx_lrsd.run import Options, Run
@@ -293,6 +294,26 @@ def test_what_a_layer_gains_within_the_model_is_read_from_its_kernels() -> None:
     forms = {"a": Form(SPATIAL, 16), "y": Form(SPATIAL, 128)}
     found = speedups_within(model, layers, forms, samples)
     assert found["a"] > 1.3 and found["y"] < 0.9
+
+
+def test_the_kernels_of_a_layer_are_its_own_wherever_they_stand() -> None:
+    """A branch that moves in the order of the run is not compared with its neighbour there."""
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "v"], ["a"], "left"),
+        onnx.helper.make_node("Relu", ["a"], ["b"], "relu"),
+        onnx.helper.make_node("MatMul", ["b", "w"], ["c"], "right/lrsd/V"),
+        onnx.helper.make_node("MatMul", ["c", "w"], ["y"], "right/lrsd/U"),
+        onnx.helper.make_node("Softmax", ["y"], ["z"], "softmax"),
+    ]
+    value = onnx.helper.make_tensor_value_info
+    ends = [value(name, onnx.TensorProto.FLOAT, [4, 4]) for name in "xz"]
+    proto = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:]))
+    left, right = (
+        replace(conv(), name=name, output=output) for name, output in (("left", "a"), ("right", "y"))
+    )
+    names = ["right/lrsd/U", "left/MatMulAddFusion", "b", "softmax", "right/lrsd/V", "ReorderInput"]
+    assert kernel_owners(proto, [left, right], names) == ["y", "a", "a", None, "y", None]
+    assert kernel_owners(proto, [right], names) == ["y", None, None, None, "y", None]
 
 
 def test_a_latency_out_of_reach_is_a_budget_error_or_the_fastest_that_was_found(

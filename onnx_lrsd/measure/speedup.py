@@ -8,7 +8,6 @@ looks faster by half than it then is (results/predicted_time.md).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import SequenceMatcher
 
 import numpy as np
 
@@ -17,11 +16,12 @@ from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.compare import STARTS, time_pair
 from onnx_lrsd.measure.layer_times import unrecorded
 from onnx_lrsd.passes.isolate import isolate
+from onnx_lrsd.passes.kernel_owners import kernel_owners
 from onnx_lrsd.passes.order_sums import order_sums
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.kernel_times import kernels
 from onnx_lrsd.solver.layout import factor_kernels, shared_groups
-from onnx_lrsd.types import N_OF_M, UNSTRUCTURED, Factors, Form, Layer, Progress
+from onnx_lrsd.types import N_OF_M, UNSTRUCTURED, Factors, Feed, Form, Layer, Progress
 
 CLEARLY = 1.02
 """A rewrite that is not this many times faster alone does not pay."""
@@ -61,34 +61,48 @@ def speedups_within(
 ) -> dict[str, float]:
     """How many times faster each layer in ``forms`` gets within the whole model on one smallest batch.
 
-    What is fast alone may want another layout than its neighbours, or part what was fused. Kernels of both
-    models are lined up by their names; a stretch that differs, with the one behind it, is its layers' work.
-    Layers in one stretch have one ratio; those that left no trace have none.
+    What is fast alone may want another layout than its neighbours, or part what was fused. A layer's kernels
+    are summed before and after, wherever in the run they stand: its own, and those of channel-wise nodes that
+    read it, which may be fused into them on one side only. A layer without a kernel of its own has no ratio.
     """
     chosen = [layer for layer in layers if layer.output in forms]
-    rewritten = _rewritten(model, chosen, forms, whole=True)
     feed = samples.example()
-    old, new = (kernels(x.proto, feed, folder=model.folder) for x in (model, rewritten))
-    before, after = ([kernel.name for kernel in each] for each in (old, new))
-    owners = {k: layer.output for k in after for layer in chosen if k.startswith(f"{layer.name}/lrsd/")}
-    found: dict[str, float] = {}
-    for what, i, i_end, j, j_end in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        stretch = old[i : i_end + 1], new[j : j_end + 1]
-        if what != "equal" and all(stretch):
-            ratio = unrecorded(stretch[0]) / unrecorded(stretch[1])
-            found |= {owners[name]: ratio for name in after[j:j_end] if name in owners}
-    return found
+    before, after = (
+        _seconds_of_layers(each, chosen, feed)
+        for each in (model, _rewritten(model, chosen, forms, whole=True))
+    )
+    return {name: before[name] / after[name] for name in before if name in after}
+
+
+def _seconds_of_layers(model: Model, layers: Sequence[Layer], feed: Feed) -> dict[str, float]:
+    """Seconds that the kernels of each layer take in one run of ``model``, by the layer's output."""
+    recorded = kernels(model.proto, feed, folder=model.folder)
+    owners = kernel_owners(model.proto, layers, [kernel.name for kernel in recorded])
+    seconds = dict[str, float]()
+    for kernel, owner in zip(recorded, owners, strict=True):
+        if owner is not None:
+            seconds[owner] = seconds.get(owner, 0.0) + unrecorded([kernel])
+    return seconds
 
 
 def whole_speedup(
-    model: Model, layers: Sequence[Layer], forms: Mapping[str, Form], samples: Samples, seconds: float
+    model: Model,
+    layers: Sequence[Layer],
+    forms: Mapping[str, Form],
+    samples: Samples,
+    seconds: float,
+    over: Mapping[str, Form] | None = None,
 ) -> float:
-    """How many times faster the whole model gets with ``forms``, measured on one smallest batch."""
-    chosen = [layer for layer in layers if layer.output in forms]
-    rewritten = _rewritten(model, chosen, forms, whole=True)
-    feed = samples.example()
-    pair = model.proto, rewritten.proto
-    return time_pair(*pair, feed, folder=model.folder, seconds=seconds, restarts=STARTS).ratio
+    """How many times faster the whole model gets with ``forms``, measured on one smallest batch.
+
+    Faster than with the forms ``over``, or than it came where none are given.
+    """
+    before, after = (
+        _rewritten(model, [layer for layer in layers if layer.output in each], each, whole=True)
+        for each in (over or {}, forms)
+    )
+    pair = before.proto, after.proto
+    return time_pair(*pair, samples.example(), folder=model.folder, seconds=seconds, restarts=STARTS).ratio
 
 
 def _rewritten(
