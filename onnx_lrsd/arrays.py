@@ -99,6 +99,11 @@ def identity(size: int, like: Array) -> Array:
     return from_numpy(np.eye(size), like)
 
 
+def zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Zeros in the namespace, precision and device of ``like``."""
+    return namespace(like).zeros(shape, dtype=like.dtype, **_where(like))
+
+
 def spd_inverse(a: Array) -> Array:
     """Inverse of a symmetric positive definite (n, n), symmetric to the last bit."""
     xp = namespace(a)

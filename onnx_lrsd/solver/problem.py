@@ -259,7 +259,7 @@ def pose(
         cross = cross + part * (middle - b)[:, None] * mean[None, :]
         energy += part * float(xp.sum(xp.square(middle - b)))
     ridge = replace(metric, damping=pull * metric.damping)
-    best = _ridge(cross + ridge.damping * w, ridge)
+    best = regress(cross + ridge.damping * w, ridge)
     found = Problem(layer, best, mean, middle, metric, energy, cross, weighed, of_entries, offset)
     return replace(found, energy=energy + found._mean_missed(middle))
 
@@ -288,8 +288,11 @@ def _roots(metric: Array) -> Outputs:
     return Outputs((vectors * root) @ vectors.T, (vectors / root) @ vectors.T)
 
 
-def _ridge(right: Array, metric: Metric) -> Array:
-    """``right`` (n, m) times H^-1; with rows F the (m, m) inverse is an (N, N) one (Woodbury)."""
+def regress(right: Array, metric: Metric) -> Array:
+    """The regression ``right`` H^-1 (n, m) on inputs with these cross moments.
+
+    With rows F the (m, m) inverse is an (N, N) one (Woodbury).
+    """
     xp = namespace(right)
     if metric.rows is None:
         return xp.linalg.solve(metric.matrix(right), right.T).T

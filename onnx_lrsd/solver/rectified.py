@@ -105,6 +105,25 @@ def refine_entries(
     return cast(best.parts, xp.float64) / h.columns, cast(best.shift, xp.float64)
 
 
+def refine_weight(
+    problem: Problem, weight: Array, fitted: Callable[[Array], Array], seen: Rectified
+) -> tuple[Array, Array]:
+    """A least-squares fit ``weight`` (n, m) refined, and what the bias gains (n,), both float64.
+
+    ``fitted`` gives the least-squares fit where E[(y - E y) x^T] moves by what it is given, (n, m).
+    """
+    xp = namespace(weight)
+
+    def weight_of(parts: Array) -> Array:
+        return parts
+
+    def step(parts: Array, moved: Array) -> Array:
+        return cast(fitted(moved), parts.dtype)
+
+    best = _rounds(problem, seen, cast(weight, xp.float32), weight_of, step)
+    return cast(best.parts, xp.float64), cast(best.shift, xp.float64)
+
+
 class _Best(NamedTuple, Generic[Parts]):
     """The best round: the parts of a weight, what is added to its bias (n,), and the squared error."""
 
