@@ -128,7 +128,10 @@ class Model:
                         onnx.helper.make_tensor_value_info(name, values.data_type, values.dims)
                     )
         gone = _named(before) - _named(after)
-        after.value_info.extend(value for value in before.value_info if value.name not in gone)
+        tensors = graph.tensors()
+        after.value_info.extend(
+            _resized(value, tensors.get(value.name)) for value in before.value_info if value.name not in gone
+        )
         after.quantization_annotation.extend(
             note for note in before.quantization_annotation if note.tensor_name not in gone
         )
@@ -165,6 +168,22 @@ def _same_ends(node: gs.Node, origin: onnx.NodeProto) -> bool:
     return [t.name for t in node.inputs] == list(origin.input) and [t.name for t in node.outputs] == list(
         origin.output
     )
+
+
+def _resized(value: onnx.ValueInfoProto, tensor: gs.Tensor | None) -> onnx.ValueInfoProto:
+    """``value`` itself, or with the sizes that the edit gave ``tensor``."""
+    dims = value.type.tensor_type.shape.dim
+    if tensor is None or isinstance(tensor, gs.Constant) or tensor.shape is None:
+        return value
+    shape = list(tensor.shape)
+    if all(not dim.HasField("dim_value") or dim.dim_value == n for dim, n in zip(dims, shape, strict=True)):
+        return value
+    changed = onnx.ValueInfoProto()
+    changed.CopyFrom(value)
+    for dim, size in zip(changed.type.tensor_type.shape.dim, shape, strict=True):
+        if dim.HasField("dim_value"):
+            dim.dim_value = size
+    return changed
 
 
 def _assign(message: Any, descriptor: Any, value: Any) -> None:

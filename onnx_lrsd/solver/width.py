@@ -99,13 +99,13 @@ def widths(
             state.prepare(ready)
         taken: list[int] = []
         while len(taken) < steps and len(left) - len(taken) > least:
-            own = [state.costs() for state in states]
-            costs = sum((cost * weight for cost, weight in zip(own, share, strict=True)), start=gone)
+            added = [state.costs() for state in states]
+            costs = sum((cost * weight for cost, weight in zip(added, share, strict=True)), start=gone)
             cheapest = int(xp.argmin(costs))
             held = int(place[cheapest])
             if held >= ready.shape[0]:
                 break  # never at first: the cheapest of all is ready
-            for state, cost, reader in zip(states, own, missed, strict=True):
+            for state, cost, reader in zip(states, added, missed, strict=True):
                 reader.append(cost[cheapest, ...])
                 state.drop(cheapest, held)
             gone[cheapest] = float("inf")
@@ -117,8 +117,8 @@ def widths(
             state.settle(stay)
     errors = np.full((len(readers), total + 1), np.inf)
     for row, reader in zip(errors, missed, strict=True):
-        added = np.array([0.0] + [max(float(cost), 0.0) for cost in reader])
-        row[total - len(reader) :] = np.cumsum(added)[::-1]
+        steps_up = np.array([0.0] + [max(float(cost), 0.0) for cost in reader])
+        row[total - len(reader) :] = np.cumsum(steps_up)[::-1]
     return Widths(tuple(dropped), errors)
 
 

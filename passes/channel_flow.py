@@ -1,0 +1,557 @@
+"""How each operator hands on channels: along which axis, and which channel every position belongs to.
+
+A node is channel-wise where each channel of what it gives needs that channel of what it reads alone. Most are
+nodes of elementwise operators, whatever function they compute together; the others move channels about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from onnx_lrsd.passes.constants import constant_value, overridable
+
+Owner: TypeAlias = npt.NDArray[np.int64]
+Shapes: TypeAlias = Mapping[str, Sequence[int | str | None]]
+
+UNARY = {
+    *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cast", "Ceil", "Celu", "Cos", "Cosh", "Elu"),
+    *("Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu"),
+    *("Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin"),
+    *("Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu", "QuickGelu"),
+}
+BROADCAST = {
+    *("Add", "And", "BiasGelu", "Clip", "Div", "Dropout", "Equal", "FastGelu", "Greater", "GreaterOrEqual"),
+    *("Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where"),
+    "Xor",
+}
+POOLS = ("MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool")
+REDUCTIONS = {
+    *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"),
+    *("ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp"),
+}
+DOMAINS = (None, "", "ai.onnx", "com.microsoft")
+
+
+class Carried(NamedTuple):
+    """The channels of a tensor: ``owner`` (length,) is whose each position of ``axis`` is; -1: of none.
+
+    ``axis`` counts from the end, so that broadcasting does not move it; ``rank`` is None if not known.
+    """
+
+    axis: int
+    rank: int | None
+    owner: Owner
+
+
+class Place(NamedTuple):
+    """An input (its index) or an attribute (its name) of the node that gives the tensor ``output``."""
+
+    output: str
+    given: int | str
+
+
+class Part(NamedTuple):
+    """A constant of which ``owner`` says along ``axis`` whose each position is."""
+
+    place: Place
+    axis: int
+    owner: Owner
+
+
+class Count(NamedTuple):
+    """A number, ``entry`` of a constant or attribute (None: all of it), that counts those of ``owner``."""
+
+    place: Place
+    entry: int | None
+    owner: Owner
+
+
+@dataclass
+class Flow:
+    """What was found on the way through the graph; channels are numbered over all of it."""
+
+    opset: int
+    overridable: set[str]
+    shapes: Shapes
+    carried: dict[str, Carried] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
+    counts: list[Count] = field(default_factory=list)
+    ties: list[tuple[int, int]] = field(default_factory=list)
+    """Channels that stay or go together."""
+
+    def shape(self, tensor: gs.Tensor) -> Sequence[int | str | None] | None:
+        """The shape of ``tensor`` as far as it is known."""
+        value = constant_value(tensor)
+        found = self.shapes.get(tensor.name, tensor.shape)
+        return value.shape if value is not None else None if found is None else tuple(found)
+
+    def take(self, node: gs.Node, index: int, axis: int, owner: Owner) -> str:
+        """Note that a constant input is cut along ``axis``; why it cannot be, or nothing."""
+        if overridable(node.inputs[index], self.overridable):
+            return f"{node.op} {label(node)} reads a constant that a caller may override"
+        if (owner >= 0).any():
+            self.parts.append(Part(Place(node.outputs[0].name, index), axis, owner))
+        return ""
+
+    def count(self, node: gs.Node, given: int | str, index: int | None, owner: Owner) -> None:
+        """Note that a number of ``node`` counts the positions of ``owner``."""
+        if (owner >= 0).any():
+            self.counts.append(Count(Place(node.outputs[0].name, given), index, owner))
+
+    def tie(self, channels: Iterable[int]) -> None:
+        """These channels stay or go together."""
+        first, *others = channels
+        self.ties.extend((first, other) for other in others)
+
+    def merge(self, one: Owner, two: Owner) -> bool:
+        """Tie the channels of two axes position by position; False where one holds what is no channel."""
+        if one.shape != two.shape or ((one < 0) != (two < 0)).any():
+            return False
+        self.ties.extend((int(a), int(b)) for a, b in zip(one, two, strict=True) if a >= 0 and a != b)
+        return True
+
+
+Given: TypeAlias = Sequence[Carried | None]
+Handed: TypeAlias = list[Carried | None] | str
+"""The channels of each output, or why these can no longer be told apart."""
+
+
+def label(node: gs.Node) -> str:
+    """What a person calls the node: its name, or its output where it has none."""
+    return str(node.name or (node.outputs[0].name if node.outputs else node.op))
+
+
+def hand_on(flow: Flow, node: gs.Node, given: Given) -> Handed:
+    """The channels of what ``node`` gives, by those of its inputs, one of which has some."""
+    if node.domain not in DOMAINS:
+        return _mixed(node)
+    if node.op in UNARY or node.op in BROADCAST:
+        if any(output.name and output.outputs for output in node.outputs[1:]):
+            return _mixed(node)
+        return _elementwise(flow, node, given)
+    if node.op == "Concat":
+        return _concat(flow, node, given)
+    handler, first = _HANDLERS.get(node.op), given[0]
+    if handler is None or first is None or any(other is not None for other in given[1:]):
+        return _mixed(node)
+    return handler(flow, node, first)
+
+
+def _mixed(node: gs.Node) -> str:
+    return f"{node.op} {label(node)} may mix them"
+
+
+def _elementwise(flow: Flow, node: gs.Node, given: Given) -> Handed:
+    first = next(carried for carried in given if carried is not None)
+    if node.op in BROADCAST and flow.opset < 7 and node.domain in (None, "") and len(node.inputs) > 1:
+        return f"{node.op} {label(node)} broadcasts in the way of old operator sets"
+    ranks = [first.rank]
+    for index, (tensor, carried) in enumerate(zip(node.inputs, given, strict=True)):
+        if carried is not None:
+            if carried.axis != first.axis or not flow.merge(first.owner, carried.owner):
+                return f"{node.op} {label(node)} joins them with others"
+            ranks.append(carried.rank)
+        elif not tensor.is_empty():
+            reason = _beside(flow, node, index, first)
+            if reason:
+                return reason
+            shape = flow.shape(tensor)
+            ranks.append(None if shape is None else len(shape))
+    known = [rank for rank in ranks if rank is not None]
+    return [first._replace(rank=max(known) if len(known) == len(ranks) else None)]
+
+
+def _beside(flow: Flow, node: gs.Node, index: int, carried: Carried) -> str:
+    """Why the operand ``index``, which has no channels itself, is no value for each channel, or nothing."""
+    tensor = node.inputs[index]
+    shape = flow.shape(tensor)
+    if shape is not None and (len(shape) < -carried.axis or shape[carried.axis] == 1):
+        return ""
+    if constant_value(tensor) is None or shape is None or shape[carried.axis] != len(carried.owner):
+        return f"{node.op} {label(node)} joins them with others"
+    return flow.take(node, index, carried.axis, carried.owner)
+
+
+def _concat(flow: Flow, node: gs.Node, given: Given) -> Handed:
+    first = next(carried for carried in given if carried is not None)
+    axis = _from_end(node.attrs.get("axis", 1), first.rank)
+    if axis is None or any(carried is not None and carried.axis != first.axis for carried in given):
+        return _mixed(node)
+    if axis != first.axis:
+        same = all(c is not None and flow.merge(first.owner, c.owner) for c in given)
+        return [first] if same else _mixed(node)
+    owners = []
+    for tensor, carried in zip(node.inputs, given, strict=True):
+        shape = flow.shape(tensor)
+        if carried is None and (shape is None or not isinstance(shape[axis], int)):
+            return _mixed(node)
+        owners.append(np.full(_length(shape, axis), -1) if carried is None else carried.owner)
+    return [first._replace(owner=np.concatenate(owners))]
+
+
+def _length(shape: Sequence[int | str | None] | None, axis: int) -> int:
+    size = None if shape is None else shape[axis]
+    return size if isinstance(size, int) else 0
+
+
+def _from_end(axis: int, rank: int | None) -> int | None:
+    """``axis`` counted from the end; None where that takes a rank that is not known."""
+    if axis < 0:
+        return axis
+    return None if rank is None else axis - rank
+
+
+def _is_second(carried: Carried) -> bool:
+    """Whether channels are where images have them."""
+    return carried.rank is not None and carried.axis == 1 - carried.rank
+
+
+def _pool(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    second_used = any(output.name and output.outputs for output in node.outputs[1:])
+    return [carried] if _is_second(carried) and not second_used else _mixed(node)
+
+
+def _normalised(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    """BatchNormalization and InstanceNormalization: constants of one value a channel."""
+    training = node.attrs.get("training_mode", 0) or len(node.outputs) > 1 or not node.attrs.get("spatial", 1)
+    if training or not _is_second(carried):
+        return _mixed(node)
+    for index, tensor in enumerate(node.inputs[1:], start=1):
+        value = constant_value(tensor)
+        if value is None or value.shape != carried.owner.shape:
+            return _mixed(node)
+        reason = flow.take(node, index, -1, carried.owner)
+        if reason:
+            return reason
+    return [carried]
+
+
+def _grouped(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    """A convolution of groups: its outputs go with the inputs of their group, all of which stay or go."""
+    weight = constant_value(node.inputs[1])
+    groups = node.attrs.get("group", 1)
+    if weight is None or carried.axis != 1 - weight.ndim:
+        return _mixed(node)
+    length = len(carried.owner)
+    transposed = node.op == "ConvTranspose"
+    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    each = length // groups
+    owners = carried.owner.reshape(groups, each)
+    if ((owners < 0).any(axis=1) != (owners < 0).all(axis=1)).any():
+        return _mixed(node)
+    for own in owners:
+        if own[0] >= 0:
+            flow.tie(own.tolist())
+    owner = np.repeat(owners[:, 0], outputs // groups)
+    reason = flow.take(node, 1, -weight.ndim, carried.owner if transposed else owner)
+    if not reason and len(node.inputs) > 2 and node.inputs[2].name:
+        bias = constant_value(node.inputs[2])
+        reason = _mixed(node) if bias is None else flow.take(node, 2, -1, owner)
+    flow.count(node, "group", None, owners[:, 0])
+    return reason or [carried._replace(owner=owner)]
+
+
+def _reduced(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    """Sums and the like over other axes than that of the channels."""
+    axes = _axes(node, carried.rank)
+    if not axes or carried.axis in axes or carried.rank is None:
+        return _mixed(node)
+    if node.attrs.get("keepdims", 1):
+        return [carried]
+    behind = sum(axis > carried.axis for axis in axes)
+    return [Carried(carried.axis + behind, carried.rank - len(axes), carried.owner)]
+
+
+def _axes(node: gs.Node, rank: int | None, index: int = 1) -> list[int] | None:
+    """The axes that a node names, in its attribute or its input ``index``, from the end of ``rank`` axes."""
+    named = _numbers(node, "axes", index)
+    if named is None:
+        return None
+    found = [_from_end(axis, rank) for axis in named]
+    known = [axis for axis in found if axis is not None]
+    return known if len(known) == len(found) else None
+
+
+def _squeezed(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    axes = _axes(node, carried.rank)
+    if axes is None or carried.axis in axes:
+        return _mixed(node)
+    rank = None if carried.rank is None else carried.rank - len(axes)
+    return [Carried(carried.axis + sum(axis > carried.axis for axis in axes), rank, carried.owner)]
+
+
+def _unsqueezed(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    named = _axes(node, 0)
+    if carried.rank is None or named is None:
+        return _mixed(node)
+    rank = carried.rank + len(named)
+    new = _axes(node, rank) or []
+    old = [axis for axis in range(-rank, 0) if axis not in new]
+    return [Carried(old[carried.axis], rank, carried.owner)]
+
+
+def _transposed(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    order = node.attrs.get("perm")
+    if order is None:
+        if carried.rank is None:
+            return _mixed(node)
+        order = list(range(carried.rank))[::-1]
+    rank = len(order)
+    return [Carried(order.index(carried.axis + rank) - rank, rank, carried.owner)]
+
+
+def _reshaped(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    """Reshape and Flatten that keep each channel on one axis, perhaps at many positions."""
+    before, after = flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
+    spread = f"{node.op} {label(node)} spreads them over axes, or its shapes are not known"
+    if before is None or after is None:
+        return spread
+    blocks = _aligned(before, after)
+    block = next((b for b in blocks if carried.axis + len(before) in b[0]), None) if blocks else None
+    if block is None:
+        return spread
+    sizes_before, sizes_after = [before[i] for i in block[0]], [after[i] for i in block[1]]
+    if not all(isinstance(size, int) for size in (*sizes_before, *sizes_after)):
+        if len(block[0]) != 1 or len(block[1]) != 1:
+            return spread
+        sizes_before = sizes_after = [len(carried.owner)]
+    at = carried.axis + len(before) - block[0][0]
+    wide = carried.owner.reshape([-1 if i == at else 1 for i in range(len(block[0]))])
+    flat = np.broadcast_to(wide, [int(size or 0) for size in sizes_before])
+    owners = flat.reshape([int(size or 0) for size in sizes_after])
+    found = _on_one_axis(flow, owners)
+    if found is None:
+        return spread
+    axis, owner = block[1][0] + found[0], found[1]
+    if node.op == "Reshape":
+        reason = _count_entry(flow, node, axis, carried.axis + len(before), owner)
+        if reason:
+            return reason
+    return [Carried(axis - len(after), len(after), owner)]
+
+
+def _aligned(
+    before: Sequence[int | str | None], after: Sequence[int | str | None]
+) -> list[tuple[list[int], list[int]]] | None:
+    """Consecutive axes of two shapes in blocks of like size, the least ones; None where they do not align."""
+    blocks: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) and j < len(after):
+        if before[i] == after[j] and before[i] is not None:
+            blocks.append(([i], [j]))
+            i, j = i + 1, j + 1
+            continue
+        own: tuple[list[int], list[int]] = ([], [])
+        sizes = [1, 1]
+        while not own[0] or sizes[0] != sizes[1]:
+            side = 0 if not own[0] or (own[1] and sizes[0] < sizes[1]) else 1
+            shape, at = (before, i) if side == 0 else (after, j)
+            if at >= len(shape):
+                return None
+            size = shape[at]
+            if not isinstance(size, int):
+                return None
+            own[side].append(at)
+            sizes[side] *= size
+            i, j = (i + 1, j) if side == 0 else (i, j + 1)
+        blocks.append(own)
+    rest = ([*range(i, len(before))], [*range(j, len(after))])
+    if any(before[a] != 1 for a in rest[0]) or any(after[a] != 1 for a in rest[1]) or not blocks:
+        return None
+    blocks[-1] = (blocks[-1][0] + rest[0], blocks[-1][1] + rest[1])
+    return blocks
+
+
+def _on_one_axis(flow: Flow, owners: Owner) -> tuple[int, Owner] | None:
+    """The axis along which alone ``owners`` change, and the owner of each of its positions.
+
+    Else the first of some length, if all channels at one of its positions may be tied together.
+    """
+    rows = [np.moveaxis(owners, axis, 0).reshape(owners.shape[axis], -1) for axis in range(owners.ndim)]
+    for axis, row in enumerate(rows):
+        if (row == row[:, :1]).all() and len(row) > 1:
+            return axis, row[:, 0]
+    long = [axis for axis, row in enumerate(rows) if len(row) > 1]
+    if not long or (owners < 0).any():
+        return None
+    row = rows[long[0]]
+    if sum(len(np.unique(own)) for own in row) != len(np.unique(row)):
+        return None
+    for own in row:
+        flow.tie(np.unique(own).tolist())
+    return long[0], row[:, 0]
+
+
+def _count_entry(flow: Flow, node: gs.Node, axis: int, before: int, owner: Owner) -> str:
+    """Note the entry of a Reshape's shape that counts the channels; why that cannot be, or nothing."""
+    unknown = f"the shape of {node.op} {label(node)} is computed at run time"
+    if len(node.inputs) < 2:
+        flow.count(node, "shape", axis, owner)
+        return ""
+    shape, index = node.inputs[1], axis
+    value, place = constant_value(shape), Place(node.outputs[0].name, 1)
+    source = shape.inputs[0] if value is None and shape.inputs else None
+    if source is not None and source.op == "Concat":
+        for given, piece in enumerate(source.inputs):
+            value, place = constant_value(piece), Place(source.outputs[0].name, given)
+            length = _length(flow.shape(piece), 0) if value is None else value.size
+            if not length or index < length:
+                break
+            index -= length
+    if value is None:
+        return unknown
+    entry = int(value.ravel()[index])
+    if entry == 0 and not node.attrs.get("allowzero", 0):
+        return "" if axis == before else unknown
+    if entry > 0:
+        flow.counts.append(Count(place, index, owner))
+    return ""
+
+
+def _padded(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    if carried.rank is None or any(c for c in node.inputs[3:] if c.name):
+        return _mixed(node)
+    pads = _numbers(node, "pads", 1)
+    if pads is None or len(pads) != 2 * carried.rank:
+        return _mixed(node)
+    at = carried.axis + carried.rank
+    return [carried] if pads[at] == pads[at + carried.rank] == 0 else _mixed(node)
+
+
+def _resized(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    """Resize and Upsample over other axes than that of the channels."""
+    if carried.rank is None or node.attrs.get("axes"):
+        return _mixed(node)
+    at = carried.axis + carried.rank
+    scales = node.attrs.get("scales")
+    index = 1 if node.op == "Upsample" or flow.opset < 11 else 2
+    if scales is None and len(node.inputs) > index and node.inputs[index].name:
+        value = constant_value(node.inputs[index])
+        scales = None if value is None else value.ravel().tolist()
+    if scales:
+        return [carried] if scales[at] == 1 else _mixed(node)
+    sizes = constant_value(node.inputs[3]) if len(node.inputs) > 3 else None
+    if sizes is None or int(sizes.ravel()[at]) != len(carried.owner):
+        return _mixed(node)
+    flow.count(node, 3, at, carried.owner)
+    return [carried]
+
+
+def _gathered(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    """Gather along another axis, perhaps of a single position, which takes that axis away."""
+    axis = _from_end(node.attrs.get("axis", 0), carried.rank)
+    shape = flow.shape(node.inputs[1])
+    if axis is None or axis == carried.axis or shape is None or carried.rank is None:
+        return _mixed(node)
+    moved = 1 - len(shape) if axis > carried.axis else 0
+    return [Carried(carried.axis + moved, carried.rank + len(shape) - 1, carried.owner)]
+
+
+def _split(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    axis = _from_end(node.attrs.get("axis", 0), carried.rank)
+    if axis is None:
+        return _mixed(node)
+    if axis != carried.axis:
+        return [carried] * len(node.outputs)
+    sizes = _numbers(node, "split", 1)
+    given: int | str = "split" if "split" in node.attrs else 1
+    even = sizes is None
+    if sizes is None:
+        if len(node.inputs) > 1 and node.inputs[1].name:
+            return _mixed(node)
+        sizes = [len(carried.owner) // len(node.outputs)] * len(node.outputs)
+    if sum(sizes) != len(carried.owner):
+        return _mixed(node)
+    owners = np.split(carried.owner, np.cumsum(sizes)[:-1])
+    for entry, owner in enumerate(owners):
+        if not even:
+            flow.count(node, given, entry, owner)
+        elif not flow.merge(owners[0], owner):  # parts without sizes have to stay equal
+            return _mixed(node)
+    return [carried._replace(owner=owner) for owner in owners]
+
+
+def _sliced(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    """Slice along other axes, or one piece of the channels."""
+    starts, ends, steps = (_numbers(node, name, index) for name, index in BOUNDS)
+    axes = _axes(node, carried.rank, 3)
+    unnamed = "axes" not in node.attrs and (len(node.inputs) < 4 or not node.inputs[3].name)
+    if unnamed and starts is not None and carried.rank is not None:
+        axes = [axis - carried.rank for axis in range(len(starts))]
+    if axes is None:
+        return _mixed(node)
+    if carried.axis not in axes:
+        return [carried]
+    at, length = axes.index(carried.axis), len(carried.owner)
+    if not starts or not ends or "starts" in node.attrs or (steps or [1] * len(axes))[at] != 1:
+        return _mixed(node)
+    start, end, _ = slice(starts[at], ends[at]).indices(length)
+    if starts[at]:
+        flow.count(node, 1, at, carried.owner[:start])
+    if end < length:
+        flow.count(node, 2, at, carried.owner[:end])
+    return [carried._replace(owner=carried.owner[start:end])]
+
+
+BOUNDS = (("starts", 1), ("ends", 2), ("steps", 4))
+"""What a Slice takes, in attributes before opset 10."""
+
+
+def _numbers(node: gs.Node, name: str, index: int) -> list[int] | None:
+    """Whole numbers in an attribute or a constant input; None if there are none."""
+    found = node.attrs.get(name)
+    if found is None and len(node.inputs) > index and node.inputs[index].name:
+        value = constant_value(node.inputs[index])
+        found = None if value is None else value.ravel().tolist()
+    return None if found is None else [int(number) for number in found]
+
+
+def _shape(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+    """A shape of which other sizes are read alone tells nothing of the channels."""
+    reason = f"{node.op} {label(node)} reads how many they are"
+    if carried.rank is None:
+        return reason
+    start = node.attrs.get("start", 0)
+    sizes = list(range(carried.rank))[start : node.attrs.get("end", carried.rank)]
+    at = carried.axis + carried.rank
+    for reader in node.outputs[0].outputs:
+        if at in _picked(reader, sizes):
+            return reason
+    return [None]
+
+
+def _picked(reader: gs.Node, sizes: list[int]) -> list[int]:
+    """Which of ``sizes`` a Gather or Slice takes; any other reader takes all."""
+    if reader.op == "Gather":
+        which = constant_value(reader.inputs[1])
+        return sizes if which is None else [sizes[int(index)] for index in which.ravel()]
+    if reader.op == "Slice":
+        starts, ends, steps = (_numbers(reader, name, index) for name, index in BOUNDS)
+        if starts and ends:
+            return sizes[starts[0] : ends[0] : (steps or [1])[0]]
+    return sizes
+
+
+Handler: TypeAlias = Callable[[Flow, gs.Node, Carried], Handed]
+_HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys(POOLS, _pool),
+    **dict.fromkeys(("BatchNormalization", "InstanceNormalization"), _normalised),
+    **dict.fromkeys(("Conv", "ConvTranspose"), _grouped),
+    **dict.fromkeys(REDUCTIONS, _reduced),
+    **dict.fromkeys(("Reshape", "Flatten"), _reshaped),
+    **dict.fromkeys(("Resize", "Upsample"), _resized),
+    "Squeeze": _squeezed,
+    "Unsqueeze": _unsqueezed,
+    "Transpose": _transposed,
+    "Pad": _padded,
+    "Gather": _gathered,
+    "Split": _split,
+    "Slice": _sliced,
+    "Shape": _shape,
+}

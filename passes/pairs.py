@@ -1,0 +1,379 @@
+"""Pairs of layers with only channel-wise work between them, and fewer channels for both.
+
+What one layer gives and only others read need not be computed in full: a channel may go with its row of the
+one, its columns of the others, and its value in every constant between. Nothing is added, and what is left is
+as an exporter would have written a narrower network: smaller constants, no mask, no Gather.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from onnx_lrsd.passes.channel_flow import Carried, Count, Flow, Owner, Part, Place, Shapes, hand_on, label
+from onnx_lrsd.passes.constants import constant_value, overridable
+from onnx_lrsd.passes.find_layers import producer
+from onnx_lrsd.passes.tidy import captured_names, remove_orphans
+from onnx_lrsd.types import Declined, Layer
+
+Mask = npt.NDArray[np.bool_]
+
+
+class End(NamedTuple):
+    """A layer that gives or reads the channels of a pair.
+
+    ``output`` is its tensor (``Layer.output`` where it is a layer), ``positions`` (channels, k) are the
+    outputs or input channels of it that are each channel's.
+    """
+
+    output: str
+    positions: Owner
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pair:
+    """``channels`` that ``producers`` give and ``consumers`` alone read; each stays or goes as a whole.
+
+    ``name`` is what a person calls the first producer. The rest is what a cut changes, by channel: ``parts``
+    of constants, ``counts`` of channels, axes of tensors. All of it is of the graph the pair was found in.
+    """
+
+    name: str
+    channels: int
+    producers: tuple[End, ...]
+    consumers: tuple[End, ...]
+    parts: tuple[Part, ...]
+    counts: tuple[Count, ...]
+    carried: Mapping[str, Carried]
+
+
+@dataclass
+class _Given:
+    """Channels ``first`` to ``first + n - 1``, which the layer ``name`` gives, and why they must all stay."""
+
+    name: str
+    op: str
+    output: str
+    first: int
+    n: int
+    reason: str = ""
+
+
+class _Sides(NamedTuple):
+    """How a layer reads and gives channels: axes of its input, weight and output, from the end.
+
+    ``reads`` and ``weight`` are the indices of the input and of the weight, ``rank`` that of the output.
+    """
+
+    reads: int
+    weight: int
+    axis: int
+    inputs: int
+    outputs: int
+    n: int
+    rank: int | None
+
+
+def find_pairs(
+    graph: gs.Graph, layers: Sequence[Layer], shapes: Shapes
+) -> tuple[tuple[Pair, ...], tuple[Declined, ...]]:
+    """Every pair of the main graph in graph order, and the layers whose channels must stay, with the reason.
+
+    ``shapes`` are those of tensors as far as they are known, symbols for sizes that are open.
+
+    >>> import numpy as np, onnx, onnx_lrsd
+    >>> text = "g (float[n, 64] x) => (float[n, 8] y) { h = MatMul (x, v)  r = Relu (h)  y = MatMul (r, w) }"
+    >>> graph = onnx.parser.parse_graph(text)
+    >>> weights = {"v": np.ones((64, 32), np.float32), "w": np.ones((32, 8), np.float32)}
+    >>> graph.initializer.extend(onnx.numpy_helper.from_array(w, name) for name, w in weights.items())
+    >>> opset = onnx.helper.make_opsetid("", 17)
+    >>> model = onnx_lrsd.load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8))
+    >>> working = model.graph()
+    >>> (pair,), declined = find_pairs(working, onnx_lrsd.find_layers(working)[0], {})
+    >>> pair.channels, pair.producers[0].output, pair.consumers[0].output, declined[0].reason
+    (32, 'h', 'y', 'they are an output of the model')
+    >>> cut(working, [(pair, range(0, 32, 2))])
+    >>> {t.name: list(t.dims) for t in model.splice(working).proto.graph.initializer}
+    {'v/lrsd/width': [64, 16], 'w/lrsd/width': [16, 8]}
+    """
+    flow = Flow(graph.opset, graph.overridable, shapes)
+    names = {id(producer(graph, layer)): layer.output for layer in layers}
+    given, read = list[_Given](), list[tuple[str, Owner]]()
+    total = 0
+
+    def block(owners: Iterable[Carried | None], reason: str) -> None:
+        for carried in owners:
+            for channel in np.unique(carried.owner) if carried is not None else ():
+                of = _set_of(given, int(channel))
+                if of is not None:
+                    of.reason = of.reason or reason
+
+    for node in graph.nodes:
+        carried = [flow.carried.get(tensor.name) for tensor in node.inputs]
+        sides = _sides(flow, node)
+        if sides is None:
+            if not any(carried):
+                continue
+            handed = hand_on(flow, node, carried)
+            if isinstance(handed, str):
+                block(carried, handed)
+                continue
+            flow.carried |= {t.name: c for t, c in zip(node.outputs, handed, strict=False) if c is not None}
+            continue
+        name = names.get(id(node), node.outputs[0].name)
+        reason = _read(flow, node, sides, carried)
+        if reason:
+            block(carried, reason)
+        elif (own := carried[sides.reads]) is not None:
+            read.append((name, own.owner))
+        owner = np.arange(total, total + sides.n)
+        given.append(_Given(label(node), node.op, name, total, sides.n, _give(flow, node, sides, owner)))
+        total += sides.n
+    for output in graph.outputs:
+        block([flow.carried.get(output.name)], "they are an output of the model")
+    for captured in captured_names(graph):
+        block([flow.carried.get(captured)], "a branch or a loop reads them")
+    return _pairs(flow, given, read, total)
+
+
+def _set_of(given: Sequence[_Given], channel: int) -> _Given | None:
+    return next((own for own in given if own.first <= channel < own.first + own.n), None)
+
+
+def _sides(flow: Flow, node: gs.Node) -> _Sides | None:
+    """How ``node`` reads and gives channels, if it is a layer: one of groups hands channels on instead."""
+    if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or node.domain not in (None, "", "ai.onnx"):
+        return None
+    constant = [constant_value(tensor) for tensor in node.inputs[:2]]
+    side = 0 if node.op == "MatMul" and constant[0] is not None else 1
+    weight = constant[side]
+    if weight is None or constant[1 - side] is not None or node.attrs.get("group", 1) != 1:
+        return None
+    axes = weight.ndim
+    if node.op in ("Conv", "ConvTranspose"):
+        inputs, outputs = (1 - axes, -axes) if node.op == "Conv" else (-axes, 1 - axes)
+        return _Sides(0, 1, 1 - axes, inputs, outputs, weight.shape[outputs], axes)
+    if axes != 2:
+        return None
+    if node.op == "Gemm":
+        inputs, outputs = (-1, -2) if node.attrs.get("transB", 0) else (-2, -1)
+        axis = -2 if node.attrs.get("transA", 0) else -1
+        return _Sides(0, 1, axis, inputs, outputs, weight.shape[outputs], 2)
+    shape = flow.shape(node.inputs[1 - side])
+    rank = None if shape is None else len(shape)
+    if side == 1:
+        return _Sides(0, 1, -1, -2, -1, weight.shape[-1], rank)
+    return _Sides(1, 0, -2, -1, -2, weight.shape[-2], rank)
+
+
+def _read(flow: Flow, node: gs.Node, sides: _Sides, carried: Sequence[Carried | None]) -> str:
+    """Note what a cut changes where ``node`` reads channels; why they must stay, or nothing."""
+    own = carried[sides.reads]
+    if any(other is not None for index, other in enumerate(carried) if index != sides.reads):
+        return f"{node.op} {label(node)} adds them to others"
+    if own is None:
+        return ""
+    weight = constant_value(node.inputs[sides.weight])
+    if own.axis != sides.axis or weight is None or weight.shape[sides.inputs] != len(own.owner):
+        return f"{node.op} {label(node)} reads them along another axis"
+    return flow.take(node, sides.weight, sides.inputs, own.owner)
+
+
+def _give(flow: Flow, node: gs.Node, sides: _Sides, owner: Owner) -> str:
+    """Note what a cut changes where ``node`` gives channels; why they must stay, or nothing."""
+    reason = flow.take(node, sides.weight, sides.outputs, owner)
+    if len(node.inputs) > 2 and node.inputs[2].name and not reason:
+        bias = constant_value(node.inputs[2])
+        if bias is None:
+            reason = f"the bias of {node.op} {label(node)} is computed at run time"
+        elif bias.ndim and bias.shape[-1] == sides.n and bias.size > 1:
+            reason = flow.take(node, 2, -1, owner)
+        elif overridable(node.inputs[2], flow.overridable):
+            reason = f"the bias of {node.op} {label(node)} may be overridden"
+    axis = -1 if node.op == "Gemm" else sides.axis
+    flow.carried[node.outputs[0].name] = Carried(axis, sides.rank, owner)
+    return reason
+
+
+def _pairs(
+    flow: Flow, given: Sequence[_Given], read: Sequence[tuple[str, Owner]], total: int
+) -> tuple[tuple[Pair, ...], tuple[Declined, ...]]:
+    """Of all sets of channels: those tied to each other have to be cut alike."""
+    root = _joined(total, flow.ties)
+    first_of: dict[int, int] = {}  # the first set that holds a channel tied to this one
+    links = []
+    for index, own in enumerate(given):
+        for channel in np.unique(root[own.first : own.first + own.n]).tolist():
+            links.append((first_of.setdefault(channel, index), index))
+    together = _joined(len(given), links)
+    pairs, declined = list[Pair](), list[Declined]()
+    for index in np.unique(together):
+        sets = [own for own, joined in zip(given, together, strict=True) if joined == index]
+        reason = next((own.reason for own in sets if own.reason), "")
+        found = [] if reason else _pairs_of(flow, sets, read, root)
+        pairs += found
+        if not found:
+            declined += [Declined(own.name, own.op, reason or "no layer reads them") for own in sets]
+    return tuple(pairs), tuple(declined)
+
+
+def _pairs_of(
+    flow: Flow, sets: Sequence[_Given], read: Sequence[tuple[str, Owner]], root: Owner
+) -> list[Pair]:
+    """The pairs of sets that are tied: one, or one for each part of the channels that is read alike."""
+    number = np.full(len(root) + 1, -1)  # by channel; the last entry is that of position -1
+    of_sets = np.concatenate([root[own.first : own.first + own.n] for own in sets])
+    _, first, inverse = np.unique(of_sets, return_index=True, return_inverse=True)
+    ranks = np.argsort(np.argsort(first))  # in the order in which they are given
+    for own, numbers in zip(sets, np.split(ranks[inverse], np.cumsum([s.n for s in sets])[:-1]), strict=True):
+        number[own.first : own.first + own.n] = numbers
+    givers = [(own.name, own.output, number[own.first : own.first + own.n]) for own in sets]
+    readers = [("", name, number[owner]) for name, owner in read if (number[owner] >= 0).any()]
+    uses = np.array([np.bincount(o[o >= 0], minlength=len(first)) for _, _, o in (*givers, *readers)])
+    _, kind = np.unique(uses, axis=1, return_inverse=True)
+    found = []
+    for index in np.unique(kind):
+        part = np.full(len(first) + 1, -1)
+        part[:-1][kind == index] = np.arange(np.count_nonzero(kind == index))
+        giving, reading = (
+            [(name, output, part[o]) for name, output, o in ends if (part[o] >= 0).any()]
+            for ends in (givers, readers)
+        )
+        if giving and reading:
+            found.append(_pair(flow, giving, reading, part[number]))
+    return found
+
+
+def _pair(
+    flow: Flow,
+    giving: Sequence[tuple[str, str, Owner]],
+    reading: Sequence[tuple[str, str, Owner]],
+    number: Owner,
+) -> Pair:
+    """The pair of these ends: (name, output, whose each position is); ``number`` is that of every channel."""
+
+    def end(output: str, owner: Owner) -> End:
+        order = np.argsort(owner, kind="stable")[np.count_nonzero(owner < 0) :]
+        return End(output, order.reshape(channels, -1))
+
+    channels = int(number.max()) + 1
+    owned = {name: number[c.owner] for name, c in flow.carried.items()}
+    return Pair(
+        name=giving[0][0],
+        channels=channels,
+        producers=tuple(end(output, owner) for _, output, owner in giving),
+        consumers=tuple(end(output, owner) for _, output, owner in reading),
+        parts=tuple(p._replace(owner=number[p.owner]) for p in flow.parts if (number[p.owner] >= 0).any()),
+        counts=tuple(c._replace(owner=number[c.owner]) for c in flow.counts if (number[c.owner] >= 0).any()),
+        carried={
+            name: flow.carried[name]._replace(owner=owner)
+            for name, owner in owned.items()
+            if (owner >= 0).any()
+        },
+    )
+
+
+def _joined(count: int, links: Iterable[tuple[int, int]]) -> Owner:
+    """For each of ``count`` things the least one that ``links`` join it with."""
+    parent = list(range(count))
+
+    def root(thing: int) -> int:
+        while parent[thing] != thing:
+            parent[thing] = parent[parent[thing]]
+            thing = parent[thing]
+        return thing
+
+    for one, two in links:
+        low, high = sorted((root(one), root(two)))
+        parent[high] = low
+    return np.array([root(thing) for thing in range(count)], dtype=np.int64)
+
+
+def cut(graph: gs.Graph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> None:
+    """Leave of each pair the channels given with it, for all of these at once; the pairs are stale then.
+
+    Nothing that a consumer computes is made good: it loses what the other channels gave it. Constants that
+    another node reads are copied.
+    """
+    parts, counts = (
+        defaultdict[Place, dict[int, Mask]](dict),
+        defaultdict[Place, dict[int | None, Mask]](dict),
+    )
+    sizes: dict[str, tuple[int, Mask]] = {}
+    for pair, kept in cuts:
+        stays = np.zeros(pair.channels + 1, dtype=bool)
+        stays[[*kept, -1]] = True
+        for place, axis, owner in pair.parts:
+            parts[place][axis] = stays[owner] & parts[place].get(axis, True)
+        for place, entry, owner in pair.counts:
+            counts[place][entry] = stays[owner] & counts[place].get(entry, True)
+        for name, (axis, _, owner) in pair.carried.items():
+            sizes[name] = axis, stays[owner] & sizes.get(name, (axis, True))[1]
+    nodes = {tensor.name: node for node in graph.nodes for tensor in node.outputs}
+    made = _Constants(graph)
+    for place, masks in parts.items():
+        node = nodes[place.output]
+        values = np.asarray(constant_value(node.inputs[place.given]))
+        for axis, mask in masks.items():
+            values = np.compress(mask, values, axis=axis)
+        made.put(node, int(place.given), values)
+    for place, counted in counts.items():
+        node = nodes[place.output]
+        if isinstance(place.given, str):
+            _count_attribute(graph, node, place.given, counted)
+            continue
+        values = np.array(constant_value(node.inputs[place.given]))
+        for entry, mask in counted.items():
+            values.reshape(-1)[entry] = np.count_nonzero(mask)
+        made.put(node, place.given, values)
+    tensors = graph.tensors()
+    for name, (axis, mask) in sizes.items():
+        shape = tensors[name].shape
+        if shape is not None and isinstance(shape[axis], int):
+            tensors[name].shape = [*shape[:axis], np.count_nonzero(mask), *shape[len(shape) + axis + 1 :]]
+    remove_orphans(graph, made.replaced)
+
+
+def _count_attribute(graph: gs.Graph, node: gs.Node, name: str, counted: Mapping[int | None, Mask]) -> None:
+    """Write what an attribute counts, or the entries of it that do; the node is no longer what it was."""
+    graph.origin.pop(id(node), None)
+    for index, mask in counted.items():
+        if index is None:
+            node.attrs[name] = int(np.count_nonzero(mask))
+        else:
+            node.attrs[name] = list(node.attrs[name])
+            node.attrs[name][index] = int(np.count_nonzero(mask))
+
+
+class _Constants:
+    """Puts new constants in the places of old ones; equal ones in the place of one are one."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.replaced: list[gs.Tensor] = []
+        self._taken = set(graph.tensors())
+        self._made = defaultdict[int, list[gs.Constant]](list)
+
+    def put(self, node: gs.Node, index: int, values: npt.NDArray[Any]) -> None:
+        old = node.inputs[index]
+        made = self._made[id(old)]
+        new = next((c for c in made if np.array_equal(c.values, values)), None)
+        if new is None:
+            new = gs.Constant(self._name(old.name), np.ascontiguousarray(values))
+            made.append(new)
+        self.replaced.append(old)
+        node.inputs[index] = new
+
+    def _name(self, old: str) -> str:
+        base = f"{old.removesuffix('/lrsd/width')}/lrsd/width"
+        name, count = base, 1
+        while name in self._taken:
+            count += 1
+            name = f"{base}_{count}"
+        self._taken.add(name)
+        return name
