@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.passes.constants import constant_value, overridable
+from onnx_lrsd.passes.nodes import DOMAIN, domain_of, label
 
 Owner: TypeAlias = npt.NDArray[np.int64]
 Shapes: TypeAlias = Mapping[str, Sequence[int | str | None]]
@@ -35,7 +36,7 @@ REDUCTIONS = {
     *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"),
     *("ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp"),
 }
-DOMAINS = (None, "", "ai.onnx", "com.microsoft")
+DOMAINS = (DOMAIN, "com.microsoft")
 
 
 class Carried(NamedTuple):
@@ -77,7 +78,7 @@ class Flow:
     """What was found on the way through the graph; channels are numbered over all of it."""
 
     opset: int
-    overridable: set[str]
+    overridable: frozenset[str]
     shapes: Shapes
     carried: dict[str, Carried] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
@@ -122,14 +123,9 @@ Handed: TypeAlias = list[Carried | None] | str
 """The channels of each output, or why these can no longer be told apart."""
 
 
-def label(node: gs.Node) -> str:
-    """What a person calls the node: its name, or its output where it has none."""
-    return str(node.name or (node.outputs[0].name if node.outputs else node.op))
-
-
 def hand_on(flow: Flow, node: gs.Node, given: Given) -> Handed:
     """The channels of what ``node`` gives, by those of its inputs, one of which has some."""
-    if node.domain not in DOMAINS:
+    if domain_of(node.domain) not in DOMAINS:
         return _mixed(node)
     if node.op in UNARY or node.op in BROADCAST:
         if any(output.name and output.outputs for output in node.outputs[1:]):
@@ -149,7 +145,7 @@ def _mixed(node: gs.Node) -> str:
 
 def _elementwise(flow: Flow, node: gs.Node, given: Given) -> Handed:
     first = next(carried for carried in given if carried is not None)
-    if node.op in BROADCAST and flow.opset < 7 and node.domain in (None, "") and len(node.inputs) > 1:
+    if node.op in BROADCAST and flow.opset < 7 and domain_of(node.domain) == DOMAIN and len(node.inputs) > 1:
         return f"{node.op} {label(node)} broadcasts in the way of old operator sets"
     ranks = [first.rank]
     for index, (tensor, carried) in enumerate(zip(node.inputs, given, strict=True)):

@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from onnx_lrsd.passes.channel_flow import Carried, Count, Flow, Owner, Part, Place, Shapes, hand_on, label
+from onnx_lrsd.graph.working_graph import WorkingGraph
+from onnx_lrsd.passes.channel_flow import Carried, Count, Flow, Owner, Part, Place, Shapes, hand_on
 from onnx_lrsd.passes.constants import constant_value, overridable
 from onnx_lrsd.passes.find_layers import producer
+from onnx_lrsd.passes.nodes import is_op, label
 from onnx_lrsd.passes.tidy import captured_names, remove_orphans
 from onnx_lrsd.types import Declined, Layer
 
@@ -81,7 +83,7 @@ class _Sides(NamedTuple):
 
 
 def find_pairs(
-    graph: gs.Graph, layers: Sequence[Layer], shapes: Shapes
+    working: WorkingGraph, layers: Sequence[Layer], shapes: Shapes
 ) -> tuple[tuple[Pair, ...], tuple[Declined, ...]]:
     """Every pair of the main graph in graph order, and the layers whose channels must stay, with the reason.
 
@@ -102,8 +104,8 @@ def find_pairs(
     >>> {t.name: list(t.dims) for t in model.splice(working).proto.graph.initializer}
     {'v/lrsd/width': [64, 16], 'w/lrsd/width': [16, 8]}
     """
-    flow = Flow(graph.opset, graph.overridable, shapes)
-    names = {id(producer(graph, layer)): layer.output for layer in layers}
+    flow = Flow(working.opset, working.overridable, shapes)
+    names = {id(producer(working, layer)): layer.output for layer in layers}
     given, read = list[_Given](), list[tuple[str, Owner]]()
     total = 0
 
@@ -114,7 +116,7 @@ def find_pairs(
                 if of is not None:
                     of.reason = of.reason or reason
 
-    for node in graph.nodes:
+    for node in working.nodes:
         carried = [flow.carried.get(tensor.name) for tensor in node.inputs]
         sides = _sides(flow, node)
         if sides is None:
@@ -135,9 +137,9 @@ def find_pairs(
         owner = np.arange(total, total + sides.n)
         given.append(_Given(label(node), node.op, name, total, sides.n, _give(flow, node, sides, owner)))
         total += sides.n
-    for output in graph.outputs:
+    for output in working.outputs:
         block([flow.carried.get(output.name)], "they are an output of the model")
-    for captured in captured_names(graph):
+    for captured in captured_names(working.graph):
         block([flow.carried.get(captured)], "a branch or a loop reads them")
     return _pairs(flow, given, read, total)
 
@@ -148,7 +150,7 @@ def _set_of(given: Sequence[_Given], channel: int) -> _Given | None:
 
 def _sides(flow: Flow, node: gs.Node) -> _Sides | None:
     """How ``node`` reads and gives channels, if it is a layer: one of groups hands channels on instead."""
-    if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or node.domain not in (None, "", "ai.onnx"):
+    if not is_op(node, "Conv", "ConvTranspose", "Gemm", "MatMul"):
         return None
     constant = [constant_value(tensor) for tensor in node.inputs[:2]]
     side = 0 if node.op == "MatMul" and constant[0] is not None else 1
@@ -295,7 +297,7 @@ def _joined(count: int, links: Iterable[tuple[int, int]]) -> Owner:
     return np.array([root(thing) for thing in range(count)], dtype=np.int64)
 
 
-def cut(graph: gs.Graph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> None:
+def cut(working: WorkingGraph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> None:
     """Leave of each pair the channels given with it, for all of these at once; the pairs are stale then.
 
     Nothing that a consumer computes is made good: it loses what the other channels gave it. Constants that
@@ -315,8 +317,8 @@ def cut(graph: gs.Graph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> None:
             counts[place][entry] = stays[owner] & counts[place].get(entry, True)
         for name, (axis, _, owner) in pair.carried.items():
             sizes[name] = axis, stays[owner] & sizes.get(name, (axis, True))[1]
-    nodes = {tensor.name: node for node in graph.nodes for tensor in node.outputs}
-    made = _Constants(graph)
+    nodes = {tensor.name: node for node in working.nodes for tensor in node.outputs}
+    made = _Constants(working)
     for place, masks in parts.items():
         node = nodes[place.output]
         values = np.asarray(constant_value(node.inputs[place.given]))
@@ -326,37 +328,47 @@ def cut(graph: gs.Graph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> None:
     for place, counted in counts.items():
         node = nodes[place.output]
         if isinstance(place.given, str):
-            _count_attribute(graph, node, place.given, counted)
+            renewed = _count_attribute(working, node, place.given, counted)
+            nodes.update((tensor.name, renewed) for tensor in renewed.outputs)
             continue
         values = np.array(constant_value(node.inputs[place.given]))
         for entry, mask in counted.items():
             values.reshape(-1)[entry] = np.count_nonzero(mask)
         made.put(node, place.given, values)
-    tensors = graph.tensors()
+    tensors = working.tensors()
     for name, (axis, mask) in sizes.items():
         shape = tensors[name].shape
         if shape is not None and isinstance(shape[axis], int):
             tensors[name].shape = [*shape[:axis], np.count_nonzero(mask), *shape[len(shape) + axis + 1 :]]
-    remove_orphans(graph, made.replaced)
+    remove_orphans(working, made.replaced)
 
 
-def _count_attribute(graph: gs.Graph, node: gs.Node, name: str, counted: Mapping[int | None, Mask]) -> None:
-    """Write what an attribute counts, or the entries of it that do; the node is no longer what it was."""
-    graph.origin.pop(id(node), None)
-    for index, mask in counted.items():
-        if index is None:
-            node.attrs[name] = int(np.count_nonzero(mask))
+def _count_attribute(
+    working: WorkingGraph, node: gs.Node, name: str, counted: Mapping[int | None, Mask]
+) -> gs.Node:
+    """A node in the place of ``node``, whose attribute or entries of it count the channels that are left."""
+    attributes = dict(node.attrs)
+    for entry, mask in counted.items():
+        number = int(np.count_nonzero(mask))
+        if entry is None:
+            attributes[name] = number
         else:
-            node.attrs[name] = list(node.attrs[name])
-            node.attrs[name][index] = int(np.count_nonzero(mask))
+            attributes[name] = [*attributes[name][:entry], number, *attributes[name][entry + 1 :]]
+    inputs, outputs = list(node.inputs), list(node.outputs)
+    node.inputs.clear()
+    node.outputs.clear()
+    renewed = gs.Node(node.op, node.name, attributes, inputs, outputs, node.domain)
+    place = next(i for i, other in enumerate(working.nodes) if other is node)
+    working.nodes[place] = renewed
+    return renewed
 
 
 class _Constants:
     """Puts new constants in the places of old ones; equal ones in the place of one are one."""
 
-    def __init__(self, graph: gs.Graph) -> None:
+    def __init__(self, working: WorkingGraph) -> None:
         self.replaced: list[gs.Tensor] = []
-        self._taken = set(graph.tensors())
+        self._taken = set(working.tensors())
         self._made = defaultdict[int, list[gs.Constant]](list)
 
     def put(self, node: gs.Node, index: int, values: npt.NDArray[Any]) -> None:

@@ -128,7 +128,7 @@ class Model:
                         onnx.helper.make_tensor_value_info(name, values.data_type, values.dims)
                     )
         gone = _named(before) - _named(after)
-        tensors = graph.tensors()
+        tensors = working.tensors()
         after.value_info.extend(
             _resized(value, tensors.get(value.name)) for value in before.value_info if value.name not in gone
         )
