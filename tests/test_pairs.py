@@ -107,14 +107,13 @@ def narrowed(draft: Draft, model: Model, *cuts: tuple[int, Sequence[int]]) -> Mo
     cut(working, [(pairs[index], kept) for index, kept in cuts])
     result = model.splice(working)
     check(result, model)
-    inferred = onnx.shape_inference.infer_shapes(result.proto, strict_mode=True, check_type=True)
+    onnx.shape_inference.infer_shapes(result.proto, check_type=True, strict_mode=True)  # raises
     stated = {v.name: v.type for v in result.proto.graph.value_info}
     anew = onnx.ModelProto()
     anew.CopyFrom(result.proto)
     del anew.graph.value_info[:]
     for value in onnx.shape_inference.infer_shapes(anew, data_prop=True).graph.value_info:
         assert value.name not in stated or stated[value.name] == value.type  # sizes are as they became
-    assert inferred.graph.node
     return result
 
 
