@@ -128,7 +128,8 @@ class Moments:
     ``output_mean`` (n,) is E y and ``output_energy`` is E|y - E y|^2.
 
     ``samples`` is how many samples the rows come from, where rows of one sample are alike (0: each
-    row is a sample).
+    row is a sample). Inputs and outputs x and y are those of the network times ``scale``, a power of two.
+    ``silent`` is how many rows the original network fed were zero throughout.
     """
 
     name: str
@@ -140,6 +141,8 @@ class Moments:
     output_mean: Array | None = None
     output_energy: float | None = None
     samples: int = 0
+    scale: float = 1.0
+    silent: int = 0
 
 
 @dataclass(frozen=True, order=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from math import frexp, isfinite, prod
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,10 +40,17 @@ ORIGINAL_BYTES = 512 << 20
 """What these rows may take; with large layers there are fewer of them."""
 CHUNK = 2048
 """Rows worked on at once, at least: threads of NumPy that wait for those of ONNX Runtime wait less often."""
+LARGEST = 2.0**56
+"""Rows with greater values are left out as infinite ones are: their squares would overflow in sums."""
+ORDINARY = 2.0**40
+"""Where inputs are greater than this, or all smaller than its inverse, the layer's rows are scaled."""
+SPARE = 1.25
+"""Rows of samples that differ in shape are estimated; so many times as many find room."""
 FETCHED_BYTES = 64 << 20
 """Inputs of layers fetched in one batch, at most, outputs not counted; two batches are held at a time."""
 
 Item = TypeVar("Item")
+Kind = TypeVar("Kind", bound=np.generic)
 WeightOf = Callable[[Layer], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
 
 
@@ -50,12 +58,14 @@ WeightOf = Callable[[Layer], tuple[npt.NDArray[np.float64], npt.NDArray[np.float
 class Calibration:
     """What one run over the calibration samples taught.
 
-    ``layers`` know their positions. ``moments`` and ``kept`` are by layer name, for the layers asked
+    ``layers`` know their positions, those of a sample of middle size where samples differ in shape.
+    ``moments`` and ``kept`` are by layer name, for the layers asked
     for: of the sampled positions, either the original outputs (count, n) or, where that takes little
     more memory, the original inputs (count, m), whose product with W is then left to a later run that
     needs it. ``inputs`` are the original inputs of every ``every``-th position. ``shapes`` are those of
-    the layers' inputs in the smallest batch, by tensor. A later run with the same ``samples``, ``batch``
-    and ``seed`` sees the same positions.
+    the layers' inputs in the example of the samples, by tensor. A later run with the same ``samples``,
+    ``batch``, ``seed`` and ``quotas`` sees the same positions. ``left_out`` says of how many rows how many
+    were not finite, where there were any, and ``silent`` how many were zero throughout.
     """
 
     layers: tuple[Layer, ...]
@@ -67,6 +77,34 @@ class Calibration:
     samples: Samples
     batch: int
     seed: int
+    quotas: Mapping[str, Quota] = field(default_factory=dict)
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+    silent: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Quota:
+    """How many rows of a layer are ``wanted``, how samples share in them, and what they are scaled by.
+
+    ``ends`` (samples + 1,) are sums of the shares of all samples before. ``scale`` is a power of two, 1 but
+    for inputs so large or small that their squares would leave the range of float32.
+    """
+
+    wanted: int
+    ends: npt.NDArray[np.int64]
+    scale: float = 1.0
+
+    def share(self, first: int, count: int) -> int:
+        """Rows of the samples first..first+count-1, at most."""
+        before, after, whole = (int(self.ends[index]) for index in (first, first + count, -1))
+        return after * self.wanted // whole - before * self.wanted // whole
+
+
+class LeftOut(NamedTuple):
+    """Rows of a layer that were not finite, of how many."""
+
+    rows: int
+    of: int
 
 
 def calibrate(
@@ -104,37 +142,44 @@ def calibrate(
     """
     watch = _watcher(model, layers, samples)
     samples = as_fed(samples, watch)
-    shapes = _shapes(watch(next(iter(samples.batches(1)))))
-    bytes_each = sum(4 * int(np.prod(shape)) for shape in shapes.values()) // samples.smallest_batch
-    batch = samples.batch_size(bytes_each, FETCHED_BYTES)
+    probes = [_probe(watch(feed), feed, samples) for feed in (samples.example(), *samples.extremes())]
+    shapes = probes[0].shapes
+    bytes_each = max(sum(4 * prod(shape) for shape in probe.shapes.values()) for probe in probes)
+    batch = samples.batch_size(bytes_each // samples.smallest_batch, FETCHED_BYTES)
     located = locate(layers, shapes, samples)
     watched = [layer for layer in located if asked(layer)]
     accumulators, kept, inputs, weights, strides = {}, {}, {}, {}, {}
-    every = _every(watched, samples.count)
+    quotas = {layer.output: _quota(layer, samples, probes) for layer in watched}
+    every = _every(watched, quotas)
     for layer in watched:
-        wanted = _wanted(layer, samples.count)
+        wanted, scale = quotas[layer.output].wanted, quotas[layer.output].scale
         if not _keeps_inputs(layer):
             inputs[layer.output] = np.empty((-(-wanted // every), layer.m), np.float32)
         strides[layer.output] = _stride(layer, wanted, samples)
         accumulators[layer.output] = MomentAccumulator(layer, -(-wanted // strides[layer.output]))
         kept[layer.output] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
         if not _keeps_inputs(layer) and not operator_of(layer).FETCHES_OUTPUTS:
-            weights[layer.output] = _single(weight_of(layer))
+            weights[layer.output] = _single(weight_of(layer), scale)
+    bad, silent = dict.fromkeys(accumulators, 0), dict.fromkeys(accumulators, 0)
     done = dict.fromkeys(accumulators, 0)
     into = {layer.output: kept[layer.output] for layer in watched if _keeps_inputs(layer)}
     outputs = {name: rows for name, rows in kept.items() if name not in into and name not in weights}
     runs = _runs(model, watched, samples, batch, outputs, Relay(), ())
-    for layer, rows in _observe(runs, watched, samples, seed, into, outputs, progress):
+    for layer, rows in _observe(runs, watched, samples, seed, quotas, into, outputs, progress):
         start, stop = done[layer.output], done[layer.output] + len(rows)
         if layer.output in weights:
             _outputs(rows, weights[layer.output], kept[layer.output][start:stop])
         if layer.output in inputs:
             inputs[layer.output][_which(start, stop, every)] = _nth(rows, start, every)
-        accumulators[layer.output].add(_nth(rows, start, strides[layer.output]))  # wherever the batches end
+        usable = _usable(rows)
+        bad[layer.output] += len(rows) - int(np.count_nonzero(usable))
+        silent[layer.output] += len(rows) - int(np.count_nonzero(rows.any(axis=1)))
+        stride = strides[layer.output]
+        accumulators[layer.output].add(_only(_nth(rows, start, stride), _nth(usable, start, stride)))
         done[layer.output] = stop
     kept = {name: values[: done[name]] for name, values in kept.items()}
     inputs |= {name: kept[name][::every] for name in into}
-    moments = _results(accumulators, samples)
+    moments = _results(accumulators, samples, quotas, silent)
     return Calibration(
         layers=located,
         moments=moments,
@@ -145,6 +190,9 @@ def calibrate(
         samples=samples,
         batch=batch,
         seed=seed,
+        quotas=quotas,
+        left_out={name: LeftOut(rows, done[name]) for name, rows in bad.items() if rows},
+        silent=silent,
     )
 
 
@@ -168,34 +216,97 @@ def recalibrate(
     ``layers`` and ``later`` ones may change.
     """
     samples, kept, every = reference.samples, dict(reference.kept), reference.every
+    quotas = reference.quotas
     done = dict.fromkeys((layer.output for layer in layers), 0)
     for layer in layers:
         if _keeps_inputs(layer):
             rows = kept[layer.output]
             outputs = np.empty((len(rows), layer.n), np.float32)
-            kept[layer.output] = _outputs(rows, _single(weight_of(layer)), outputs)
-    accumulators = {layer.output: MomentAccumulator(layer, _wanted(layer, samples.count)) for layer in layers}
+            affine = _single(weight_of(layer), quotas[layer.output].scale)
+            kept[layer.output] = _outputs(rows, affine, outputs)
+    accumulators = {layer.output: MomentAccumulator(layer, quotas[layer.output].wanted) for layer in layers}
+    fine = {layer.output: np.ones(len(kept[layer.output]), bool) for layer in layers}
     into = {
         la.output: np.empty((len(kept[la.output]), la.m), np.float32) for la in layers if la.output in paired
     }
     changing = {name for layer in (*layers, *later) for name in (layer.output, layer.weight)}
     handed = [] if relay is None else frontier(model.proto, changing)
     runs = _runs(model, layers, samples, reference.batch, (), relay or Relay(), handed)
-    for layer, rows in _observe(runs, layers, samples, reference.seed, into, {}):
+    for layer, rows in _observe(runs, layers, samples, reference.seed, quotas, into, {}):
         start, stop = done[layer.output], done[layer.output] + len(rows)
         _nth(rows, start, every)[:] = reference.inputs[layer.output][_which(start, stop, every)]
-        accumulators[layer.output].add(rows, kept[layer.output][start:stop])
+        targets = kept[layer.output][start:stop]
+        usable = fine[layer.output][start:stop] = _usable(rows) & _usable(targets)
+        accumulators[layer.output].add(_only(rows, usable), _only(targets, usable))
         done[layer.output] = stop
-    return _results(accumulators, samples), {name: (rows, kept[name]) for name, rows in into.items()}
+    pairs = {name: (_only(rows, fine[name]), _only(kept[name], fine[name])) for name, rows in into.items()}
+    return _results(accumulators, samples, quotas, reference.silent), pairs
 
 
-def _every(layers: Sequence[Layer], samples: int) -> int:
+class _Probe(NamedTuple):
+    """What one smallest batch tells: entries of a sample, and shape and size of the layers' inputs."""
+
+    entries: float
+    shapes: Mapping[str, tuple[int, ...]]
+    peaks: Mapping[str, float]
+
+
+def _probe(activations: Feed, feed: Feed, samples: Samples) -> _Probe:
+    entries = sum(feed[name].size for name in samples.inputs) / samples.size_of(feed)
+    return _Probe(entries, _shapes(activations), {name: _peak(value) for name, value in activations.items()})
+
+
+def _peak(values: Values) -> float:
+    """The greatest finite magnitude; 0 where there is none."""
+    if values.dtype.kind != "f" or not values.size:
+        return 0.0
+    low, high = float(values.min()), float(values.max())
+    if not (isfinite(low) and isfinite(high)):
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    return max(-low, high)
+
+
+def _quota(layer: Layer, samples: Samples, probes: Sequence[_Probe]) -> Quota:
+    """Rows to gather for a layer: never more than the samples hold, and from each as it has positions.
+
+    Where samples differ in shape, positions are estimated: they are taken to grow with the entries of a
+    sample, as between the ``probes``.
+    """
+    most = min(max(ROWS_PER_INPUT * layer.m, FEWEST_ROWS), MOST_ROWS)
+    peak = max(probe.peaks[layer.input] for probe in probes)
+    scale = 1.0 if not peak or 1 / ORDINARY <= peak <= ORDINARY else 2.0 ** -frexp(peak)[1]
+    if not samples.ragged:
+        wanted = min(most, layer.positions * samples.count) if layer.positions else most
+        return Quota(wanted, np.arange(samples.count + 1), scale)
+    counts = [
+        operator_of(layer).count_rows(layer, probe.shapes[layer.input]) / samples.smallest_batch
+        for probe in probes
+    ]
+    entries = np.array([[1.0, probe.entries] for probe in probes])
+    start, slope = np.linalg.lstsq(entries, np.array(counts), rcond=None)[0]
+    each = np.maximum(np.ceil(SPARE * (start + slope * samples.sizes)), 1).astype(np.int64)
+    ends = np.concatenate([[0], np.cumsum(each)])
+    return Quota(min(most, int(ends[-1])), ends, scale)
+
+
+def _usable(rows: Rows) -> npt.NDArray[np.bool_]:
+    """Which rows (count, m) are finite, and not so large that their squares overflow."""
+    usable: npt.NDArray[np.bool_] = (rows.max(axis=1) < LARGEST) & (rows.min(axis=1) > -LARGEST)
+    return usable
+
+
+def _only(rows: Rows, usable: npt.NDArray[np.bool_]) -> Rows:
+    return rows if usable.all() else rows[usable]
+
+
+def _every(layers: Sequence[Layer], quotas: Mapping[str, Quota]) -> int:
     """Of how many rows one original input is kept beside the outputs."""
-    whole = sum(4 * layer.m * _wanted(layer, samples) for layer in layers if not _keeps_inputs(layer))
+    whole = sum(4 * layer.m * quotas[layer.output].wanted for layer in layers if not _keeps_inputs(layer))
     return max(ORIGINAL, -(-whole // ORIGINAL_BYTES))
 
 
-def _nth(rows: Rows, start: int, every: int) -> Rows:
+def _nth(rows: npt.NDArray[Kind], start: int, every: int) -> npt.NDArray[Kind]:
     """A view of those of ``rows``, which are numbered from ``start``, whose number ``every`` divides."""
     return rows[-start % every :: every]
 
@@ -217,20 +328,31 @@ def _keeps_inputs(layer: Layer) -> bool:
     return layer.m <= MOST_INPUTS * layer.n
 
 
-def _single(affine: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]) -> tuple[Rows, Rows]:
-    return affine[0].astype(np.float32), affine[1].astype(np.float32)
+def _single(
+    affine: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]], scale: float
+) -> tuple[Rows, Rows]:
+    """W and ``scale`` b in single precision."""
+    return affine[0].astype(np.float32), (scale * affine[1]).astype(np.float32)
 
 
 def _outputs(rows: Rows, affine: tuple[Rows, Rows], out: Rows) -> Rows:
-    """W x + b of every row, into ``out``."""
-    np.matmul(rows, affine[0].T, out=out)
-    out += affine[1]
+    """W x + b of every row, into ``out``; not finite where the row is not."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.matmul(rows, affine[0].T, out=out)
+        out += affine[1]
     return out
 
 
-def _results(accumulators: Mapping[str, MomentAccumulator], samples: Samples) -> dict[str, Moments]:
+def _results(
+    accumulators: Mapping[str, MomentAccumulator],
+    samples: Samples,
+    quotas: Mapping[str, Quota],
+    silent: Mapping[str, int],
+) -> dict[str, Moments]:
     return {
-        name: replace(accumulator.result(), samples=samples.count)
+        name: replace(
+            accumulator.result(), samples=samples.count, scale=quotas[name].scale, silent=silent[name]
+        )
         for name, accumulator in accumulators.items()
     }
 
@@ -249,10 +371,10 @@ def _runs(
     Those ``handed`` go to ``relay``.
     """
     watch = _watcher(model, layers, samples, {*also, *handed}, relay.types)
-    batches = -(-samples.count // batch)
+    batches = samples.batch_count(batch)
     for index, feed in enumerate(samples.batches(batch)):
         values = watch({**feed, **relay.feed(index)})
-        relay.offer(index, batches, values, handed)
+        relay.offer(index, batches, values, handed, samples.sizes.max() / samples.sizes[0])
         yield samples.size_of(feed), samples.real(feed), values
 
 
@@ -261,6 +383,7 @@ def _observe(
     layers: Sequence[Layer],
     samples: Samples,
     seed: int,
+    quotas: Mapping[str, Quota],
     into: Mapping[str, Rows],
     outputs: Mapping[str, Rows],
     progress: Progress | None = None,
@@ -279,17 +402,24 @@ def _observe(
         last = first + count == samples.count
         for layer in layers:
             name, values = layer.output, activations[layer.input]
-            positions = _positions(layer, values.shape, real, first, count, samples.count, seed)
+            quota = quotas[name]
+            positions = _positions(layer, values.shape, real, first, quota.share(first, count), seed)
             start, stop = filled[name], filled[name] + len(positions)
             if stop > len(buffers[name]):  # batches but the last are alike: once, as a rule
                 room = np.empty((CHUNK + 2 * len(positions), layer.m), np.float32)
                 room[:start] = buffers[name][:start]
                 buffers[name] = room
-            operator_of(layer).input_rows(layer, values, positions, buffers[name][start:stop])
-            if name in outputs:
-                there = slice(seen[name], seen[name] + len(positions))
-                outputs[name][there] = pixel_rows(activations[name], positions)
-                seen[name] += len(positions)
+            rows = buffers[name][start:stop]
+            with np.errstate(over="ignore"):  # of double precision, to infinity
+                operator_of(layer).input_rows(layer, values, positions, rows)
+                if name in outputs:
+                    there = slice(seen[name], seen[name] + len(positions))
+                    outputs[name][there] = pixel_rows(activations[name], positions)
+                    seen[name] += len(positions)
+                    if quota.scale != 1:
+                        outputs[name][there] *= quota.scale
+            if quota.scale != 1:
+                rows *= quota.scale
             filled[name] = stop
             if last or stop - given[name] >= CHUNK:
                 yield layer, buffers[name][given[name] : stop]
@@ -309,11 +439,9 @@ def _ahead(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def _positions(
-    layer: Layer, shape: tuple[int, ...], real: Values | None, first: int, count: int, total: int, seed: int
+    layer: Layer, shape: tuple[int, ...], real: Values | None, first: int, share: int, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Positions in a batch of samples first..first+count-1, a share of the rows from each, no padding."""
-    wanted = _wanted(layer, total)
-    share = (first + count) * wanted // total - first * wanted // total
+    """``share`` positions in the batch that begins with sample ``first``, all if fewer, no padding."""
     rng = np.random.default_rng((seed, first, layer.n, layer.m))
     if real is None or layer.channels_first or not _of_tokens(shape, layer.axis, real):
         return sample_positions(operator_of(layer).count_rows(layer, shape), share, rng)
@@ -324,12 +452,6 @@ def _positions(
 def _of_tokens(shape: tuple[int, ...], axis: int, real: Values) -> bool:
     """Whether a tensor with features along ``axis`` has a row for each position, by samples or flat."""
     return np.delete(shape, axis).tolist() in ([*real.shape], [real.size])
-
-
-def _wanted(layer: Layer, samples: int) -> int:
-    """Rows to gather for a layer in all; never more than the samples hold."""
-    wanted = min(max(ROWS_PER_INPUT * layer.m, FEWEST_ROWS), MOST_ROWS)
-    return min(wanted, layer.positions * samples) if layer.positions else wanted
 
 
 def locate(
@@ -348,7 +470,7 @@ def locate(
 
 def input_shapes(model: Model, layers: Sequence[Layer], samples: Samples) -> dict[str, tuple[int, ...]]:
     """Shapes of the inputs of ``layers``, by tensor, in the smallest batch the model takes."""
-    return _shapes(_watcher(model, layers, samples)(next(iter(samples.batches(1)))))
+    return _shapes(_watcher(model, layers, samples)(samples.example()))
 
 
 def _shapes(activations: Feed) -> dict[str, tuple[int, ...]]:

@@ -83,9 +83,10 @@ def reconstruct(
                 outputs = _output_metric(layer, read.get(layer.output, ()), weight_of)
                 entries = form.pattern.kind == UNSTRUCTURED
                 problem = pose(layer, weight, bias, known, device, outputs, entries)
-                seen = (
-                    Rectified(*pairs[layer.output], *limits[layer.output]) if layer.output in pairs else None
-                )
+                seen = None
+                if layer.output in pairs:
+                    low, high = (problem.scale * limit for limit in limits[layer.output])
+                    seen = Rectified(*pairs[layer.output], low, high)
                 factors = decompose(problem, form, rectified=seen)
             if factors is not None:
                 fitted[layer.output] = factors

@@ -35,16 +35,18 @@ class Relay:
         """The values of batch ``index``."""
         return self._held[index] if self._held else {}
 
-    def offer(self, index: int, batches: int, values: Mapping[str, Any], names: Sequence[str]) -> None:
+    def offer(
+        self, index: int, batches: int, values: Mapping[str, Any], names: Sequence[str], largest: float = 1.0
+    ) -> None:
         """Keep the tensors ``names`` of batch ``index`` in place of what was kept of it.
 
         Batches come in order. If the first one shows that all ``batches`` would exceed the budget, nothing is
-        kept of any.
+        kept of any; samples of other batches may be ``largest`` times as large.
         """
         if index == 0:
             picked = [values[name] for name in names]
             fits = all(isinstance(value, np.ndarray) for value in picked)
-            fits = fits and sum(value.nbytes for value in picked) * batches <= self._most
+            fits = fits and sum(value.nbytes for value in picked) * batches * largest <= self._most
             self._next = [] if fits and names else None
         if self._next is None:
             return

@@ -97,6 +97,8 @@ def decompose(
     layer, weight = problem.layer, problem.weight
     check_form(layer, form)
     xp = namespace(weight)
+    if problem.keeps_zero:
+        rectified = None  # its refinement would shift the bias
     if form.coded:
         return _coded(problem, form, effort, seed, resolvent, rectified)
     channels: tuple[int, ...] = ()
@@ -169,9 +171,9 @@ def _bias_and_error(problem: Problem, weight: Array, shift: Array | None) -> tup
     """Bias and error of the approximation ``weight`` (n, m); ``shift`` (n,) is added to its best bias."""
     bias, error = problem.bias(weight), problem.error(weight)
     if shift is None:
-        return bias, error
+        return bias / problem.scale, error
     xp = namespace(shift)
-    return bias + shift, error + float(xp.sum(xp.square(shift))) / problem.energy
+    return (bias + shift) / problem.scale, error + float(xp.sum(xp.square(shift))) / problem.energy
 
 
 def _alone(problem: Problem, form: Form, sweeps: int, rectified: Rectified | None) -> _Parts:

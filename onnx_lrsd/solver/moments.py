@@ -84,7 +84,9 @@ class MomentAccumulator:
     def _thin_result(self) -> Moments:
         rows, targets = self._waiting()
         count = len(rows)
-        mean = rows.mean(axis=0, dtype=np.float64) if count else np.zeros(self.layer.m)
+        if not count:
+            return Moments(name=self.layer.output, count=0, mean=np.zeros(self.layer.m), rows=rows)
+        mean = rows.mean(axis=0, dtype=np.float64)
         centred = rows - mean.astype(np.float32)
         if self._targets is None:
             return Moments(name=self.layer.output, count=count, mean=mean, rows=centred)

@@ -90,7 +90,8 @@ class Problem:
     bias, ``energy`` is E|y - E y|^2, and ``cross`` (n, m), where outputs and inputs come from
     different networks, E[(y - E y)(x - E x)^T]. With ``outputs`` None, errors of all outputs count alike.
     ``entries_damping`` is the damping for an S of free entries. ``offset`` (n,) is the bias beside W, where
-    several outputs share one.
+    several outputs share one. Inputs and outputs are those of the network times ``scale``. A layer that
+    ``keeps_zero`` has no bias and gets none; moments are taken about zero then.
     """
 
     layer: Layer
@@ -103,6 +104,8 @@ class Problem:
     outputs: Outputs | None = None
     entries_damping: float = 0.0
     offset: Array | None = None
+    scale: float = 1.0
+    keeps_zero: bool = False
 
     def error(self, weight: Array) -> float:
         """E|y - y~|^2 / E|y - E y|^2 of ``weight`` (n, m) with its best bias; 0 for a constant output."""
@@ -219,38 +222,52 @@ def pose(
     With ``moments.cross`` the weight to aim at is (cross + lambda W)(C + lambda I)^-1, which gives
     the original outputs on the new inputs (Zhang, Zou, He, Sun, TPAMI 2016, asymmetric
     reconstruction, with ridge towards W, ``pull`` times as strong as the damping). Without moments
-    weights alone decide.
+    weights alone decide. A layer without a bias whose inputs were zero in some rows still gives zeros there.
     Raises ValueError where shapes do not fit.
     """
     if weight.shape != (layer.n, layer.m) or bias.shape != (layer.n,):
         raise ValueError(
             f"weight {weight.shape} or bias {bias.shape} is not ({layer.n}, {layer.m}), ({layer.n},)"
         )
-    w, b = to_device(cast(weight, np.float64), device), to_device(cast(bias, np.float64), device)
+    keeps_zero = moments is not None and moments.silent > 0 and not bias.any()
+    scale = 1.0 if moments is None else moments.scale
+    w, b = to_device(cast(weight, np.float64), device), to_device(cast(scale * bias, np.float64), device)
     xp = namespace(w)
     weighed = None if outputs is None else _roots(to_device(outputs, device))
     offset = b if layer.rows_per_bias > 1 else None
     if moments is None or moments.count == 0:
         metric = Metric(None, None, 0.0)
         energy, mean = float(xp.sum(w * w)), xp.zeros(layer.m, dtype=w.dtype)
-        return Problem(layer, w, mean, b, metric, energy, outputs=weighed, offset=offset)
+        return Problem(layer, w, mean, b, metric, energy, outputs=weighed, offset=offset, scale=scale)
+    if keeps_zero:
+        moments = about_zero(moments)
     second = None if moments.second is None else cast(to_device(moments.second, device), xp.float64)
     rows = None if moments.rows is None else cast(to_device(moments.rows, device), xp.float64)
     mean = to_device(moments.mean, device)
     total = trace(second) if rows is None else float(xp.sum(xp.square(rows))) / moments.count
     relative = partial(relative_damping, layer.m, moments.count, moments.samples or moments.count)
-    scale = total / layer.m
+    diagonal = total / layer.m
     part = _in_metric(layer.rows_per_bias)
     if part and second is not None:
         second = second + part * mean[:, None] * mean[None, :]
     if part and rows is not None:
         rows = rows + part**0.5 * mean  # they are centred: their second moment grows by part mu mu^T
-    metric = Metric(second, rows, max(relative(entries) * scale, 1e-30))
-    of_entries = max(relative(True) * scale, 1e-30)
+    metric = Metric(second, rows, max(relative(entries) * diagonal, 1e-30))
+    posed = partial(
+        Problem,
+        layer,
+        mean=mean,
+        metric=metric,
+        outputs=weighed,
+        entries_damping=max(relative(True) * diagonal, 1e-30),
+        offset=offset,
+        scale=scale,
+        keeps_zero=keeps_zero,
+    )
     if moments.cross is None:
         energy = float(xp.sum(metric.undamped(w) * w))
         middle = b + w @ mean
-        found = Problem(layer, w, mean, middle, metric, energy, None, weighed, of_entries, offset)
+        found = posed(weight=w, output_mean=middle, energy=energy)
         return replace(found, energy=energy + found._mean_missed(middle))
     cross = cast(to_device(moments.cross, device), xp.float64)
     middle = to_device(moments.output_mean, device)
@@ -260,8 +277,32 @@ def pose(
         energy += part * float(xp.sum(xp.square(middle - b)))
     ridge = replace(metric, damping=pull * metric.damping)
     best = regress(cross + ridge.damping * w, ridge)
-    found = Problem(layer, best, mean, middle, metric, energy, cross, weighed, of_entries, offset)
+    found = posed(weight=best, output_mean=middle, energy=energy, cross=cross)
     return replace(found, energy=energy + found._mean_missed(middle))
+
+
+def about_zero(moments: Moments) -> Moments:
+    """The moments about zero, E[x x^T] and so on, with means of zero: no bias then takes up a mean."""
+    mean, output_mean = moments.mean, moments.output_mean
+    xp = namespace(mean)
+    second, rows, cross, energy = moments.second, moments.rows, moments.cross, moments.output_energy
+    if second is not None:
+        second = cast(second, xp.float64) + mean[:, None] * mean[None, :]
+    if rows is not None:
+        rows = cast(rows, xp.float64) + mean
+    if cross is not None and output_mean is not None:
+        cross = cast(cross, xp.float64) + output_mean[:, None] * mean[None, :]
+        energy = float(energy or 0.0) + float(xp.sum(xp.square(output_mean)))
+        output_mean = xp.zeros_like(output_mean)
+    return replace(
+        moments,
+        mean=xp.zeros_like(mean),
+        second=second,
+        rows=rows,
+        cross=cross,
+        output_mean=output_mean,
+        output_energy=energy,
+    )
 
 
 def _in_metric(shared: int) -> float:
