@@ -30,7 +30,7 @@ from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.runtime.divergence import Divergence, positions_first, unpadded
 from onnx_lrsd.runtime.session import open_session
-from onnx_lrsd.types import Form
+from onnx_lrsd.types import Form, Moments
 
 WORDS, LENGTH = 50, 12
 MASK = "attention_mask"
@@ -138,7 +138,7 @@ def test_the_fit_is_better_where_it_counts() -> None:
 
 
 def test_the_report_says_what_was_left_out() -> None:
-    result = onnx_lrsd.optimize(token_model().proto, texts(80, 1), ratio=1.2, dry_run=True)
+    result = onnx_lrsd.optimize(token_model().proto, texts(80, 1), target="size", ratio=1.2, dry_run=True)
     assert any("attention_mask marks" in said and "counts neither" in said for said in result.report.warnings)
 
 
@@ -330,6 +330,64 @@ def test_errors_of_pictures_are_relative_to_the_variance_of_each_channel() -> No
     )
     error = np.sum((one - two) ** 2) / np.sum((one - one.mean(axis=0)) ** 2)
     assert compare(model, moved(model), samples, latency=False).error == pytest.approx(error, rel=1e-4)
+
+
+def same_moments(one: Moments, other: Moments) -> None:
+    assert one.count == other.count and one.second is not None and other.second is not None
+    scale = np.abs(other.second).max()
+    np.testing.assert_allclose(one.mean, other.mean, atol=1e-5 * np.sqrt(scale))
+    np.testing.assert_allclose(one.second, other.second, atol=1e-5 * scale)
+
+
+def test_moments_are_those_of_padded_texts_with_a_mask() -> None:
+    model = open_token_model()
+    ragged, padded = (calibrated(model, samples(model)) for samples in (ragged_texts, padded_texts))
+    assert ragged.moments.keys() == padded.moments.keys()
+    for name, moments in ragged.moments.items():
+        same_moments(moments, padded.moments[name])
+        assert moments.count == LENGTHS.sum()
+
+
+def test_moments_of_pictures_are_those_of_all_of_their_patches() -> None:
+    model = pictures_model()
+    samples = pictures(model)
+    known = calibrated(model, samples)
+    taken = open_session(model.proto, outputs=["r"])
+    patches: dict[str, list[np.ndarray]] = {"a": [], "y": []}
+    for feed in samples.batches(1):
+        bordered = np.pad(feed["x"][0], [(0, 0), (1, 1), (1, 1)])
+        for name, values, stride in (("a", bordered, 1), ("y", taken.run(feed)["r"][0], 2)):
+            windows = np.lib.stride_tricks.sliding_window_view(values, (3, 3), (1, 2))[:, ::stride, ::stride]
+            patches[name].append(windows.transpose(1, 2, 0, 3, 4).reshape(-1, values.shape[0] * 9))
+    for name, parts in patches.items():
+        rows = np.concatenate(parts)
+        every = min(max(len(rows) // 4096, 1), 4)
+        assert every == 1
+        mean, second = rows.mean(axis=0), np.cov(rows.T, bias=True)
+        same_moments(known.moments[name], Moments(name=name, count=len(rows), mean=mean, second=second))
+
+
+def test_large_samples_give_more_of_the_rows() -> None:
+    model = pictures_model()
+    samples = pictures(model, 400)
+    known = calibrated(model, samples)
+    quota = known.quotas["a"]
+    assert len(known.kept["a"]) == quota.wanted == 4096
+    each = np.diff(quota.ends) / quota.ends[-1]
+    np.testing.assert_allclose(each, samples.sizes / samples.sizes.sum(), rtol=0.05)
+
+
+def test_ragged_samples_are_optimised_like_any_others() -> None:
+    model = open_token_model()
+    known = calibrated(model, ragged_texts(model))
+    working = model.graph()
+    forms = {layer.output: Form("channel", 8) for layer in known.layers}
+    rewritten, factors = reconstruct(model, known.layers, forms, partial(read_weight, working), known)
+    again = calibrated(model, padded_texts(model))
+    other, _ = reconstruct(model, again.layers, forms, partial(read_weight, working), again)
+    assert factors
+    one, two = (compare(model, each, ragged_texts(model), latency=False).error for each in (rewritten, other))
+    assert one == pytest.approx(two, rel=0.02)
 
 
 def test_axes_of_positions_are_those_that_go_with_the_samples() -> None:

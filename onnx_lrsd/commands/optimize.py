@@ -19,7 +19,14 @@ from onnx_lrsd.data.holdout import fit_and_check, search_and_confirm
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import BudgetError, DataError, UnsupportedModelError
 from onnx_lrsd.facts import LoadCosts, Report, Verification
-from onnx_lrsd.fit.calibrate import Calibration, WeightOf, calibrate, input_shapes, locate
+from onnx_lrsd.fit.calibrate import (
+    Calibration,
+    WeightOf,
+    calibrate,
+    input_shapes,
+    locate,
+    what_was_left_out,
+)
 from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.fit.sensitivity import sensitivities
 from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, save
@@ -110,6 +117,8 @@ def optimize(
     run.warnings.extend(warnings)
     with run.clock("calibrate"):
         known = _calibrate(run, source, layers, weight_of, fit_on, check_on, plan)
+        if left_out := what_was_left_out(known):
+            run.warnings.append(left_out)
     if plan is None:
         with run.clock("decompose"):
             curves = error_curves(run, known, weight_of)

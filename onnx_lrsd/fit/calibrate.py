@@ -196,6 +196,21 @@ def calibrate(
     )
 
 
+def what_was_left_out(known: Calibration) -> str:
+    """A sentence on the rows that were not finite; empty where all were."""
+    if not known.left_out:
+        return ""
+    names = {layer.output: layer.name for layer in known.layers}
+    worst = max(known.left_out, key=lambda output: known.left_out[output].rows)
+    rows, of = known.left_out[worst]
+    others = len(known.left_out) - 1
+    more = f", and of {others} other layer{'s' if others > 1 else ''}" if others else ""
+    return (
+        f"{rows} of {of} sampled rows of the inputs of {names[worst]}{more} hold NaN, infinite or huge "
+        "values and were left out: check the samples, or name layers to leave alone with --exclude."
+    )
+
+
 def recalibrate(
     model: Model,
     layers: Sequence[Layer],

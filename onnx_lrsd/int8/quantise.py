@@ -78,7 +78,7 @@ def quantise(
     def error(proto: onnx.ModelProto) -> float:
         return movement(before, final_outputs(Model(proto), measured))
 
-    ranged = ranged.take(range(min(ranged.count, RANGE_SAMPLES)))
+    ranged = ranged.some(RANGE_SAMPLES)
     ranges = _ranges(ready, ranged, averaged=False)
     whole = _quantised(ready, ranges, layers)
     lost = error(whole)
@@ -93,7 +93,7 @@ def quantise(
         alone[name] = error(_quantised(ready, ranges, [name]))
         if progress is not None:
             progress("int8", done + 1, len(layers))
-    work = _work(ready, next(iter(samples.batches(1))))
+    work = _work(ready, samples.example())
     worst_first = sorted(layers, key=lambda name: -alone[name] / max(work[name], 1))
     best, lost, count = model, 0.0, len(layers)  # what stays in float so far: all of them
     fewest = 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf
 from onnx_lrsd.measure.layer_times import Anatomy
 from onnx_lrsd.run import NO_FORM, NO_STORAGE, Run
@@ -27,7 +25,7 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
         moments = known.moments.get(layer.output)
         if not forms:
             run.reasons[layer.output] = NO_STORAGE if run.target.stores_codes else NO_FORM
-        elif moments is not None and not np.isfinite(moments.mean).all():
+        elif layer.output in known.left_out and moments is not None and not moments.count:
             run.reasons[layer.output] = "its input is not finite on the calibration data"
             forms = ()
         points = [dense]
