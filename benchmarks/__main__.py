@@ -20,6 +20,8 @@ STUDIES = {
     "engines": "models that TensorRT-RTX takes are taken after --target tensorrt",
     "gpu": "the solver on a GPU beside the CPU",
     "spectra": "how singular values of trained layers fall",
+    "honesty": "whether the stated error holds on samples that the tool never saw",
+    "mutate": "mutated model files: a valid model or one sentence each",
     "replay": "plans replayed by two checkouts give the same bytes",
 }
 """Name -> what it shows. Each is a module of this package with OPTIONS, add_arguments and run."""

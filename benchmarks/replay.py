@@ -48,7 +48,7 @@ def make_plan(model: Path, calibration: Path, target: str, samples: int | None) 
 
 def replayed(model: Path, calibration: Path, plan: onnx_lrsd.Plan, samples: int | None) -> str:
     """SHA-256 of the files that ``plan`` leads to."""
-    with tempfile.TemporaryDirectory() as folder, patch("onnx_lrsd.measure.compare.time_pair", fast):
+    with tempfile.TemporaryDirectory() as folder, patch("onnx_lrsd.measure.compare._pace", fast):
         onnx_lrsd.optimize(model, calibration, plan=plan, samples=samples, output=Path(folder) / "out.onnx")
         digest = hashlib.sha256()
         for path in sorted(Path(folder).iterdir()):

@@ -61,7 +61,13 @@ def is_whole(tensor: onnx.TensorProto) -> bool:
     if uses_external_data(tensor):
         entries = {entry.key: entry.value for entry in tensor.external_data}
         return all(entries.get(key, "0").isdigit() for key in ("offset", "length"))
-    return not tensor.HasField("raw_data") or len(tensor.raw_data) == stored_bytes(tensor)
+    if tensor.HasField("raw_data"):
+        return len(tensor.raw_data) == stored_bytes(tensor)
+    if _bits(tensor) % 8:
+        return True  # several values in one number
+    numbers = len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type)))
+    parts = 2 if tensor.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128) else 1
+    return bool(numbers == parts * math.prod(tensor.dims))
 
 
 def located(tensor: onnx.TensorProto, folder: Path | None) -> tuple[Path, int]:

@@ -1,0 +1,217 @@
+"""Whether what the tool says about outputs holds on samples that it never saw.
+
+    python -m benchmarks honesty MODEL... [--samples N] [--judges N] [--goal default] [--timeout S]
+                                          [--json FILE]
+    python -m benchmarks honesty --show FILE
+
+A MODEL is a folder with model.onnx, calib.npz and eval.npz, or an .onnx file, with a .npz of the same name
+beside it or on samples that are made up. The command line gets the calibration samples alone (of one .npz,
+the first half) and is asked for nothing but --calib (*default*: outputs change by at most 1 %), and for
+--ratio 1.5. Its result is then compared with the original on the samples kept apart. A row has what was
+asked and got, the exit code, the error that the report states, the upper end of its interval, the error on
+the samples kept apart (both of the output, or group of its channels, that changed most), and the seconds.
+*Inside* says whether the error apart is within the interval; where the original was handed back there is
+nothing to say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.corpus import ROOT
+from benchmarks.options import JSON, LIMIT, heading
+from onnx_lrsd.data.made_up import GUESSES, random_samples
+from onnx_lrsd.data.samples import Samples, read_samples
+from onnx_lrsd.errors import DataError, LrsdError
+from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.graph.subgraph import inputs_of
+from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.runtime.session import open_session
+from onnx_lrsd.types import Values
+
+OPTIONS = (LIMIT, JSON)
+GOALS: dict[str, tuple[str, ...]] = {"default": (), "1.5": ("--ratio", "1.5")}
+"""What the command line is asked for, by the name of the goal."""
+MADE_UP = 60
+"""Samples made up for either side."""
+HIGHEST = (1000, 100, 10, 2)
+"""Whole numbers that are made up are below these, tried in turn: a table ends somewhere."""
+
+
+def invented(model: Model, count: int, seed: int) -> Samples:
+    """Random samples that the model runs on, whole numbers included. Raises DataError if there are none."""
+    session = open_session(model.proto, folder=model.folder)
+    for size in GUESSES:
+        for highest in HIGHEST:
+            samples = varied(random_samples(session.inputs, count, seed, size=size), highest, seed)
+            try:
+                for feed in samples.batches(1):
+                    session.run(feed)
+            except LrsdError:
+                continue
+            return samples
+    raise DataError("The model runs on no data that can be made up: put a .npz beside it.")
+
+
+def varied(samples: Samples, highest: int, seed: int) -> Samples:
+    """``samples`` with random whole numbers below ``highest`` in place of equal ones."""
+    rng = np.random.default_rng(seed)
+
+    def other(values: Values) -> Values:
+        whole = values.dtype.kind in "iu"
+        return rng.integers(0, highest, values.shape).astype(values.dtype) if whole else values
+
+    groups = [{name: other(values) for name, values in group.items()} for group in samples.groups]
+    return replace(samples, groups=groups)
+
+
+def parts(path: Path) -> tuple[Path, Samples, Samples, str]:
+    """The model's file, samples for the tool, samples kept apart, and where they come from."""
+    if path.is_dir():
+        model = path / "model.onnx"
+        inputs = inputs_of(load(model).proto)
+        if (path / "calib.npz").exists():
+            calibration, apart = (read_samples(path / f"{part}.npz", inputs) for part in ("calib", "eval"))
+            return model, calibration, apart, "given"
+        path = model
+    source = load(path)
+    beside = path.with_suffix(".npz")
+    if beside.exists():
+        every = read_samples(beside, inputs_of(source.proto))
+        half = every.count // 2
+        return path, every.take(slice(half)), every.take(slice(half, None)), "given"
+    return path, invented(source, MADE_UP, 0), invented(source, MADE_UP, 1), "made up"
+
+
+def row(path: Path, goal: str, limit: int | None, judges: int) -> dict[str, Any]:
+    """What the command line says, and what is found on samples kept apart."""
+    name = path.name if path.name != "model.onnx" else path.parent.name
+    facts: dict[str, Any] = {"model": name, "asked": goal}
+    try:
+        model, calibration, apart, origin = parts(path)
+    except LrsdError as error:
+        return facts | {"code": None, "says": str(error)}
+    if limit is not None:
+        calibration = calibration.take(slice(limit))
+    apart = apart.take(slice(judges))
+    with tempfile.TemporaryDirectory() as folder:
+        calib, output, report = (Path(folder) / file for file in ("calib.npz", "out.onnx", "report.json"))
+        (group,) = calibration.groups
+        np.savez(calib, **{**group, **calibration.constants})  # type: ignore[arg-type]
+        command = [sys.executable, "-m", "onnx_lrsd", "optimize", str(model), "--calib", str(calib)]
+        command += ["-o", str(output), "--json", str(report), *GOALS[goal]]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        facts |= {"samples": calibration.count, "data": origin, "code": done.returncode}
+        facts["seconds"] = round(time.perf_counter() - start, 1)
+        if not report.exists():
+            return facts | {"says": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""}
+        said = json.loads(report.read_text())
+        source, result = load(model), load(output)
+        found = compare(source, result, apart, latency=False)
+    outputs = said["outputs"]
+    worst = max(outputs, key=lambda output: output["relative_error"] or 0.0, default=None)
+    interval = (worst or {}).get("interval")
+    return facts | {
+        "kept": said["promise"]["kept"] if said["promise"] else None,
+        "macs": said["ratio"]["macs"],
+        "latency": said["ratio"]["latency"]["median"],
+        "same": result.proto.SerializeToString() == source.proto.SerializeToString(),
+        "error": worst["relative_error"] if worst else 0.0,
+        "interval": interval,
+        "apart": found.error,
+        "judges": apart.count,
+        "warnings": said["warnings"],
+    }
+
+
+def inside(row: dict[str, Any]) -> bool | None:
+    """Whether the error apart is within the interval; None where nothing changed or there is none."""
+    if row.get("apart") is None or row["same"] or not row.get("interval"):
+        return None
+    return bool(row["apart"] <= row["interval"][1])
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the table."""
+    start = f"| {row['model']} | {row['asked']} |"
+    if "says" in row:
+        return f"{start} {row['code']} | {row['says']} | | | | | | | {row.get('seconds', '')} |"
+    kept = "handed back" if row["same"] else "kept" if row["kept"] else "not kept"
+    upper = "" if not row["interval"] else f"{row['interval'][1]:.3g}"
+    within = {None: "", True: "yes", False: "NO"}[inside(row)]
+    latency = "" if row["latency"] is None else f"{row['latency']:.2f} x"
+    return (
+        f"{start} {row['code']} | {kept} | {row['macs']:.2f} x | {latency} | {row['error']:.3g} | {upper} "
+        f"| {row['apart']:.3g} | {within} | {row['seconds']} |"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The rows, and how many hold."""
+    titles = "model", "asked", "exit", "came out", "MACs", "latency", "error said", "at most"
+    yield heading(*titles, "error apart", "inside", "s")
+    yield from map(line, rows)
+    judged = [known for known in map(inside, rows) if known is not None]
+    changed = sum("says" not in row and not row["same"] for row in rows)
+    held = f"{sum(judged)} of {len(judged)} intervals hold"
+    yield f"\n{len(rows)} runs, {changed} gave a changed model; {held}."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this study alone."""
+    parser.add_argument("models", nargs="*", type=Path, metavar="MODEL")
+    parser.add_argument("--judges", type=int, default=400, help="samples kept apart, at most")
+    parser.add_argument("--goal", choices=list(GOALS), action="append", help="[default: all]")
+    parser.add_argument("--timeout", type=float, default=1800)
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of what --json wrote")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Run every model and goal in a process of its own, and print the table."""
+    if given.show is not None:
+        print("\n".join(table(json.loads(given.show.read_text()))))
+        return
+    if given.here:
+        print(json.dumps(row(given.models[0], given.goal[0], given.samples, given.judges)))
+        return
+    rows = []
+    for path in given.models:
+        for goal in given.goal or GOALS:
+            rows.append(apart_from_us(path, goal, given))
+            print(line(rows[-1]), flush=True)
+            if given.json is not None:
+                given.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print("\n" + "\n".join(table(rows)))
+
+
+def apart_from_us(path: Path, goal: str, given: argparse.Namespace) -> dict[str, Any]:
+    """``row`` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks", "honesty", str(path.resolve()), "--here", "--goal", goal]
+    command += ["--judges", str(given.judges)]
+    if given.samples is not None:
+        command += ["--samples", str(given.samples)]
+    failed = {"model": path.name, "asked": goal, "code": None}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=given.timeout, cwd=ROOT
+        )
+    except subprocess.TimeoutExpired:
+        return failed | {"says": f"not done after {given.timeout:g} s"}
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        return failed | {"says": f"FAILED: {done.stderr.strip().splitlines()[-1:]}"}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
