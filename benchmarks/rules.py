@@ -19,7 +19,7 @@ more layers are fitted behind it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from math import inf
 from typing import Any
@@ -29,15 +29,19 @@ import numpy as np
 
 import onnx_lrsd
 from benchmarks.options import FOLDERS, LIMIT, heading
-from benchmarks.prepared import Prepared, Values, outputs, read
+from benchmarks.prepared import Prepared, outputs, read
 from onnx_lrsd.data.samples import Samples
+from onnx_lrsd.fit.sensitivity import Reference, final_outputs
+from onnx_lrsd.graph.model import Model
 
 OPTIONS = (FOLDERS, LIMIT)
 
 
-def divergence(before: Sequence[Sequence[Values]], after: Sequence[Sequence[Values]]) -> float:
-    """Kullback-Leibler divergence of the probabilities of classes, from batches of logits by output."""
-    one, two = (np.concatenate(batches[0]).astype(np.float64) for batches in (before, after))
+def divergence(reference: Reference, other: Model) -> float:
+    """Kullback-Leibler divergence of the probabilities of classes, whose logits are the first output."""
+    after = final_outputs(other, reference.samples)
+    found = (next(iter(outputs.values())).batches for outputs in (reference.outputs, after))
+    one, two = (np.concatenate(batches).astype(np.float64) for batches in found)
     one, two = (x - x.max(axis=1, keepdims=True) for x in (one, two))
     one, two = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (one, two))
     return float((np.exp(one) * (one - two)).sum(axis=1).mean())
@@ -62,7 +66,7 @@ RULES: dict[str, dict[str, tuple[str, Any] | None]] = {
     },
     PLAN: {
         **{f"repaired {each}": (f"{PLANNER}.REPAIRED", each) for each in (0.0, 0.05, 0.1, 0.2)},
-        "divergence": ("onnx_lrsd.fit.sensitivity.movement", divergence),
+        "divergence": ("onnx_lrsd.fit.sensitivity.Reference.movement", divergence),
     },
     ENTRIES: {
         **{f"damped {each} times": (f"{PROBLEM}.OF_ENTRIES", each) for each in (1, 3, 6, 10)},

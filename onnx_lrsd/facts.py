@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 
 from onnx_lrsd.types import DENSE, Declined, Layer, Price
 
@@ -42,12 +43,38 @@ class LayerReport:
         return self.form == DENSE and not self.weights
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupError:
+    """The error of one group of channels of an output, and its 95 % interval over other samples.
+
+    ``slice`` says which channels these are, '' for all. ``logits_error`` is the error in front of a final
+    Sigmoid or Softmax, None where there is none; the larger one is ``relative_error``.
+    """
+
+    name: str
+    slice: str
+    relative_error: float
+    interval: tuple[float, float]
+    logits_error: float | None = None
+
+
 @dataclass(frozen=True)
 class OutputError:
-    """|new - old|^2 / |old - E old|^2 over the held-out samples of one output of the model."""
+    """|new - old|^2 / |old - E old|^2 over the held-out samples of one output of the model.
+
+    The error of the whole, and of each group of channels of like role and scale. ``error_interval`` is from
+    the lower end of the worst group to the highest upper end of all.
+    """
 
     name: str
     relative_error: float
+    groups: tuple[GroupError, ...] = ()
+    error_interval: tuple[float, float] | None = None
+
+    @property
+    def worst(self) -> float:
+        """Relative error of the group that changed most."""
+        return max((group.relative_error for group in self.groups), default=self.relative_error)
 
 
 @dataclass(frozen=True)
@@ -92,16 +119,30 @@ class Verification:
     outputs: tuple[OutputError, ...]
     samples: int
     metric: ScoreChange | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
-        """Relative error of the output that changed most."""
-        return max((output.relative_error for output in self.outputs), default=0.0)
+        """Relative error of the group of channels that changed most, of all outputs."""
+        return max((output.worst for output in self.outputs), default=0.0)
+
+    @property
+    def error_interval(self) -> tuple[float, float]:
+        """Where the error lies on other samples, at 95 %."""
+        worst = max(self.outputs, key=lambda output: output.worst, default=None)
+        low = 0.0 if worst is None else (worst.error_interval or (worst.worst, worst.worst))[0]
+        return low, self.error_bound
 
     @property
     def error_bound(self) -> float:
         """The upper end of what the error may be on other samples: promises are held by it."""
-        return self.error
+        ends = [output.error_interval or (0.0, output.worst) for output in self.outputs]
+        return max((high for _, high in ends), default=0.0)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every value that is finite in one model is so in the other."""
+        return isfinite(self.error)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,10 @@ def test_inspect_and_compare_keep_stdout_for_json(folder: Path, hasty: None) -> 
     same = run("compare", model, model, "--data", folder / "calib.npz", "--json", "-", "-q")
     facts = json.loads(same.stdout)
     assert facts["ratio"]["macs"] == 1
-    assert facts["outputs"] == [{"name": "y", "relative_error": 0.0}]
+    (output,) = facts["outputs"]
+    assert (output["name"], output["relative_error"], output["error_interval"]) == ("y", 0.0, [0.0, 0.0])
+    (group,) = output["groups"]
+    assert (group["name"], group["slice"], group["interval"]) == ("y", "", [0.0, 0.0])
     assert same.stderr == ""
 
 

@@ -23,7 +23,7 @@ from onnx_lrsd.data.samples import Samples, position_axes, read_samples
 from onnx_lrsd.errors import ModelError
 from onnx_lrsd.fit.calibrate import Calibration, calibrate
 from onnx_lrsd.fit.reconstruct import reconstruct
-from onnx_lrsd.fit.sensitivity import final_outputs, movement
+from onnx_lrsd.fit.sensitivity import Reference, final_outputs
 from onnx_lrsd.graph.model import Model, load, save
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
@@ -125,7 +125,7 @@ def test_errors_of_outputs_are_those_at_real_tokens() -> None:
     error = np.sum((new - old) ** 2) / np.sum((old - old.mean(axis=0)) ** 2)
     assert compare(model, other, samples, latency=False).error == pytest.approx(error, rel=1e-6)
     assert error > 0.01
-    assert sum(len(batch) for batch in final_outputs(model, samples)[0]) == real.sum()
+    assert sum(len(batch) for batch in final_outputs(model, samples)["hidden"].batches) == real.sum()
 
 
 def test_the_fit_is_better_where_it_counts() -> None:
@@ -292,7 +292,7 @@ def test_errors_of_outputs_are_those_of_padded_texts_with_a_mask() -> None:
 def test_what_sensitivities_are_measured_by_is_that_of_padded_texts_with_a_mask() -> None:
     model = open_token_model()
     one, other = (
-        movement(final_outputs(model, samples), final_outputs(moved(model), samples))
+        Reference(model, samples).movement(moved(model))
         for samples in (ragged_texts(model), padded_texts(model))
     )
     assert one == pytest.approx(other, rel=1e-4)

@@ -176,7 +176,9 @@ def test_the_json_has_every_key_of_schema_1() -> None:
         "macs": 3_999_999 / 2_000_000,
         "latency": latency,
     }
-    assert facts["outputs"] == [{"name": "scores", "relative_error": 0.001201}]
+    assert facts["outputs"] == [
+        {"name": "scores", "relative_error": 0.001201, "groups": [], "error_interval": None}
+    ]
     assert facts["metric"]["interval"] == [-0.0094, 0.0044]
     assert facts["promise"] == {"kind": "ratio", "asked": 2.0, "got": 1.9999995, "kept": False}
     assert tuple(facts["layers"][0]) == LAYER_KEYS

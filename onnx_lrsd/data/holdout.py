@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from onnx_lrsd.data.made_up import made_up_samples
 from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.samples import Samples, read_samples
+from onnx_lrsd.errors import DataError
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import inputs_of
 
@@ -28,7 +29,7 @@ def fit_and_check(
     """Samples from ``calibration`` and ``evaluation``, both as ``read_samples`` takes them, or None.
 
     ``limit`` is how many calibration samples are read, at most. Without ``evaluation`` some of them are
-    kept for the check, drawn by ``seed``.
+    kept for the check, drawn by ``seed``. Raises DataError where all samples to fit on are the same.
     """
     specs = inputs_of(source.proto)
     held = None if evaluation is None else without_padding(source, read_samples(evaluation, specs))
@@ -42,6 +43,11 @@ def fit_and_check(
             held = made_up_samples(source)
         return Data(None, held, tuple(warnings))
     samples = without_padding(source, read_samples(calibration, specs, limit=limit))
+    if samples.all_alike:
+        raise DataError(
+            f"The {samples.count} samples of {samples.source} are all the same, which teaches nothing: "
+            "give samples as varied as those the model will meet."
+        )
     if held is None:
         samples, held = samples.split(HELD_OUT, seed)
     return Data(samples, held, tuple(dict.fromkeys((*samples.notes, *held.notes))))

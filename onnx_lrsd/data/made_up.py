@@ -13,6 +13,8 @@ from onnx_lrsd.graph.model import Model
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import InputSpec, Values
 
+MADE_UP = "made up"
+"""The source of such samples."""
 GUESSES = (32, 64, 128, 224, 256, 512)
 """Sizes to try for open dimensions."""
 
@@ -59,4 +61,4 @@ def random_samples(
             constants[spec.name] = layout[spec.name].lay_out(values)
         else:
             arrays[spec.name] = values
-    return Samples(groups=(arrays,), constants=constants, source="made up", fixed=fixed, slots=layout)
+    return Samples(groups=(arrays,), constants=constants, source=MADE_UP, fixed=fixed, slots=layout)

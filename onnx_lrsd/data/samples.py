@@ -70,6 +70,20 @@ class Samples:
         return len({_shape_key(group) for group in self.groups}) > 1
 
     @property
+    def all_alike(self) -> bool:
+        """Whether two samples or more are all the same in every input."""
+        return self.count > 1 and not self.ragged and all(map(self._same_as_first, self.groups))
+
+    def _same_as_first(self, group: Group) -> bool:
+        blocks = range(0, self.count, MOST_IN_BATCH)
+        return all(
+            np.array_equal(block, np.broadcast_to(self.groups[0][name][:1], block.shape), equal_nan=True)
+            for start in blocks
+            for name, array in group.items()
+            for block in [array[start : start + MOST_IN_BATCH]]
+        )
+
+    @property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Entries of all inputs of each sample, (count,)."""
         return np.repeat([_entries(group) for group in self.groups], self._counts)

@@ -7,14 +7,23 @@ final outputs are compared on a few dozen samples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from onnx_lrsd.data.samples import Samples, batch_to_run, position_axes
 from onnx_lrsd.fit.calibrate import WeightOf
 from onnx_lrsd.graph.model import Model
+from onnx_lrsd.measure.judge import OutputGroup, output_groups
 from onnx_lrsd.passes.split import split
-from onnx_lrsd.runtime.divergence import Divergence, as_array, is_scores, positions_first
+from onnx_lrsd.runtime.divergence import (
+    Divergence,
+    as_array,
+    clipped_logits,
+    is_scores,
+    positions_first,
+    row_axes,
+)
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.effort import BRIEF
@@ -46,24 +55,25 @@ def sensitivities(
 ) -> dict[str, float]:
     """Error of the model's outputs for each unit of relative error of a layer in ``forms``, by layer name.
 
-    An output counts relative to its variance, scores of classes as logits without their mean: a shift of
-    all classes changes no probability, and saturated probabilities would leave a few samples to decide
-    everything. Several outputs add up. Empty where no output is a floating number, or nothing was lost.
-    Layers whose form has single entries are left out, which take too long to fit, but for those of few rows.
+    A group of channels of an output counts relative to its variance, scores of classes as logits without
+    their mean: a shift of all classes changes no probability, and saturated probabilities would leave a few
+    samples to decide everything. The group that moves most counts, of all outputs. Empty where no output is
+    a floating number, or nothing was lost. Layers whose form has single entries are left out, which take too
+    long to fit, but for those of few rows.
     """
     probes = [(layer, _probe(layer, forms.get(layer.output), moments.get(layer.output))) for layer in layers]
     chosen = [(layer, form) for layer, form in probes if form is not None]
     wanted = max(FEWEST, min(MOST_SAMPLES, RUNS * samples.count // max(len(chosen), 1)))
     if samples.count >= wanted + 2 * samples.smallest_batch:
         samples = samples.split(wanted, 0)[1]
-    before = final_outputs(model, samples)
+    reference = Reference(model, samples)
     found = {}
     for done, (layer, form) in enumerate(chosen):
         problem = pose(layer, *weight_of(layer), moments.get(layer.output), device)
         factors = decompose(problem, form, effort=BRIEF)
         working = model.graph()
         split(working, layer, factors)
-        moved = movement(before, final_outputs(model.splice(working), samples))
+        moved = reference.movement(model.splice(working))
         if factors.error > 0 and moved > 0:
             found[layer.output] = moved / factors.error
         if progress is not None:
@@ -83,29 +93,61 @@ def _probe(layer: Layer, form: Form | None, moments: Moments | None) -> Form | N
     return Form(DENSE, weights=((INT3.name, layer.n),)) if few else None
 
 
-def movement(before: Sequence[Sequence[Values]], after: Sequence[Sequence[Values]]) -> float:
-    """Squared change of what ``final_outputs`` gives, relative to its variance; outputs add up."""
-    total = 0.0
-    for old_batches, new_batches in zip(before, after, strict=True):
-        error = Divergence()
-        for old, new in zip(old_batches, new_batches, strict=True):
-            error.add(old, new)
-        total += error.relative()
-    return total
+class Reference:
+    """The outputs of a model on some samples: how far those of another are from them."""
+
+    def __init__(self, model: Model, samples: Samples) -> None:
+        self.samples = samples
+        self.outputs = final_outputs(model, samples)
+        rows = {name: found.batches for name, found in self.outputs.items()}
+        axes = {name: found.axes for name, found in self.outputs.items()}
+        feed = next(samples.batches(batch_to_run(samples)))
+        self.groups = output_groups(model, feed, rows, axes)
+
+    def movement(self, other: Model) -> float:
+        """Squared change of the group of channels that moves most, relative to its variance."""
+        after = final_outputs(other, self.samples)
+        return max(
+            (
+                self._moved(group, before, after[name])
+                for name, before in self.outputs.items()
+                for group in self.groups[name]
+            ),
+            default=0.0,
+        )
+
+    def _moved(self, group: OutputGroup, before: FinalOutput, after: FinalOutput) -> float:
+        plain, front = Divergence(), Divergence()
+        for old, new in zip(before.batches, after.batches, strict=True):
+            if not (group.ranges or before.axes) and is_scores(old, len(old)) and old.shape == new.shape:
+                plain.add(logits(old.reshape(len(old), -1)), logits(new.reshape(len(new), -1)))
+                continue
+            plain.add(group.of(old), group.of(new))
+            if group.activation:
+                front.add(clipped_logits(group.of(old)), clipped_logits(group.of(new)))
+        return max(plain.relative(), front.relative())
 
 
-def final_outputs(model: Model, samples: Samples) -> list[list[Values]]:
-    """Floating outputs of the model but at padding, in batches; scores of classes as centred logits."""
+class FinalOutput(NamedTuple):
+    """A floating output but at padding, in batches; ``axes`` are those that its rows hold beside samples."""
+
+    axes: tuple[int, ...]
+    batches: list[Values]
+
+
+def final_outputs(model: Model, samples: Samples) -> dict[str, FinalOutput]:
+    """Every floating output of the model, by name."""
     session = open_session(model.proto, folder=model.folder)
-    axes = position_axes(samples, session.run)
-    found: dict[str, list[Values]] = {name: [] for name in session.outputs}
+    positions = position_axes(samples, session.run)
+    found: dict[str, FinalOutput] = {}
     for feed in samples.batches(batch_to_run(samples)):
-        size, real = samples.size_of(feed), samples.real(feed)
+        real = samples.real(feed)
         for name, value in session.run(feed).items():
-            array = positions_first(as_array(value), real, axes.get(name, ()))
+            array, along = as_array(value), positions.get(name, ())
             if array.dtype.kind == "f":
-                found[name].append(logits(array.reshape(size, -1)) if is_scores(array, size) else array)
-    return [batches for batches in found.values() if batches]
+                output = found.setdefault(name, FinalOutput(row_axes(array, real, along), []))
+                output.batches.append(positions_first(array, real, along))
+    return found
 
 
 def logits(scores: Values) -> Values:

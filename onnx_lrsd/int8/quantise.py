@@ -20,7 +20,7 @@ import onnx
 
 from onnx_lrsd.data.samples import Samples, batch_to_run
 from onnx_lrsd.errors import LrsdError, ModelError
-from onnx_lrsd.fit.sensitivity import final_outputs, movement
+from onnx_lrsd.fit.sensitivity import Reference
 from onnx_lrsd.graph.model import PROTOBUF_LIMIT, Model, in_memory, model_bytes, raised
 from onnx_lrsd.passes.count import compute_tensors, macs
 from onnx_lrsd.passes.nodes import domain_of
@@ -73,10 +73,10 @@ def quantise(
     layers = _weighted(ready)
     if not layers:
         return Quantised(model, 0, {}, 0.0)
-    before = final_outputs(Model(ready), measured)
+    reference = Reference(Model(ready), measured)
 
     def error(proto: onnx.ModelProto) -> float:
-        return movement(before, final_outputs(Model(proto), measured))
+        return reference.movement(Model(proto))
 
     ranged = ranged.some(RANGE_SAMPLES)
     ranges = _ranges(ready, ranged, averaged=False)

@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from onnx_lrsd.data.made_up import MADE_UP
 from onnx_lrsd.data.samples import Samples, as_fed, batch_to_run, position_axes
 from onnx_lrsd.errors import DataError, LrsdError, VerificationError
 from onnx_lrsd.facts import ModelCost, OutputError, ScoreChange, Verification
 from onnx_lrsd.graph.model import Model, model_bytes
+from onnx_lrsd.measure.judge import OutputJudge
 from onnx_lrsd.passes.count import compute_tensors, macs, parameters
-from onnx_lrsd.runtime.divergence import Divergence, is_scores
+from onnx_lrsd.runtime.divergence import is_scores
 from onnx_lrsd.runtime.session import open_session, shapes
 from onnx_lrsd.runtime.timing import FEWEST_ROUNDS, busy_clock, pair_latency
 from onnx_lrsd.types import Feed, Price, Progress, Score
@@ -92,13 +94,13 @@ def compare(
     >>> model = onnx_lrsd.load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8))
     >>> from onnx_lrsd.data.made_up import made_up_samples
     >>> found = onnx_lrsd.compare(model, model, made_up_samples(model), latency=False)
-    >>> found.outputs, found.before.macs
-    ((OutputError(name='y', relative_error=0.0),), 0)
+    >>> found.outputs[0].name, found.error, found.error_interval, found.before.macs
+    ('y', 0.0, (0.0, 0.0), 0)
     """
     _same_interface(before.proto, after.proto)
     labels = _labels(samples, metric)
     collect = None if labels is None else _classes if not callable(metric) else _whole
-    outputs, kept = _differences(before, after, samples, collect, progress)
+    outputs, warnings, kept = _differences(before, after, samples, collect, progress)
     score = None
     if labels is not None:
         score = _scored(metric, *kept, labels, samples) if callable(metric) else _score(*kept, labels, metric)
@@ -123,6 +125,7 @@ def compare(
         outputs=outputs,
         samples=samples.count,
         metric=score,
+        warnings=() if samples.source == MADE_UP or not any(output.worst for output in outputs) else warnings,
     )
 
 
@@ -176,31 +179,29 @@ def _pace(
 
 def _differences(
     before: Model, after: Model, samples: Samples, collect: Collect | None, progress: Progress | None
-) -> tuple[tuple[OutputError, ...], tuple[list[Any], list[Any]]]:
-    """Errors of all outputs where there is no padding, and what ``collect`` keeps of both models' outputs."""
+) -> tuple[tuple[OutputError, ...], tuple[str, ...], tuple[list[Any], list[Any]]]:
+    """Errors of all outputs where there is no padding, warnings, and what ``collect`` keeps of both."""
     old = open_session(before.proto, folder=before.folder)
     with _second():
         new = open_session(after.proto, folder=after.folder)
     samples = as_fed(samples, old.run)
     axes = position_axes(samples, old.run)
-    errors = {name: Divergence(axes.get(name, ())) for name in old.outputs}
+    judge = OutputJudge(before, old.outputs, axes)
     kept: tuple[list[Any], list[Any]] = [], []
     done = 0
     for feed in samples.batches(batch_to_run(samples)):
         one = old.run(feed)
         with _second():
             two = new.run(feed)
-        real = samples.real(feed)
-        for name, error in errors.items():
-            error.add(one[name], two[name], real)
         size = samples.size_of(feed)
+        judge.add(feed, one, two, samples.real(feed), size)
         if collect is not None:
             for outputs, part in zip((one, two), kept, strict=True):
                 part.extend(collect(outputs, size))
         done += size
         if progress is not None:
             progress("verify", done, samples.count)
-    return tuple(OutputError(name, error.relative()) for name, error in errors.items()), kept
+    return judge.errors(), judge.warnings(), kept
 
 
 @contextmanager

@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from onnx_lrsd.types import Values
 
 ROUNDING = 1e-14
 """A spread below this share of the energy is what float32 leaves of a constant."""
+LITTLE = 1e-4
+"""A spread below this share of the energy is little: 1 % of the values, as a root."""
+MOST_LOGIT = 8.0
+"""Logits count up to here: beyond it, where probabilities are within .0004 of 0 or 1, nobody looks."""
+
+Owners = npt.NDArray[np.int64]
 
 
 class Divergence:
@@ -20,60 +27,134 @@ class Divergence:
     differ, and a batch whose shape changed as wholly different. NaN equals NaN and infinity itself;
     a value that is finite in one stream only makes the error infinite.
 
+    What each sample adds above and below the line is kept, for intervals. Below it these are shares of the
+    exact sum: deviations are from the mean of the batches so far.
+
     Entries along ``positions``, axes whose size differs from sample to sample, count as samples do.
     """
 
     def __init__(self, positions: tuple[int, ...] = ()) -> None:
         self.positions = positions
-        self.missed = self.squares = self.spread = 0.0
-        self.shift: Values | None = None
-        self.sum: Any = 0.0
-        self.rows = 0
-        self.uneven = False
+        self._missed: list[Values] = []
+        self._energy: list[Values] = []
+        self._spread: list[Values] = []
+        self._mean: Values | None = None
+        self._rows = 0
+        self._uneven = False
 
-    def add(self, old: Any, new: Any, real: Values | None = None) -> None:
-        """Take in the outputs of one batch; where ``real`` (samples, positions) says so, without padding."""
+    def add(self, old: Any, new: Any, real: Values | None = None, size: int | None = None) -> None:
+        """Take in the outputs of one batch of ``size`` samples, one where that is not known.
+
+        Where ``real`` (samples, positions) says so, without padding.
+        """
         one, two = (positions_first(as_array(value), real, self.positions) for value in (old, new))
-        if one.shape != two.shape:
-            self.uneven = True
-            energy = float(np.sum(_finite(one) ** 2)) if one.dtype.kind == "f" else float(max(one.size, 1))
-            self.missed += energy or 1.0
-            self.squares += energy or 1.0
-        elif one.dtype.kind != "f":
-            self.missed += float(np.sum(one != two))
-            self.squares += float(one.size)
-            self.uneven = True
-        elif one.size:
-            self._add_numbers(one.astype(np.float64), two.astype(np.float64))
+        self.add_rows(one, two, owners(one, real, size))
 
-    def _add_numbers(self, old: Values, new: Values) -> None:
+    def add_rows(self, old: Values, new: Values, owner: Owners) -> None:
+        """Take in one batch; its rows, along the first axis, are of the samples in ``owner``, (rows,)."""
+        count = int(owner.max(initial=0)) + 1
+        if old.shape != new.shape:
+            self._uneven = True
+            energy = float(np.sum(_finite(old) ** 2)) if old.dtype.kind == "f" else float(max(old.size, 1))
+            self._keep(np.array([energy or 1.0]), np.array([energy or 1.0]), np.zeros(1))
+        elif old.dtype.kind != "f":
+            self._uneven = True
+            differ = _by_row(old != new).astype(np.float64).sum(axis=1)
+            sizes = np.full(len(differ), old.size / max(len(differ), 1))
+            self._keep(_per_owner(differ, owner, count), _per_owner(sizes, owner, count), np.zeros(count))
+        elif old.size:
+            self._add_numbers(_by_row(old.astype(np.float64)), _by_row(new.astype(np.float64)), owner, count)
+
+    def _add_numbers(self, old: Values, new: Values, owner: Owners, count: int) -> None:
         same = (old == new) | (np.isnan(old) & np.isnan(new))
         with np.errstate(invalid="ignore", over="ignore"):
-            difference = np.where(same, 0.0, new - old)
-        squares = float(np.sum(difference**2))
-        self.missed += squares if np.isfinite(squares) else np.inf
+            squares = (np.where(same, 0.0, new - old) ** 2).sum(axis=1)
+        missed = np.where(np.isfinite(squares), squares, np.inf)
         old = _finite(old)
-        self.squares += float(np.sum(old**2))
-        rows = old.reshape(len(old), -1) if old.ndim else old.reshape(1, 1)
-        if self.shift is None:
-            self.shift = rows.mean(axis=0)  # near the mean, so that the difference below keeps its digits
-        if rows.shape[1] != len(self.shift):
-            self.uneven = True
-            return
-        rows = rows - self.shift
-        self.sum = self.sum + rows.sum(axis=0)
-        self.spread += float(np.sum(rows**2))
-        self.rows += len(rows)
+        with np.errstate(over="ignore"):
+            energy = (old**2).sum(axis=1)
+        self._keep(
+            _per_owner(missed, owner, count),
+            _per_owner(energy, owner, count),
+            _per_owner(self._deviations(old), owner, count),
+        )
+
+    def _deviations(self, rows: Values) -> Values:
+        """Squared deviations of ``rows`` from the mean so far, scaled to what they add to the exact sum."""
+        first = self._mean is None
+        if self._mean is None:
+            self._mean = rows.mean(axis=0)
+        if rows.shape[1] != len(self._mean):
+            self._uneven = True
+            return np.zeros(len(rows))
+        centred = rows - self._mean
+        with np.errstate(over="ignore", invalid="ignore"):
+            found: Values = (centred**2).sum(axis=1)
+            total, known = float(found.sum()), 0 if first else self._rows
+            shift = centred.mean(axis=0)
+            self._rows = known + len(rows)
+            self._mean = self._mean + shift * (len(rows) / self._rows)
+            exact = total - float(np.sum(shift**2)) * len(rows) ** 2 / self._rows
+            return found * (max(exact, 0.0) / total) if total > 0 else found
+
+    def _keep(self, missed: Values, energy: Values, spread: Values) -> None:
+        self._missed.append(missed)
+        self._energy.append(energy)
+        self._spread.append(spread)
 
     def relative(self) -> float:
         """The error so far; 0 where nothing differs."""
-        if self.missed <= 0:
+        missed, energy = (float(values.sum()) for values in self.by_sample())
+        if missed <= 0:
             return 0.0
-        energy = self.squares
-        if not self.uneven and self.rows > 1:
-            centred = self.spread - float(np.sum(np.square(self.sum))) / self.rows
-            energy = centred if centred > ROUNDING * self.squares else energy
-        return self.missed / energy if energy > 0 else float("inf")
+        return missed / energy if energy > 0 else float("inf")
+
+    def by_sample(self) -> tuple[Values, Values]:
+        """What stands above and below the line for each sample, or batch where samples are not told apart."""
+        below = self._spread if self._varies(ROUNDING) else self._energy
+        nothing = [np.zeros(0)]
+        return np.concatenate(self._missed or nothing), np.concatenate(below or nothing)
+
+    @property
+    def constant(self) -> bool:
+        """Whether what was compared did not vary over several rows."""
+        return self._rows > 1 and not self._uneven and not self._varies(ROUNDING)
+
+    @property
+    def hardly_varies(self) -> bool:
+        """Whether what varied of it is small beside its size."""
+        return self._rows > 1 and not self._uneven and not self._varies(LITTLE)
+
+    def _varies(self, share: float) -> bool:
+        if self._uneven or self._rows < 2:
+            return False
+        spread, energy = (sum(float(v.sum()) for v in values) for values in (self._spread, self._energy))
+        return spread > share * energy
+
+
+def owners(values: Values, real: Values | None, size: int | None) -> Owners:
+    """The sample that each row of ``values`` belongs to: of ``size`` samples, or of ``real`` positions.
+
+    All belong to the first where that cannot be told: a batch is then one sample.
+    """
+    rows = len(values) if values.ndim else 1
+    if real is not None and rows == np.count_nonzero(real):
+        return np.asarray(np.nonzero(real)[0], dtype=np.int64)
+    if size and rows and rows % size == 0:
+        return np.repeat(np.arange(size), rows // size)
+    return np.zeros(rows, dtype=np.int64)
+
+
+def clipped_logits(probabilities: Values) -> Values:
+    """log(p / (1 - p)), at most MOST_LOGIT either way: what stood in front of a Sigmoid.
+
+    For a Softmax it is the logit of each class against all others. So saturated probabilities keep a
+    difference that they hide themselves, and logits that are far from any decision count for nothing.
+    """
+    p = np.clip(probabilities.astype(np.float64), 0.0, 1.0)
+    with np.errstate(divide="ignore"):
+        values: Values = np.clip(np.log(p) - np.log1p(-p), -MOST_LOGIT, MOST_LOGIT)
+    return values
 
 
 def as_array(value: Any) -> Values:
@@ -102,6 +183,13 @@ def positions_first(values: Values, real: Values | None, positions: tuple[int, .
     return moved.reshape(-1, *moved.shape[1 + len(positions) :])
 
 
+def row_axes(values: Values, real: Values | None, positions: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of ``values`` that ``positions_first`` puts into its rows, beside the first."""
+    if unpadded(values, real) is not values and real is not None:
+        return (values.shape.index(real.shape[1], 1),)
+    return positions if positions and values.ndim > max(positions) else ()
+
+
 def unpadded(values: Values, real: Values | None) -> Values:
     """``values`` (samples, ..., positions, ...) at ``real`` positions, (k, ...); else as they are.
 
@@ -121,6 +209,16 @@ def is_scores(output: Values, size: int) -> bool:
     if output.dtype.kind != "f" or output.shape[:1] != (size,) or not output.size:
         return False
     return [extent > 1 for extent in output.shape[1:]].count(True) == 1
+
+
+def _by_row(values: Values) -> Values:
+    return values.reshape(len(values), -1) if values.ndim and values.size else values.reshape(1, -1)
+
+
+def _per_owner(values: Values, owner: Owners, count: int) -> Values:
+    if not np.isfinite(values).all():
+        return np.array([values[owner == index].sum() for index in range(count)])
+    return np.bincount(owner, values, count)
 
 
 def _finite(values: Values) -> Values:

@@ -1,0 +1,186 @@
+"""An output that joins unlike things is judged part by part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnx_lrsd.data.samples import Samples, read_samples
+from onnx_lrsd.facts import OutputError
+from onnx_lrsd.fit.sensitivity import Reference
+from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.graph.subgraph import inputs_of
+from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.measure.judge import OutputGroup, output_groups
+
+HEAD = '<ir_version: 8, opset_import: ["" : 17]>'
+
+
+def model(text: str, **weights: Any) -> Model:
+    proto = onnx.parser.parse_model(f"{HEAD} {text}")
+    proto.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()
+    )
+    return load(proto)
+
+
+def detector(
+    box: float = 1.0, score: float = 1.0, ending: str = "out = Concat <axis = 1> (boxes, scores)"
+) -> Model:
+    """Boxes of 0 to 320 in channels 0 to 3, scores of 0 to 1 in 4 to 9, at 20 places."""
+    return model(
+        f"""g (float[n, 10, 20] x) => (float[n, 10, 20] out) {{
+            raw, logits = Split <axis = 1> (x, parts)
+            scaled = Mul (raw, box)  boxes = Mul (scaled, hundred)
+            sharper = Mul (logits, score)  scores = Sigmoid (sharper)
+            {ending}
+        }}""",
+        parts=np.array([4, 6]),
+        box=np.float32(box),
+        hundred=np.float32(100),
+        score=np.float32(score),
+        order=np.array([0, 20, 10]),
+    )
+
+
+def samples(model: Model, count: int = 40) -> Samples:
+    x = np.random.default_rng(0).standard_normal((count, 10, 20)).astype(np.float32)
+    return read_samples({"x": x}, inputs_of(model.proto))
+
+
+def errors(before: Model, after: Model) -> OutputError:
+    return compare(before, after, samples(before), latency=False).outputs[0]
+
+
+def found_groups(found: Model, rows: np.ndarray) -> tuple[OutputGroup, ...]:
+    feed = next(samples(found).batches(2))
+    name = found.proto.graph.output[0].name
+    return output_groups(found, feed, {name: [rows]}, {})[name]
+
+
+@pytest.mark.parametrize(
+    ("ending", "slices"),
+    [
+        ("out = Concat <axis = 1> (boxes, scores)", ["[:, 0:4]", "[:, 4:10]"]),
+        ("both = Concat <axis = -2> (boxes, scores)  out = Identity (both)", ["[:, 0:4]", "[:, 4:10]"]),
+        (
+            "both = Concat <axis = 1> (boxes, scores)  out = Transpose <perm = [0, 2, 1]> (both)",
+            ["[:, :, 0:4]", "[:, :, 4:10]"],
+        ),
+        (
+            "t = Transpose <perm = [0, 2, 1]> (scores)  s = Transpose <perm = [0, 2, 1]> (t)"
+            "both = Concat <axis = 1> (s, boxes)  out = Mul (both, hundred)",
+            ["[:, 0:6]", "[:, 6:10]"],
+        ),
+    ],
+)
+def test_scores_beside_boxes_count_for_themselves(ending: str, slices: list[str]) -> None:
+    before, after = detector(ending=ending), detector(score=0.1, ending=ending)
+    found = errors(before, after)
+    assert [group.slice for group in found.groups] == slices
+    assert found.relative_error < 1e-3
+    worst = max(found.groups, key=lambda group: group.relative_error)
+    assert worst.slice == slices["s, boxes" not in ending]
+    assert found.worst == worst.relative_error > 0.1
+
+
+def test_operands_of_like_role_and_scale_are_one_group() -> None:
+    left = "a, b = Split <axis = 1> (scores, halves)  out = Concat <axis = 1> (a, b)"
+    text = model(
+        f"""g (float[n, 10, 20] x) => (float[n, 10, 20] out) {{
+            scores = Sigmoid (x) {left}
+        }}""",
+        halves=np.array([5, 5]),
+    )
+    found = found_groups(text, np.random.default_rng(0).random((20, 10, 20)))
+    assert [group.ranges for group in found] == [()]
+    plain = model(
+        "g (float[n, 10, 20] x) => (float[n, 20, 20] out) { y = Neg (x) out = Concat <axis = 1> (x, y) }"
+    )
+    rows = np.random.default_rng(0).standard_normal((20, 20, 20))
+    assert [group.ranges for group in found_groups(plain, rows)] == [()]
+    rows[:, 10:] *= 50
+    assert [group.ranges for group in found_groups(plain, rows)] == [((0, 10),), ((10, 20),)]
+
+
+def test_without_a_concat_the_scales_of_channels_tell() -> None:
+    same = model(
+        "g (float[n, 10, 20] x) => (float[n, 20, 10] out) { out = Transpose <perm = [0, 2, 1]> (x) }"
+    )
+    rows = np.random.default_rng(0).standard_normal((20, 20, 10)) * np.r_[np.full(4, 200.0), np.full(6, 0.3)]
+    assert [group.part for group in found_groups(same, rows)] == ["[:, :, 0:4]", "[:, :, 4:10]"]
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        np.ones(10),
+        np.linspace(1, 9, 10),
+        10.0 ** -np.arange(10),  # a spectrum
+        np.where(np.arange(10) == 4, 1e-3, 1),  # a nearly dead channel among others
+        np.where(np.arange(10) == 9, 0, 1),
+    ],
+)
+def test_ordinary_outputs_are_one_group(scales: np.ndarray) -> None:
+    same = model(
+        "g (float[n, 10, 20] x) => (float[n, 20, 10] out) { out = Transpose <perm = [0, 2, 1]> (x) }"
+    )
+    rows = np.random.default_rng(0).standard_normal((20, 20, 10)) * scales
+    if scales[1] == 0.1:
+        rows = np.random.default_rng(0).standard_normal((20, 20, 10)) * 5.0 ** -np.arange(10)
+    assert [group.ranges for group in found_groups(same, rows)] == [()]
+
+
+def test_groups_do_not_depend_on_how_samples_are_batched() -> None:
+    before, after = detector(), detector(box=1.1, score=0.7)
+    data = samples(before)
+    one = compare(before, after, data, latency=False).outputs[0]
+    fixed = load(before.proto)
+    fixed.proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    singly = load(after.proto)
+    singly.proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    other = compare(fixed, singly, samples(fixed), latency=False).outputs[0]
+    for mine, theirs in zip(one.groups, other.groups, strict=True):
+        assert mine.relative_error == pytest.approx(theirs.relative_error, rel=1e-6)
+        assert mine.interval == pytest.approx(theirs.interval, rel=0.2)
+
+
+def classifier(scale: float, final: str = "Softmax") -> Model:
+    return model(
+        f"g (float[n, 3] x) => (float[n, 3] y) {{ z = Mul (x, scale)  y = {final} (z) }}",
+        scale=np.float32(scale),
+    )
+
+
+def clear_cases(before: Model, far: float) -> Samples:
+    """Three classes, each certain by ``far``."""
+    x = far * np.eye(3, dtype=np.float32)[np.arange(60) % 3]
+    return read_samples({"x": x}, inputs_of(before.proto))
+
+
+@pytest.mark.parametrize("final", ["Softmax", "Sigmoid"])
+def test_saturated_probabilities_are_judged_in_front_of_their_activation(final: str) -> None:
+    before, after = classifier(1.0, final), classifier(0.5, final)
+    found = compare(before, after, clear_cases(before, 7.0), latency=False).outputs[0]
+    (group,) = found.groups
+    if final == "Softmax":
+        assert found.relative_error < 0.01
+    assert group.logits_error is not None and group.logits_error > 0.1
+    assert group.relative_error == max(group.logits_error, found.relative_error)
+
+
+def test_logits_far_from_any_decision_do_not_count() -> None:
+    before, after = classifier(1.0), classifier(0.5)
+    assert compare(before, after, clear_cases(before, 60.0), latency=False).error < 1e-6
+
+
+def test_a_layer_counts_by_the_group_that_it_moves_most() -> None:
+    before = detector()
+    reference = Reference(before, samples(before))
+    scores = reference.movement(detector(score=0.5))
+    assert scores > 0.05
+    assert reference.movement(detector(box=1.01)) == pytest.approx(1e-4, rel=0.05)
+    assert reference.movement(detector(box=1.01, score=0.5)) == pytest.approx(scores)
