@@ -62,6 +62,8 @@ class Layer:
     what follows are the attributes of a convolution, transposed or not, as far as it has them. So many
     consecutive rows of W as ``rows_per_bias`` share one bias: the kernel positions of an output channel of
     a ConvTranspose, whose n is output channels x kernel positions; 1 for every other operator.
+    ``stored_bytes`` is what one number of the weight takes in the file, where a Cast stands between (0: as
+    ``dtype`` has it).
     """
 
     output: str
@@ -82,6 +84,7 @@ class Layer:
     output_padding: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
     rows_per_bias: int = 1
+    stored_bytes: int = 0
     positions: int = 0
     size: tuple[int, ...] = ()
 

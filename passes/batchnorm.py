@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
-from onnx_lrsd.passes.constants import constant_value
+from onnx_lrsd.passes.constants import constant_bias, overridable
 from onnx_lrsd.passes.nodes import is_op
 
 Matrix = npt.NDArray[np.float64]
@@ -28,7 +28,10 @@ def foldable_batchnorm(node: gs.Node, working: WorkingGraph) -> gs.Node | None:
         return None
     if norm.inputs[0] is not output or not norm.attrs.get("spatial", 1):
         return None
-    return norm if all(constant_value(given) is not None for given in norm.inputs[1:]) else None
+    for given in norm.inputs[1:]:
+        if constant_bias(given) is None or overridable(given, working.overridable):
+            return None
+    return norm
 
 
 def fold(last: gs.Node, weight: Matrix, bias: Matrix) -> tuple[Matrix, Matrix]:
@@ -41,6 +44,6 @@ def fold(last: gs.Node, weight: Matrix, bias: Matrix) -> tuple[Matrix, Matrix]:
 
 def _scale_and_shift(norm: gs.Node) -> tuple[Matrix, Matrix]:
     """g and h (channels,), float64, such that the normalisation is g y + h."""
-    gamma, beta, mean, variance = (np.asarray(constant_value(t), dtype=np.float64) for t in norm.inputs[1:])
+    gamma, beta, mean, variance = (np.asarray(constant_bias(t), dtype=np.float64) for t in norm.inputs[1:])
     scale = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
     return scale, beta - scale * mean

@@ -13,10 +13,12 @@ from onnx_lrsd.passes.nodes import is_op
 from onnx_lrsd.types import Values
 
 
-def constant_value(tensor: gs.Tensor) -> Values | None:
+def constant_value(tensor: gs.Tensor, *, arithmetic: bool = False) -> Values | None:
     """The value of ``tensor`` if it does not depend on any input of the model, else None.
 
-    Looks through Identity, Cast, Transpose, Reshape, Flatten, Squeeze and Unsqueeze.
+    Looks through Identity, Cast, Transpose, Reshape, Flatten, Squeeze and Unsqueeze, and with
+    ``arithmetic`` through sums, products and the like. Weights are asked for without it: one that is
+    computed may be stored in few bits.
     """
     if isinstance(tensor, gs.Constant):
         return stored_values(tensor)
@@ -25,18 +27,25 @@ def constant_value(tensor: gs.Tensor) -> Values | None:
     node = tensor.inputs[0]
     if is_op(node, "Constant"):
         return _constant_node(node)
-    if not is_op(node, *_FOLDS):
+    if not is_op(node, *_FOLDS) and not (arithmetic and is_op(node, *ARITHMETIC)):
         return None
-    fold = _FOLDS[node.op]
-    inputs = [constant_value(given) for given in node.inputs]
-    if not inputs or any(value is None for value in inputs):
+    inputs = [constant_value(given, arithmetic=arithmetic) for given in node.inputs]
+    values = [value for value in inputs if value is not None]
+    if not values or len(values) < len(inputs):
         return None
-    return fold(node, [value for value in inputs if value is not None])
+    if is_op(node, *_FOLDS):
+        return _FOLDS[node.op](node, values)
+    return np.asarray(ARITHMETIC[node.op](*values)).astype(values[0].dtype)
+
+
+def constant_bias(tensor: gs.Tensor) -> Values | None:
+    """The value of ``tensor`` if it does not depend on any input of the model, however it is computed."""
+    return constant_value(tensor, arithmetic=True)
 
 
 def constant_float64(tensor: gs.Tensor) -> npt.NDArray[np.float64]:
     """The value of ``tensor``, which must be constant, in float64."""
-    return np.asarray(constant_value(tensor)).astype(np.float64)
+    return np.asarray(constant_bias(tensor)).astype(np.float64)
 
 
 def derived(tensor: gs.Tensor) -> bool:
@@ -57,7 +66,18 @@ def derived(tensor: gs.Tensor) -> bool:
 def stored_values(tensor: gs.Constant) -> Values:
     """Values of a constant without replacing the stored TensorProto (``.values`` would)."""
     values = tensor._values
-    return np.asarray(values if isinstance(values, np.ndarray) else values.load())
+    if isinstance(values, np.ndarray):
+        return values
+    return np.asarray(values.load())
+
+
+def stored_bytes(tensor: gs.Tensor) -> int:
+    """Bytes that each number of the constant ``tensor`` takes where it is stored, before any Cast."""
+    while not isinstance(tensor, gs.Constant) and is_op(tensor.inputs[0], *_FOLDS):
+        tensor = tensor.inputs[0].inputs[0]
+    value = constant_value(tensor)
+    assert value is not None
+    return value.itemsize
 
 
 def overridable(tensor: gs.Tensor, names: Set[str]) -> bool:
@@ -122,6 +142,15 @@ def _unsqueeze(node: gs.Node, inputs: list[Values]) -> Values | None:
     return np.expand_dims(inputs[0], _axes(node, inputs) or ())
 
 
+ARITHMETIC: dict[str, Callable[..., Values]] = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "Neg": np.negative,
+    "Sqrt": np.sqrt,
+}
+"""What biases and statistics are computed by where an exporter left it to the runtime."""
 _FOLDS: dict[str, Callable[[gs.Node, list[Values]], Values | None]] = {
     "Identity": lambda node, inputs: inputs[0],
     "Cast": _cast,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
-from onnx_lrsd.passes.constants import constant_value, derived, overridable, quantised
+from onnx_lrsd.passes.constants import constant_value, derived, overridable, quantised, stored_bytes
 from onnx_lrsd.passes.nodes import is_op, label
 from onnx_lrsd.passes.operators import OPERATORS, operator_at, operator_of
 from onnx_lrsd.passes.operators.operator import Matrix, Operator
@@ -23,7 +24,6 @@ QUANTISED = (
     *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention"),
 )
 RECURRENT = ("LSTM", "GRU", "RNN")
-NESTED = ("If", "Loop", "Scan")
 WEIGHTED = (*(op for _, op in OPERATORS), *QUANTISED, *RECURRENT)
 
 
@@ -109,9 +109,12 @@ def _read(node: gs.Node, operator: Operator, working: WorkingGraph) -> Layer | s
     if not np.isfinite(value.astype(np.float32)).all():
         return "its weight has NaN or infinite entries"
     found = operator.read(node, value, side, working)
-    if isinstance(found, Layer) and min(found.n, found.m) < SMALLEST:
+    if not isinstance(found, Layer):
+        return found
+    if min(found.n, found.m) < SMALLEST:
         return "too small to gain"
-    return found
+    size = stored_bytes(tensor)
+    return found if size == value.itemsize else replace(found, stored_bytes=size)
 
 
 def _weight_side(node: gs.Node, operator: Operator) -> int | None:

@@ -8,7 +8,7 @@ from math import inf
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
-from onnx_lrsd.passes.constants import constant_value
+from onnx_lrsd.passes.constants import constant_bias
 from onnx_lrsd.passes.nodes import is_op
 
 
@@ -37,7 +37,7 @@ def _limits(node: gs.Node) -> tuple[float, float] | None:
     for index, tensor in enumerate(node.inputs[1:3]):
         if isinstance(tensor, gs.Variable) and not tensor.name:
             continue
-        value = constant_value(tensor)
+        value = constant_bias(tensor)
         if value is None:
             return None
         given[index] = float(value)

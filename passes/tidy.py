@@ -5,9 +5,14 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
+from onnx_lrsd.passes.constants import ARITHMETIC
 from onnx_lrsd.passes.nodes import is_op
 
-LIFTED = ("Constant", "Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
+LIFTED = (
+    *("Constant", "Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"),
+    *ARITHMETIC,
+)
+"""Nodes that stand between a stored tensor and the layer that reads it."""
 
 
 def remove_orphans(working: WorkingGraph, tensors: list[gs.Tensor]) -> None:

@@ -249,6 +249,7 @@ def test_every_target_has_forms_for_a_wide_transposed_convolution(target: str) -
     assert forms and {form.kind for form in forms} <= {CHANNEL, DENSE}
 
 
+@pytest.mark.slow
 def test_target_size_stores_a_transposed_convolution_in_codes() -> None:
     model = decoder(np.random.default_rng(0), 2)
     result = onnx_lrsd.optimize(model.proto, inputs(24), ratio=1.5, target="size", include="^(up|n)$")
@@ -264,6 +265,15 @@ def test_int8_leaves_transposed_convolutions_in_float_and_says_why() -> None:
     found = quantise(model, read_samples(inputs(48), inputs_of(model.proto)), 1.0)
     assert found.nodes == 2 and list(found.without_kernel.values()) == [1]
     assert all("transposed" in reason for reason in found.without_kernel)
+
+
+def test_int8_leaves_a_weight_that_is_also_an_output_as_it_is() -> None:
+    model = decoder(np.random.default_rng(0), 2)
+    model.proto.graph.output.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [32, 8, 3, 3]))
+    found = quantise(model, read_samples(inputs(48), inputs_of(model.proto)), 1.0)
+    assert found.nodes == 1
+    before, after = (open_session(m.proto).run({"x": inputs(1)["x"]})["w"] for m in (model, found.model))
+    np.testing.assert_array_equal(before, after)
 
 
 def test_transposed_convolutions_with_groups_are_declined() -> None:

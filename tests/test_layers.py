@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lrsd.graph.model import Model, check, load
+from onnx_lrsd.graph.model import Model, check, load, raised
 from onnx_lrsd.passes.count import compute_tensors, macs, parameters
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.isolate import isolate
@@ -18,6 +18,7 @@ from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.session import open_session, shapes
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.problem import pose
+from onnx_lrsd.targets import price
 from onnx_lrsd.types import CHANNEL, Form
 
 Values = npt.NDArray[Any]
@@ -235,6 +236,78 @@ def test_costs_are_counted_from_shapes() -> None:
     known = shapes(model.proto, {"x": np.ones((1, 4, 8, 8), np.float32)}, compute_tensors(model.proto))
     assert macs(model.proto, known) == {"c": 8 * 16 * 4 * 9, "y": 10 * 128}
     assert parameters(model.proto) == 8 * 4 * 9 + 10 * 128
+
+
+def test_a_weight_may_have_leading_axes_of_one() -> None:
+    for node, shape in (
+        (helper.make_node("MatMul", ["x", "w"], ["y"]), [3, 12]),
+        (helper.make_node("MatMul", ["x", "w"], ["y"]), [12]),
+        (helper.make_node("MatMul", ["x", "w"], ["y"]), [2, 5, 3, 12]),
+        (helper.make_node("MatMul", ["w", "x"], ["y"]), [10, 3]),
+    ):
+        model = make([node], {"w": W[None]}, {"x": shape})
+        changed = split_all(model)
+        feed = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+        old, new = (open_session(m.proto).run(feed)["y"] for m in (model, changed))
+        assert len(changed.proto.graph.node) == 2
+        np.testing.assert_allclose(new, old, atol=1e-4)
+
+
+def test_a_bias_that_constants_are_computed_to_is_folded() -> None:
+    nodes = [
+        helper.make_node("Mul", ["half", "c"], ["d"]),
+        helper.make_node("Gemm", ["x", "w", "d"], ["y"]),
+    ]
+    model = make(nodes, {"w": W, "half": np.array(0.5, np.float32), "c": np.arange(10, dtype=np.float32)})
+    working = model.graph()
+    (layer,), _ = find_layers(working)
+    np.testing.assert_allclose(read_weight(working, layer)[1], np.arange(10) / 2)
+    changed = split_all(model)
+    assert {node.op_type for node in changed.proto.graph.node} == {"Gemm"}, "what fed the bias is gone"
+    feed = {"x": np.ones((3, 12), np.float32)}
+    old, new = (open_session(m.proto).run(feed)["y"] for m in (model, changed))
+    np.testing.assert_allclose(new, old, atol=1e-4)
+
+
+def test_a_bias_listed_among_the_inputs_is_a_callers_to_override() -> None:
+    node = helper.make_node("Gemm", ["x", "w", "c"], ["y"])
+    model = make([node], {"w": W, "c": np.ones(10, np.float32)}, {"x": [3, 12], "c": [10]})
+    layers, declined = find_layers(model.graph())
+    assert not layers and "override" in declined[0].reason
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["flat places", "places by axis"])
+def test_a_sparse_weight_is_a_weight(flat: bool) -> None:
+    places = np.flatnonzero(W.ravel() > 0) if flat else np.argwhere(W > 0)
+    model = make([helper.make_node("Gemm", ["x", "w"], ["y"])])
+    values = numpy_helper.from_array(W[W > 0], "w")
+    indices = numpy_helper.from_array(places.astype(np.int64), "w_places")
+    model.proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, W.shape))
+    working = model.graph()
+    (layer,), _ = find_layers(working)
+    assert layer.dtype == "float32"
+    np.testing.assert_array_equal(read_weight(working, layer)[0], np.maximum(W, 0).T)
+    changed = split_all(model)
+    assert not changed.proto.graph.sparse_initializer, "nothing reads it any more"
+    feed = {"x": np.ones((3, 12), np.float32)}
+    old, new = (open_session(m.proto).run(feed)["y"] for m in (model, changed))
+    np.testing.assert_allclose(new, old, atol=1e-4)
+
+
+def test_a_weight_behind_a_cast_is_priced_as_it_is_stored() -> None:
+    cast = helper.make_node("Cast", ["v"], ["w"], to=TensorProto.FLOAT)
+    (behind,), _ = find_layers(make([cast, reads("w")], {"v": W.astype(np.float16)}).graph())
+    (plain,), _ = find_layers(make([reads("w")], {"w": W}).graph())
+    assert price(plain, Form()).bytes - price(behind, Form()).bytes == 2 * W.size
+    assert price(plain, Form(CHANNEL, 2)) == price(behind, Form(CHANNEL, 2)), "factors are float32"
+
+
+def test_the_ir_version_rises_with_the_opset_and_weights_leave_the_inputs() -> None:
+    model = make([reads("w")], {"w": W}, {"x": [3, 12], "w": [12, 10]}, ir_version=3, opset=9)
+    converted = raised(model, 13, "This").proto
+    assert converted.ir_version >= helper.find_min_ir_version_for(converted.opset_import) > 3
+    assert [value.name for value in converted.graph.input] == ["x"]
+    open_session(converted).run({"x": np.ones((3, 12), np.float32)})
 
 
 def alike(*attributes: dict[str, Any]) -> bool:

@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
-from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_lrsd.errors import ModelError, VerificationError
@@ -44,7 +44,9 @@ G_LOGGER.severity = G_LOGGER.CRITICAL  # it logs to stdout, which belongs to the
 PROTOBUF_LIMIT = 2**31 - 1
 EXTERNAL_THRESHOLD = 1024
 ALIGNMENT = 4096
-EDITED = ("node", "initializer", "input", "value_info", "quantization_annotation")
+DEFAULTS_FROM = 4
+"""IR version from which an initializer among the inputs is a default; before every one had to be there."""
+EDITED = ("node", "initializer", "sparse_initializer", "input", "value_info", "quantization_annotation")
 """Fields of a graph that a splice writes anew."""
 DESCRIPTION = ("name", "data_type", "dims", "doc_string", "metadata_props")
 """What a tensor says of its values."""
@@ -68,12 +70,13 @@ class Model:
         graph = gs.import_onnx(_importable(self.proto))
         for tensor in graph.tensors().values():
             values = getattr(tensor, "_values", None)
-            if isinstance(values, LazyValues) and type(values) is LazyValues:
+            if isinstance(values, SparseValues):
+                tensor._values = _Sparse(values.tensor, self.folder)
+            elif isinstance(values, LazyValues):
                 tensor._values = _Mapped(values.tensor, self.folder)
         pairs = zip(graph.nodes, self.proto.graph.node, strict=True)
         listed = frozenset(value.name for value in self.proto.graph.input)
-        # Before IR version 4 every initializer had to be listed; since then a listed one is a default.
-        overridable = listed if self.proto.ir_version >= 4 else frozenset[str]()
+        overridable = listed if self.proto.ir_version >= DEFAULTS_FROM else frozenset[str]()
         return WorkingGraph(graph, overridable, {id(node): (node, proto) for node, proto in pairs})
 
     def splice(self, working: WorkingGraph) -> Model:
@@ -110,12 +113,16 @@ class Model:
         used_before, used = _used(before), _used(after)
         known = {tensor.name for tensor in before.initializer}
         known |= {tensor.values.name for tensor in before.sparse_initializer}
-        # Before IR version 4 the inputs list every initializer; since then they are a caller's to
-        # override, and part of the interface even when nothing reads them any more.
-        listing = self.proto.ir_version < 4
+        # A default is part of the interface even when nothing reads it any more.
+        listing = self.proto.ir_version < DEFAULTS_FROM
         kept = used if listing else used | {value.name for value in before.input}
         after.initializer.extend(
             tensor for tensor in before.initializer if tensor.name in kept or tensor.name not in used_before
+        )
+        after.sparse_initializer.extend(
+            sparse
+            for sparse in before.sparse_initializer
+            if sparse.values.name in kept or sparse.values.name not in used_before
         )
         dropped = {t.name for t in before.initializer} - {t.name for t in after.initializer}
         after.input.extend(value for value in before.input if value.name not in dropped)
@@ -148,6 +155,24 @@ class _Mapped(LazyValues):  # type: ignore[misc]  # graphsurgeon has no types
 
     def load(self) -> npt.NDArray[Any]:
         return tensor_values(self.tensor, self.folder)
+
+
+class _Sparse(_Mapped):
+    """Values of a sparse tensor as a dense array; graphsurgeon's own does not read raw data."""
+
+    def __init__(self, tensor: onnx.SparseTensorProto, folder: Path | None) -> None:
+        super().__init__(tensor.values, folder)
+        self._places, self.shape = tensor.indices, list(tensor.dims)
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
+
+    def load(self) -> npt.NDArray[Any]:
+        places = tensor_values(self._places, self.folder)
+        dense = np.zeros(self.shape, self.dtype)
+        if places.ndim == 1:
+            dense.reshape(-1)[places] = super().load()
+        else:
+            dense[tuple(places.T)] = super().load()
+        return dense
 
 
 def _importable(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -378,6 +403,8 @@ def in_memory(model: Model) -> onnx.ModelProto:
 def raised(model: Model, opset: int, why: str) -> Model:
     """``model`` in ``opset`` at least, all of it in memory if it had to be converted.
 
+    The IR version rises with the opset. From version 4 on an initializer among the inputs is a default that a
+    caller may override; before it had to be there, so that it leaves the inputs.
     Raises ModelError, which says ``why`` the opset is needed, where onnx cannot convert it.
     """
     present = max((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), default=opset)
@@ -390,6 +417,13 @@ def raised(model: Model, opset: int, why: str) -> Model:
             f"{why} needs opset {opset} and the model, of opset {present}, cannot be converted: "
             "export it anew, or leave that out."
         ) from error
+    newest = max(onnx.helper.find_min_ir_version_for(converted.opset_import), converted.ir_version)
+    if converted.ir_version < DEFAULTS_FROM <= newest:
+        stored = {tensor.name for tensor in converted.graph.initializer}
+        fed = [value for value in converted.graph.input if value.name not in stored]
+        del converted.graph.input[:]
+        converted.graph.input.extend(fed)
+    converted.ir_version = newest
     return Model(converted, model.path, external=False)
 
 

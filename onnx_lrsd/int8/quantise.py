@@ -133,8 +133,9 @@ def _without_kernel(proto: onnx.ModelProto) -> Counter[str]:
 
 
 def _weighted(proto: onnx.ModelProto) -> list[str]:
-    """Names of the nodes with a constant weight in float32."""
+    """Names of the nodes with a constant weight in float32; one that is an output must stay what it is."""
     constants = {t.name for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    constants -= {output.name for output in proto.graph.output}
     return [n.name for n in proto.graph.node if n.op_type in WEIGHTED and n.input[1] in constants]
 
 

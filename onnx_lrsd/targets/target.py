@@ -123,7 +123,10 @@ def price(layer: Layer, form: Form) -> Price:
             dense, parameters, _coded_bytes(layer, form) + layer.output_channels * BYTES[layer.dtype]
         )
     macs = sum(out * inner * times for out, inner, times in nodes)
-    return Price(macs, parameters, parameters * BYTES[layer.dtype])
+    total = parameters * BYTES[layer.dtype]
+    if form.dense and layer.stored_bytes:
+        total += layer.n * layer.m * (layer.stored_bytes - BYTES[layer.dtype])
+    return Price(macs, parameters, total)
 
 
 class Node(NamedTuple):

@@ -13,8 +13,9 @@ import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.batchnorm import fold, foldable_batchnorm
-from onnx_lrsd.passes.constants import constant_float64, constant_value
+from onnx_lrsd.passes.constants import constant_float64
 from onnx_lrsd.passes.nodes import label
+from onnx_lrsd.passes.operators.bias import bias_of, why_no_bias
 from onnx_lrsd.passes.operators.operator import Matrix, Positions, WeightLayout
 from onnx_lrsd.passes.operators.rows import pixel_rows
 from onnx_lrsd.passes.writer import Writer
@@ -33,8 +34,8 @@ def read(node: gs.Node, weight: Values, side: int, working: WorkingGraph) -> Lay
     if node.attrs.get("group", 1) > 1:
         depthwise = weight.shape[1] == 1
         return "depthwise convolution: left as it is" if depthwise else "grouped convolution: left as it is"
-    if len(node.inputs) > 2 and node.inputs[2].name and constant_value(node.inputs[2]) is None:
-        return "its bias is computed at run time"
+    if (reason := why_no_bias(node, working)) is not None:
+        return reason
     kernel = tuple(weight.shape[2:])
     axes = len(kernel)
     norm = foldable_batchnorm(node, working)
@@ -60,10 +61,7 @@ def read(node: gs.Node, weight: Values, side: int, working: WorkingGraph) -> Lay
 def weight_and_bias(layer: Layer, node: gs.Node, last: gs.Node) -> tuple[Matrix, Matrix]:
     """W (n, m) and b (n,), with the BatchNormalization ``last`` folded in."""
     weight = constant_float64(node.inputs[1]).reshape(layer.n, layer.m)
-    bias = np.zeros(layer.n)
-    if len(node.inputs) > 2 and node.inputs[2].name:
-        bias = constant_float64(node.inputs[2])
-    return fold(last, weight, bias)
+    return fold(last, weight, bias_of(node, layer.n))
 
 
 def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Factors) -> gs.Tensor:

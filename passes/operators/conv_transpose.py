@@ -22,8 +22,9 @@ import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.batchnorm import fold, foldable_batchnorm
-from onnx_lrsd.passes.constants import constant_float64, constant_value
+from onnx_lrsd.passes.constants import constant_float64
 from onnx_lrsd.passes.nodes import label
+from onnx_lrsd.passes.operators.bias import bias_of, why_no_bias
 from onnx_lrsd.passes.operators.operator import Matrix, Positions, WeightLayout
 from onnx_lrsd.passes.operators.rows import pixel_rows
 from onnx_lrsd.passes.writer import Writer
@@ -41,8 +42,8 @@ def read(node: gs.Node, weight: Values, side: int, working: WorkingGraph) -> Lay
     """The layer, with a BatchNormalization behind it; grouped ones are declined."""
     if node.attrs.get("group", 1) > 1:
         return "grouped transposed convolution: left as it is"
-    if len(node.inputs) > 2 and node.inputs[2].name and constant_value(node.inputs[2]) is None:
-        return "its bias is computed at run time"
+    if (reason := why_no_bias(node, working)) is not None:
+        return reason
     channels, outputs, *kernel = weight.shape
     norm = foldable_batchnorm(node, working)
     return Layer(
@@ -69,11 +70,8 @@ def read(node: gs.Node, weight: Values, side: int, working: WorkingGraph) -> Lay
 def weight_and_bias(layer: Layer, node: gs.Node, last: gs.Node) -> tuple[Matrix, Matrix]:
     """W (n, m) and each row's part of the bias (n,), with the BatchNormalization ``last`` folded in."""
     stored = constant_float64(node.inputs[1])
-    bias = np.zeros(layer.output_channels)
-    if len(node.inputs) > 2 and node.inputs[2].name:
-        bias = constant_float64(node.inputs[2])
     by_channel = np.moveaxis(stored, 0, -1).reshape(layer.output_channels, -1)
-    by_channel, bias = fold(last, by_channel, bias)
+    by_channel, bias = fold(last, by_channel, bias_of(node, layer.output_channels))
     return by_channel.reshape(layer.n, layer.m), np.repeat(bias / _rows_of_output(layer), layer.rows_per_bias)
 
 

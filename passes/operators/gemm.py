@@ -11,8 +11,9 @@ import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.batchnorm import fold, foldable_batchnorm
-from onnx_lrsd.passes.constants import constant_float64, constant_value
+from onnx_lrsd.passes.constants import constant_float64
 from onnx_lrsd.passes.nodes import label
+from onnx_lrsd.passes.operators.bias import bias_of, why_no_bias
 from onnx_lrsd.passes.operators.operator import Matrix, Positions, WeightLayout
 from onnx_lrsd.passes.operators.rows import feature_rows
 from onnx_lrsd.passes.writer import Writer
@@ -30,13 +31,12 @@ def read(node: gs.Node, weight: Values, side: int, working: WorkingGraph) -> Lay
     """The layer, with a BatchNormalization behind it; its C must be a bias."""
     n, m = weight.shape if node.attrs.get("transB", 0) else weight.shape[::-1]
     norm = foldable_batchnorm(node, working)
-    if len(node.inputs) > 2 and node.inputs[2].name:
-        bias = constant_value(node.inputs[2])
-        if bias is None:
-            return "its bias is computed at run time"
-        # C may also vary along the rows; that is no bias of the layer.
-        if bias.size not in (1, n) or (bias.ndim == 2 and bias.shape[0] != 1 and n != 1):
-            return "its C is not one value for each output"
+    if (reason := why_no_bias(node, working)) is not None:
+        return reason
+    # C may also vary along the rows; that is no bias of the layer.
+    shape = bias_of(node, n).shape
+    if prod(shape) not in (1, n) or (len(shape) == 2 and shape[0] != 1 and n != 1):
+        return "its C is not one value for each output"
     return Layer(
         output=(norm or node).outputs[0].name,
         name=label(node),
@@ -55,10 +55,8 @@ def weight_and_bias(layer: Layer, node: gs.Node, last: gs.Node) -> tuple[Matrix,
     """alpha B as (n, m) and beta C as (n,), with the BatchNormalization ``last`` folded in."""
     stored = constant_float64(node.inputs[1])
     weight = node.attrs.get("alpha", 1.0) * (stored if node.attrs.get("transB", 0) else stored.T)
-    bias = np.zeros(layer.n)
-    if len(node.inputs) > 2 and node.inputs[2].name:
-        given = constant_float64(node.inputs[2]).reshape(-1)
-        bias = node.attrs.get("beta", 1.0) * np.broadcast_to(given, layer.n)
+    given = bias_of(node, layer.n).reshape(-1)
+    bias = node.attrs.get("beta", 1.0) * np.broadcast_to(given, layer.n)
     return fold(last, weight, bias)
 
 

@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
-from onnx_lrsd.passes.constants import constant_float64, constant_value, overridable
+from onnx_lrsd.passes.constants import constant_bias, constant_float64, overridable
 from onnx_lrsd.passes.nodes import is_op, label
 from onnx_lrsd.passes.operators.operator import Matrix, Positions, WeightLayout
 from onnx_lrsd.passes.operators.rows import feature_rows
@@ -27,15 +27,17 @@ NOT_INT8 = ""
 
 def read(node: gs.Node, weight: Values, side: int, working: WorkingGraph) -> Layer | str:
     """The layer, with the Add of a bias behind it; the weight is a matrix, on either side."""
-    if weight.ndim != 2:
+    if weight.ndim < 2 or prod(weight.shape[:-2]) != 1:
         return f"its weight has {weight.ndim} axes, not two"
     left = side == 0
     activation = node.inputs[1 - side]
     rank = None if activation.shape is None else len(activation.shape)
     if left and rank == 1:
         return "its input has one axis, not rows and columns"
-    n, m = weight.shape if left else weight.shape[::-1]
-    add = _absorbed_add(node, n, left, rank, working)
+    n, m = weight.shape[-2:] if left else weight.shape[:-3:-1]
+    # The product has the axes of both; what is not known of the activation leaves those of the weight.
+    axes = max(rank or 1, weight.ndim if weight.ndim > 2 else 1)
+    add = _absorbed_add(node, n, left, axes, working)
     return Layer(
         output=(add or node).outputs[0].name,
         name=label(node),
@@ -50,10 +52,8 @@ def read(node: gs.Node, weight: Values, side: int, working: WorkingGraph) -> Lay
     )
 
 
-def _absorbed_add(
-    node: gs.Node, n: int, left: bool, rank: int | None, working: WorkingGraph
-) -> gs.Node | None:
-    """The Add of one constant per output that alone reads the product, or None."""
+def _absorbed_add(node: gs.Node, n: int, left: bool, axes: int, working: WorkingGraph) -> gs.Node | None:
+    """The Add of one constant per output that alone reads the product, of ``axes`` at least, or None."""
     output = node.outputs[0]
     if len(output.outputs) != 1 or any(output is o for o in working.outputs):
         return None
@@ -61,29 +61,33 @@ def _absorbed_add(
     if not is_op(add, "Add"):
         return None
     others = [given for given in add.inputs if given is not output]
-    value = constant_value(others[0]) if len(others) == 1 else None
+    value = constant_bias(others[0]) if len(others) == 1 else None
     if value is None or overridable(others[0], working.overridable):
         return None
     if left:
         return add if value.shape == (n, 1) else None
     # A constant of more axes than the product has would add axes to the result.
-    fits = value.ndim == 1 or (value.ndim == 2 and rank is not None and rank > 1)
-    return add if fits and value.shape[-1] == n and value.size == n else None
+    fits = 1 <= value.ndim <= axes and value.shape[-1] == n and value.size == n
+    return add if fits else None
 
 
 def weight_and_bias(layer: Layer, node: gs.Node, last: gs.Node) -> tuple[Matrix, Matrix]:
     """W (n, m) and b (n,), the constant of the Add ``last``."""
     left = layer.axis == -2
-    weight = constant_float64(node.inputs[0]) if left else constant_float64(node.inputs[1]).T
+    stored = constant_float64(node.inputs[0 if left else 1]).reshape(layer.shape[-2:])
+    weight = stored if left else stored.T
     bias = np.zeros(layer.n)
     if last is not node:
-        constant = next(given for given in last.inputs if constant_value(given) is not None)
+        constant = next(given for given in last.inputs if constant_bias(given) is not None)
         bias = np.broadcast_to(constant_float64(constant).reshape(-1), layer.n)
     return np.ascontiguousarray(weight), np.array(bias, dtype=np.float64)
 
 
 def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Factors) -> gs.Tensor:
-    """A chain of MatMuls. S reads its inputs beside the hidden values: Concat keeps one last MatMul."""
+    """A chain of MatMuls. S reads its inputs beside the hidden values: Concat keeps one last MatMul.
+
+    Leading axes of 1, which give the product axes that the activation may lack, go to the last weight.
+    """
     left = layer.axis == -2
     tensor = source
     if factors.kernels:
@@ -97,12 +101,18 @@ def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Facto
             tensor = write.node("Concat", "concat", [tensor, picked], {"axis": layer.axis})
             last = np.concatenate([last, factors.sparse], axis=1)
     assert last is not None
+    last = last.reshape(*_leading(layer), *last.shape)
     tensor = _product(write, "U", last, tensor, left)
     return _plus_bias(write, tensor, factors.bias, left)
 
 
+def _leading(layer: Layer) -> tuple[int, ...]:
+    """The axes of 1 in front of the matrix."""
+    return layer.shape[:-2]
+
+
 def _product(write: Writer, name: str, matrix: np.ndarray, source: gs.Tensor, left: bool) -> gs.Tensor:
-    constant = write.constant(name, matrix if left else matrix.T)
+    constant = write.constant(name, matrix if left else np.swapaxes(matrix, -1, -2))
     return write.node("MatMul", name, [constant, source] if left else [source, constant], {})
 
 
@@ -114,8 +124,11 @@ def _plus_bias(write: Writer, product: gs.Tensor, bias: Matrix, left: bool) -> g
 
 
 def weight_layout(layer: Layer) -> WeightLayout:
-    """(n, m) on the left of the activation, (m, n) on its right."""
-    return WeightLayout() if layer.axis == -2 else WeightLayout(order=(1, 0))
+    """(n, m) on the left of the activation, (m, n) on its right, behind the leading axes of 1."""
+    leading = _leading(layer)
+    shape = (*leading, layer.n, layer.m) if leading else None
+    order = (*range(len(leading)), len(leading) + 1, len(leading))
+    return WeightLayout(shape, None if layer.axis == -2 else order)
 
 
 def write_dense(write: Writer, layer: Layer, source: gs.Tensor, weight: gs.Tensor, bias: Matrix) -> gs.Tensor:
