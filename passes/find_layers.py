@@ -19,6 +19,8 @@ from onnx_lrsd.types import Declined, Layer
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 SMALLEST = 8
 """Outputs and inputs a layer must have before a split can gain anything."""
+LARGEST = 1e18
+"""Entry of a weight from which on float32 products of it overflow, and fits lose all their digits."""
 QUANTISED = (
     *("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulNBits", "MatMulBnb4", "QGemm"),
     *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention"),
@@ -108,6 +110,8 @@ def _read(node: gs.Node, operator: Operator, working: WorkingGraph) -> Layer | s
         return f"weights of type {value.dtype.name} are not supported"
     if not np.isfinite(value.astype(np.float32)).all():
         return "its weight has NaN or infinite entries"
+    if np.abs(value.astype(np.float32)).max(initial=0.0) > LARGEST:
+        return f"its weight has entries above {LARGEST:.0e}"
     found = operator.read(node, value, side, working)
     if not isinstance(found, Layer):
         return found

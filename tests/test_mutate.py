@@ -6,8 +6,11 @@ import random
 
 import onnx
 import pytest
+from onnx import numpy_helper
 
+import onnx_lrsd
 from benchmarks.mutate import FAILED, MODELS, mutated, rows
+from onnx_lrsd.errors import LrsdError
 
 FEW, MANY = 25, 300
 
@@ -30,3 +33,21 @@ def test_a_damaged_file_gives_a_valid_model_or_one_sentence(count: int) -> None:
     assert [row["number"] for row in found] == list(range(count))
     assert len({row["came_out"] for row in found}) == 2, "models and sentences both come out"
     assert [row for row in found if row["came_out"] == FAILED] == []
+
+
+def test_damage_is_said_in_words() -> None:
+    model = MODELS[0]()
+    types, dims, opset, huge = (onnx.ModelProto() for _ in range(4))
+    for damaged in (types, dims, opset, huge):
+        damaged.CopyFrom(model)
+    types.graph.output[0].type.tensor_type.elem_type = -1
+    dims.graph.initializer[0].ClearField("raw_data")
+    opset.opset_import[0].domain = "no such name"
+    weight = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    weight[0, 0, 0, 0] = 1e38
+    huge.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w1"))
+    for damaged, says in ((types, "damaged"), (dims, "damaged"), (opset, "opset")):
+        with pytest.raises(LrsdError, match=says):
+            onnx_lrsd.optimize(damaged, ratio=1.3, target="size", dry_run=True)
+    found = onnx_lrsd.inspect(huge)
+    assert any("entries above" in declined.reason for declined in found.declined)

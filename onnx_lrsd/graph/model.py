@@ -66,8 +66,16 @@ class Model:
         return self.path.parent if self.path is not None and self.external else None
 
     def graph(self) -> WorkingGraph:
-        """A working copy for passes. Weights are read when they are asked for, from disk if external."""
-        graph = gs.import_onnx(_importable(self.proto))
+        """A working copy for passes. Weights are read when they are asked for, from disk if external.
+
+        Raises ModelError for a graph that graphsurgeon cannot read.
+        """
+        try:
+            graph = gs.import_onnx(_importable(self.proto))
+        except Exception as error:  # it raises KeyError and more for what a damaged file says
+            raise ModelError(
+                f"The graph of the model is damaged ({type(error).__name__}: {error}): export it again."
+            ) from error
         for tensor in graph.tensors().values():
             values = getattr(tensor, "_values", None)
             if isinstance(values, SparseValues):
@@ -407,7 +415,7 @@ def raised(model: Model, opset: int, why: str) -> Model:
     caller may override; before it had to be there, so that it leaves the inputs.
     Raises ModelError, which says ``why`` the opset is needed, where onnx cannot convert it.
     """
-    present = max((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), default=opset)
+    present = max((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
     if present >= opset:
         return model
     try:
