@@ -11,7 +11,7 @@ from onnx_lrsd.commands.optimize import Result, optimize
 from onnx_lrsd.commands.unpack import unpack
 from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.samples import Samples, read_samples
-from onnx_lrsd.errors import LrsdError
+from onnx_lrsd.errors import LrsdError, OptionError
 from onnx_lrsd.facts import Report, Verification
 from onnx_lrsd.fit.calibrate import Calibration, calibrate
 from onnx_lrsd.graph.model import Model, load, save
@@ -35,6 +35,7 @@ __all__ = [
     "LrsdError",
     "Model",
     "Moments",
+    "OptionError",
     "Options",
     "Plan",
     "Report",

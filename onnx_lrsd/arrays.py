@@ -14,6 +14,9 @@ import numpy as np
 from onnx_lrsd.errors import DeviceError
 from onnx_lrsd.types import Array
 
+DEVICES = ("auto", "cpu", "cuda")
+"""Where arrays may be; 'auto' is a GPU where there is one."""
+
 
 def namespace(x: Array) -> Any:
     """The module whose functions work on ``x``."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import tempfile
 import time
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from click.core import ParameterSource
 
 import onnx_lrsd
+from onnx_lrsd.arrays import DEVICES
 from onnx_lrsd.commands.doctor import examine
 from onnx_lrsd.commands.inspect import inspect
 from onnx_lrsd.commands.optimize import optimize
@@ -30,7 +29,7 @@ from onnx_lrsd.data.made_up import made_up_samples
 from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.readers import script_function
 from onnx_lrsd.data.samples import read_samples
-from onnx_lrsd.errors import LrsdError
+from onnx_lrsd.errors import LrsdError, OptionError
 from onnx_lrsd.graph.model import load, save, size_on_disk
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
@@ -45,6 +44,7 @@ from onnx_lrsd.report import (
     report_table,
     report_to_json,
 )
+from onnx_lrsd.run import DEFAULT_TARGET, TOP1, Options
 from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets import TARGETS
 from onnx_lrsd.targets.machine import stored_at, to_json
@@ -53,7 +53,10 @@ from onnx_lrsd.types import KINDS, Plan, Progress, Score
 BROKEN_PROMISE, INTERRUPTED = 3, 130
 STDOUT = Path("-")
 SUFFIX, PLAIN = ".lrsd.onnx", ".plain.onnx"
-COSTS = {"macs": "macs", "params": "parameters", "bytes": "bytes", "latency": "latency"}
+COST_NAMES = {"macs": "macs", "params": "parameters", "bytes": "bytes", "latency": "latency"}
+"""What --cost is called here, and in the API."""
+FLAGS = {"evaluation": "--eval", "calibration": "--calib"}
+"""Options whose flag is not their name."""
 VERBOSE = "onnx_lrsd.verbose"
 REDRAW = 0.1
 """Seconds between two drawings of the progress bar."""
@@ -113,31 +116,21 @@ def _loudness(command: Command) -> Command:
     return verbose(quiet(command))
 
 
-def _pattern(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    try:
-        re.compile(value or "")
-    except re.error as error:
-        raise click.BadParameter(f"{value!r} is not a regular expression ({error}).") from None
-    return value
-
-
-def _metric(ctx: click.Context, parameter: click.Parameter, value: str) -> str | Score:
-    script, _, function = value.rpartition(":")
-    if value == "top1":
+def _metric(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | Score | None:
+    script, _, function = (value or "").rpartition(":")
+    if value is None or value == TOP1:
         return value
     if not script.endswith(".py"):
         raise click.BadParameter(f"{value!r} is neither top1 nor FILE.py:FUNCTION.")
     return script_function(Path(script), function)
 
 
-def _forms(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    kinds = tuple(part.strip() for part in value.split(","))
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(KINDS)}.")
-    return kinds
+def _listed(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(part.strip() for part in value.split(","))
+
+
+def _cost(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else COST_NAMES[value]
 
 
 def _output(said: str) -> Callable[[Command], Command]:
@@ -162,41 +155,36 @@ JSON_OPTION = click.option(
 @click.option(
     "--eval", "evaluation", metavar="PATH", help="Samples to verify on; with labels, accuracy is measured."
 )
-@click.option(
-    "--samples", type=click.IntRange(min=1), metavar="N", help="Calibrate on the first N samples only."
-)
+@click.option("--samples", type=int, metavar="N", help="Calibrate on the first N samples only.")
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),
-    default="onnxruntime",
-    show_default=True,
+    show_default=DEFAULT_TARGET,
     help="What is to run it.",
 )
 @click.option(
     "--cost",
-    type=click.Choice(list(COSTS)),
+    type=click.Choice(list(COST_NAMES)),
+    callback=_cost,
     help="What --ratio counts.  [default: macs; bytes for the target size]",
 )
-@click.option(
-    "--ratio", type=click.FloatRange(min=1), metavar="R", help="Make the whole model R times cheaper."
-)
+@click.option("--ratio", type=float, metavar="R", help="Make the whole model R times cheaper.")
 @click.option(
     "--max-error",
-    type=click.FloatRange(min=0, max=1),
+    type=float,
     metavar="E",
     help="Let the outputs change by at most this part of their variance.  [default: 0.01]",
 )
 @click.option(
     "--max-drop",
-    type=click.FloatRange(min=0, max=100),
+    type=float,
     metavar="D",
     help="Let the score on the labelled samples of --eval fall by at most D points.",
 )
 @click.option(
     "--metric",
     callback=_metric,
-    default="top1",
-    show_default=True,
+    show_default=TOP1,
     metavar="top1|FILE.py:FUNCTION",
     help="The score of --max-drop; FUNCTION(outputs, labels[, inputs]) gives one number, more is better.",
 )
@@ -206,9 +194,11 @@ JSON_OPTION = click.option(
     help="Store all weights so, with the target size.  [default: the best mix]",
 )
 @click.option("--int8", is_flag=True, help="Then have ONNX Runtime quantise the layers that bear it.")
-@click.option("--forms", callback=_forms, metavar="LIST", help=f"Use only these forms, of {','.join(KINDS)}.")
-@click.option("--include", callback=_pattern, metavar="REGEX", help="Work on the layers so named only.")
-@click.option("--exclude", callback=_pattern, metavar="REGEX", help="Leave the layers so named as they are.")
+@click.option(
+    "--forms", callback=_listed, metavar="LIST", help=f"Use only these forms, of {','.join(KINDS)}."
+)
+@click.option("--include", metavar="REGEX", help="Work on the layers so named only.")
+@click.option("--exclude", metavar="REGEX", help="Leave the layers so named as they are.")
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), metavar="FILE", help="Replay a plan.")
 @click.option(
     "--save-plan",
@@ -220,14 +210,12 @@ JSON_OPTION = click.option(
 @JSON_OPTION
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=click.Choice(DEVICES),
     default="auto",
     show_default=True,
     help="Where to solve.",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For what is drawn at random."
-)
+@click.option("--seed", type=int, default=0, show_default=True, help="For what is drawn at random.")
 @_loudness
 @click.pass_context
 def optimize_command(
@@ -243,7 +231,6 @@ def optimize_command(
     json_path: Path | None,
     verbose: bool,
     quiet: bool,
-    cost: str | None,
     **options: Any,
 ) -> None:
     """Write a smaller, faster model and say what it cost.
@@ -252,10 +239,15 @@ def optimize_command(
     their variance. PATH is a .npz with arrays named as the model's inputs, a folder of .npy or .npz files,
     Polygraphy's JSON inputs, or file.py:function, whose code is run.
     """
-    _check_usage(ctx)
+    if json_path == STDOUT == save_plan:
+        raise click.UsageError("--json and --save-plan cannot both go to stdout.")
+    with _usage(ctx):
+        Options(**options).check_with(
+            calibration=calib, evaluation=evaluation, plan=plan_path, output=output, dry_run=dry_run
+        )
     target = None if dry_run else output or model.with_name(model.stem + SUFFIX)
     _check_apart((target, json_path, save_plan), (model, calib, evaluation, plan_path))
-    with _progress(quiet) as progress:
+    with _usage(ctx), _progress(quiet) as progress:
         result = optimize(
             model,
             calib,
@@ -264,7 +256,6 @@ def optimize_command(
             plan=None if plan_path is None else _read_plan(plan_path),
             dry_run=dry_run,
             progress=progress,
-            cost=None if cost is None else COSTS[cost],
             **options,
         )
     report = result.report
@@ -382,39 +373,25 @@ def doctor_command(ctx: click.Context, /) -> None:
         ctx.exit(LrsdError.code)
 
 
-def _check_usage(ctx: click.Context) -> None:
-    """What options exclude each other. Raises click.UsageError."""
+@contextlib.contextmanager
+def _usage(ctx: click.Context) -> Iterator[None]:
+    """Turn what is wrong with an option into click's error, with options and values as they were typed."""
+    try:
+        yield
+    except OptionError as error:
+        raise click.UsageError(error.spelled(_flag, _typed), ctx) from error
 
-    def given(*names: str) -> list[str]:
-        return [name for name in names if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
 
-    def flags(names: list[str]) -> str:
-        return " and ".join("--" + name.removesuffix("_path").replace("_", "-") for name in names)
+def _flag(option: str) -> str:
+    return FLAGS.get(option) or "--" + option.replace("_", "-")
 
-    goals = given("ratio", "max_error", "max_drop", "plan_path")
-    if len(goals) > 1:
-        raise click.UsageError(f"{flags(goals)} exclude each other: give one.")
-    if "max_drop" in goals and not given("evaluation"):
-        raise click.UsageError("--max-drop needs labelled samples: give them with --eval.")
-    if given("metric") and "max_drop" not in goals:
-        raise click.UsageError("--metric goes with --max-drop, which it measures: give both.")
-    target = ctx.params["target"]
-    if given("weights") and target != "size":
-        raise click.UsageError("--weights goes with --target size, which stores weights in codes: give both.")
-    if given("int8") and not TARGETS[target].timed_here:
-        raise click.UsageError(f"--int8 quantises for ONNX Runtime, not for --target {target}: leave it out.")
-    settled = given("target", "cost", "forms", "weights", "include", "exclude")
-    if "plan_path" in goals and settled:
-        raise click.UsageError(f"{flags(settled)} cannot go with --plan, which settles it: edit the plan.")
-    if ctx.params["cost"] == "latency" and not TARGETS[ctx.params["target"]].times:
-        raise click.UsageError(
-            f"--cost latency cannot go with --target {ctx.params['target']}, whose times nobody knows: "
-            "choose another cost."
-        )
-    if ctx.params["dry_run"] and given("output"):
-        raise click.UsageError("--output cannot go with --dry-run, which writes no model.")
-    if ctx.params["json_path"] == STDOUT == ctx.params["save_plan"]:
-        raise click.UsageError("--json and --save-plan cannot both go to stdout.")
+
+def _typed(option: str, value: object) -> str:
+    if value is True:
+        return _flag(option)
+    if isinstance(value, tuple):
+        return f"{_flag(option)} {','.join(value)}"
+    return f"{_flag(option)} {value}"
 
 
 def _check_writable(path: Path | None) -> None:

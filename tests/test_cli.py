@@ -1,7 +1,9 @@
 """The command line keeps its word: exit codes, one sentence an error, a clean stdout, no debris."""
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,7 +182,7 @@ def test_options_reach_the_api(fake: dict[str, Any], folder: Path) -> None:
         "samples": 7,
         "seed": 5,
         "device": "cpu",
-        "target": "onnxruntime",
+        "target": None,  # the default
         "dry_run": False,
         "plan": None,
         "progress": None,  # stderr is no terminal here
@@ -192,6 +194,68 @@ def test_every_option_is_an_option_of_the_api() -> None:
     fields = set(onnx_lrsd.Options.__dataclass_fields__)
     assert isinstance(cli.main, click.Group)
     assert fields <= {parameter.name for parameter in cli.main.commands["optimize"].params}
+
+
+WRONG = [
+    ({"ratio": -1}, "ratio=-1 is not a number of at least 1", "--ratio -1"),
+    ({"ratio": 0.5}, "ratio=0.5 is not", "--ratio 0.5"),
+    ({"ratio": float("nan")}, "ratio=nan is not", "--ratio nan"),
+    ({"ratio": "2"}, "ratio='2' is not", ""),
+    ({"ratio": True}, "ratio=True is not", ""),
+    ({"max_error": 7}, "max_error=7 is not a number from 0 to 1", "--max-error 7"),
+    ({"max_drop": -1}, "max_drop=-1 is not a number from 0 to 100", "--max-drop -1"),
+    ({"device": "gpu"}, "device='gpu' is none of auto, cpu, cuda", "--device gpu"),
+    ({"target": "abacus"}, "target='abacus' is none of", "--target abacus"),
+    ({"cost": "money"}, "cost='money' is none of", "--cost money"),
+    ({"weights": "int99"}, "weights='int99' is none of", "--weights int99"),
+    ({"weights": "int4"}, "weights goes with target='size'", "--weights int4"),
+    ({"forms": ("foo",)}, "forms=('foo',) is no list of", "--forms foo"),
+    ({"forms": "channel"}, "forms='channel' is no list of", ""),
+    ({"forms": ()}, "forms=() is no list of", ""),
+    ({"include": "("}, "include='(' is not a regular expression", "--include ("),
+    ({"exclude": "{x}(?{"}, "exclude='{x}(?{' is not a regular expression", "--exclude {x}(?{"),
+    ({"samples": 0}, "samples=0 is not a whole number of at least 1", "--samples 0"),
+    ({"samples": 1.5}, "samples=1.5 is not", ""),
+    ({"seed": -1}, "seed=-1 is not", "--seed -1"),
+    ({"metric": "top1"}, "metric goes with max_drop", "--metric top1"),
+    ({"metric": "f1", "max_drop": 1}, "metric='f1' is neither top1 nor a function", ""),
+    ({"ratio": 2, "max_drop": 1}, "ratio and max_drop exclude each other", "--ratio 2 --max-drop 1"),
+    ({"max_drop": 1}, "max_drop needs labelled samples: give them with evaluation.", "--max-drop 1"),
+    ({"int8": True}, "int8 takes the ranges of activations from samples", "--int8"),
+    ({"int8": True, "target": "size"}, "not for target='size'", "--int8 --target size"),
+    ({"cost": "latency", "target": "size"}, "cost='latency' cannot", "--cost latency --target size"),
+    ({"dry_run": True, "output": Path("o")}, "output cannot go with dry_run", "--dry-run -o o"),
+]
+
+
+@pytest.mark.parametrize(("options", "says", "flags"), WRONG, ids=[entry[1] for entry in WRONG])
+def test_a_wrong_option_is_named_as_the_caller_wrote_it(
+    folder: Path, options: dict[str, Any], says: str, flags: str
+) -> None:
+    with pytest.raises(onnx_lrsd.OptionError) as caught:
+        onnx_lrsd.optimize(folder / "model.onnx", **options)
+    assert says in str(caught.value) and caught.value.code == 2
+    assert re.search(r": [^:]+\.$", str(caught.value)), "it ends with the remedy"
+    if flags:
+        result = run("optimize", folder / "model.onnx", *flags.split())
+        assert result.exit_code == 2 and flags.split()[0] in result.stderr, result.stderr
+        assert "=" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["target", "cost", "forms", "include"])
+def test_a_plan_settles_what_it_holds(folder: Path, option: str) -> None:
+    values = {"target": "size", "cost": "bytes", "forms": ("channel",), "include": "x"}
+    plan = onnx_lrsd.plan_from_json(PLAN)
+    with pytest.raises(onnx_lrsd.OptionError, match=f"{option} cannot go with plan"):
+        onnx_lrsd.optimize(folder / "model.onnx", plan=plan, **{option: values[option]})  # type: ignore[arg-type]
+
+
+def test_optimize_spells_out_every_option() -> None:
+    parameters = inspect.signature(onnx_lrsd.optimize).parameters
+    options = onnx_lrsd.Options.__dataclass_fields__
+    assert options.keys() <= parameters.keys()
+    assert all(parameters[name].default == field.default for name, field in options.items())
+    assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 # Exit codes

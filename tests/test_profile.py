@@ -16,13 +16,13 @@ import onnx_lrsd
 from onnx_lrsd import cli
 from onnx_lrsd.commands import doctor, profile
 from onnx_lrsd.data.samples import read_samples
-from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.errors import BudgetError, OptionError
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.speedup import speedups_within
 from onnx_lrsd.passes.kernel_owners import kernel_owners
 from onnx_lrsd.plan import planner
 from onnx_lrsd.plan.planner import LAVISH, SPARE, Planner
-from onnx_lrsd.run import Options, Run
+from onnx_lrsd.run import Options, start
 from onnx_lrsd.runtime.kernel_times import kernels
 from onnx_lrsd.targets import TARGETS, built_in, machine
 from onnx_lrsd.targets.machine import COLUMN, MATRIX, NODES, POINT, ROW, SQUARE, from_json, to_json
@@ -135,22 +135,22 @@ def test_what_is_no_table_is_refused(broken: str) -> None:
 
 
 def test_the_users_table_is_used_where_it_was_made_here() -> None:
-    assert Run(Options()).machine == built_in()
+    assert start(Options()).machine == built_in()
     stored(to_json(replace(MINE, node=0.5)))
-    run = Run(Options())
+    run = start(Options())
     assert run.machine is not None and run.machine.node == 0.5
-    assert run.table.startswith("measured on this machine") and not run.warnings
+    assert run.table.startswith("measured on this machine") and not run.journal.warnings
     assert run.target.predicted_time(conv(), Form(DENSE)) > 0.5
 
 
 @pytest.mark.parametrize("field", ["processor", "runtime"])
 def test_a_table_made_elsewhere_is_not_used_and_the_report_says_so(field: str) -> None:
     stored(to_json(replace(MINE, **{field: "another"})))  # type: ignore[arg-type]
-    run = Run(Options())
+    run = start(Options())
     assert run.machine == built_in()
-    assert run.warnings[0].endswith("and was not used: run `onnx-lrsd profile` again.")
+    assert run.journal.warnings[0].endswith("and was not used: run `onnx-lrsd profile` again.")
     stored("spoiled")
-    assert "is no table of a machine" in Run(Options()).warnings[0]
+    assert "is no table of a machine" in start(Options()).journal.warnings[0]
 
 
 def test_profile_writes_the_table_that_optimize_reads(
@@ -160,7 +160,7 @@ def test_profile_writes_the_table_that_optimize_reads(
     result = CliRunner().invoke(cli.main, ["profile"])
     assert result.exit_code == 0 and result.stdout == ""
     assert f"Written to {machine.stored_at()}." in result.stderr and "GMAC/s" in result.stderr
-    found = Run(Options()).machine
+    found = start(Options()).machine
     assert found is not None and found.node == 0.25
     elsewhere = CliRunner().invoke(cli.main, ["profile", "-q", "-o", str(tmp_path / "table.json")])
     assert elsewhere.exit_code == 0 and elsewhere.output == ""
@@ -184,9 +184,9 @@ def test_latency_is_refused_for_a_target_without_times(monkeypatch: pytest.Monke
     monkeypatch.setitem(TARGETS, "onnxruntime", timeless)
     result = CliRunner().invoke(cli.main, ["optimize", "m.onnx", "--cost", "latency", "--ratio", "2"])
     assert result.exit_code == 2 and "--cost latency cannot go with --target onnxruntime" in result.stderr
-    with pytest.raises(ValueError, match="no table of times"):
+    with pytest.raises(OptionError, match=r"cost='latency' .* no table of times"):
         Options(cost="latency")
-    run = Run(Options())
+    run = start(Options())
     assert run.machine is None and run.table == ""
 
 
@@ -251,7 +251,7 @@ def latency_planner(monkeypatch: pytest.MonkeyPatch, truth: float) -> tuple[Plan
     monkeypatch.setattr(planner, "whole_speedup", whole_speedup)
     monkeypatch.setattr(planner, "speedups", lambda model, layers, forms, *more: dict.fromkeys(forms, 9.0))
     monkeypatch.setattr(planner, "speedups_within", lambda *_: {})
-    run = Run(Options(cost="latency", ratio=2.0))
+    run = start(Options(cost="latency", ratio=2.0))
     total = Price(50, 50, 50, 5e-3)
     return Planner(run, None, curves(), total, {}, None), measured  # type: ignore[arg-type]
 
@@ -276,7 +276,7 @@ def test_a_layer_that_is_slower_within_the_model_is_left_as_it_was(monkeypatch: 
 
     monkeypatch.setattr(planner, "speedups_within", within)
     assert set(made.for_ratio(1.8)) == {"l1", "l2", "l3"}
-    assert "0.90 times as fast as before within the model" in made.run.reasons["l0"]
+    assert "0.90 times as fast as before within the model" in made.run.journal.reasons["l0"]
 
 
 def test_what_a_layer_gains_within_the_model_is_read_from_its_kernels() -> None:

@@ -19,12 +19,12 @@ import onnx_lrsd
 from onnx_lrsd.cli import main
 from onnx_lrsd.data.holdout import search_and_confirm
 from onnx_lrsd.data.samples import Samples, read_samples
-from onnx_lrsd.errors import DataError
-from onnx_lrsd.facts import OutputError, Verification
+from onnx_lrsd.errors import DataError, OptionError
+from onnx_lrsd.facts import ModelCost, OutputError, Verification
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
-from onnx_lrsd.plan.search import Drop, bearable, search
+from onnx_lrsd.plan.search import Drop, Search, bearable
 
 MODELS = Path(__file__).parents[1] / "models"
 MODEL, CALIB, EVAL = (MODELS / name for name in ("digits.onnx", "digits_calib.npz", "digits_eval.npz"))
@@ -83,41 +83,70 @@ def test_a_fall_that_stands_out_tells_what_small_ones_are_to_be_expected() -> No
     assert bearable([Drop(0.01, -0.02, 0.005)], 0.0) == inf  # nothing is lost
 
 
+class Fixed:
+    """A limit that moves only by hand."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def value(self) -> float:
+        return self.now
+
+    def refused(self, found: Verification) -> None:
+        pass
+
+    def why_nothing(self) -> str:
+        return ""
+
+
+SAME = ModelCost(4, 1, 1, None)
+NOTHING = Verification(
+    before=SAME, after=SAME, latency_ratio=None, latency_interval=None, outputs=(), samples=1
+)
+
+
 @pytest.mark.parametrize("power", [1.0, 2.0, 3.5])
 @pytest.mark.parametrize("best", [1.12, 1.7, 2.0, 5.0])
 def test_a_search_comes_within_a_tenth_of_the_best_ratio(power: float, best: float) -> None:
     def error(ratio: float) -> float:
         return float(0.01 * ((ratio - 1) / (best - 1)) ** power)
 
-    kept = next(search(2.0, lambda ratio: ratio, error, lambda: 0.01))
-    assert best / 1.1 <= kept <= best
+    kept = Search(2.0, lambda ratio: ratio, error, Fixed(0.01)).propose()
+    assert kept is not None and best / 1.1 <= kept <= best
 
 
 @pytest.mark.parametrize("fall", [0.9, 0.5, 0.1, 0.0])
 def test_after_a_refusal_the_search_goes_on_below_it(fall: float) -> None:
-    limits = [0.01]
+    limit = Fixed(0.01)
     tried: list[float] = []
 
     def propose(ratio: float) -> float:
         tried.append(ratio)
         return ratio
 
-    found = search(2.0, propose, lambda ratio: 0.01 * (ratio - 1) ** 2, lambda: limits[-1])
-    kept, fits = next(found), len(tried)
+    found = Search(2.0, propose, lambda ratio: 0.01 * (ratio - 1) ** 2, limit)
+    kept, fits = found.propose(), len(tried)
+    assert kept is not None
     for _ in range(3):
-        limits.append(fall * 0.01 * (kept - 1) ** 2)
-        following = next(found, None)
+        limit.now = fall * 0.01 * (kept - 1) ** 2
+        found.refuse(NOTHING)
+        following = found.propose()
         assert (following is None) is (fall == 0)
         if following is None:
             break
         assert 0.5 * fall <= ((following - 1) / (kept - 1)) ** 2 <= fall
         kept = following
     assert len(tried) <= fits + 6
-    assert next(found, None) is None
+    found.refuse(NOTHING)
+    assert found.propose() is None
 
 
 def test_what_was_refused_is_not_found_again() -> None:
-    found = list(search(2.0, lambda ratio: ratio, lambda ratio: 0.01 * (ratio - 1) ** 2, lambda: 0.02))
+    search = Search(2.0, lambda ratio: ratio, lambda ratio: 0.01 * (ratio - 1) ** 2, Fixed(0.02))
+    found = []
+    while (ratio := search.propose()) is not None:
+        found.append(ratio)
+        search.refuse(NOTHING)
     assert len(found) > 1
     assert all(following < ratio for ratio, following in pairwise(found))
 
@@ -181,7 +210,7 @@ def test_much_error_for_little_time_is_handed_back(
 
 
 def test_a_drop_without_labels_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="give them with --eval"):
+    with pytest.raises(OptionError, match=r"max_drop needs .* give them with evaluation"):
         onnx_lrsd.optimize(MODEL, CALIB, max_drop=1)
     with pytest.raises(DataError, match="add an integer array named labels"):
         onnx_lrsd.optimize(MODEL, CALIB, evaluation=CALIB, max_drop=1, samples=60)

@@ -20,7 +20,7 @@ import onnx_lrsd
 from benchmarks.engines import build
 from onnx_lrsd.cli import main
 from onnx_lrsd.data.samples import Samples, read_samples
-from onnx_lrsd.errors import DataError
+from onnx_lrsd.errors import OptionError
 from onnx_lrsd.graph.model import Model, check, load, save
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import Pace
@@ -29,7 +29,7 @@ from onnx_lrsd.passes.split import split
 from onnx_lrsd.passes.two_of_four import two_of_four
 from onnx_lrsd.plan.allocate import spend
 from onnx_lrsd.plan.planner import Planner
-from onnx_lrsd.run import Options, Run
+from onnx_lrsd.run import Options, start
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.targets import TARGETS, price
@@ -267,14 +267,14 @@ def test_2_4_takes_the_layers_where_it_saves_time_for_less_error_than_factors_do
             tuple(Point(f, e, price(layer, f), TENSORRT.predicted_time(layer, f)) for f, e in forms.items()),
         )
 
-    def chosen(lost: float) -> dict[str, Form]:
+    def chosen(lost: float) -> Mapping[str, Form]:
         ranks = (64, 128, 256, 512)
         curves = [
             curve("narrow", {Form(SPATIAL, rank): 0.4 / rank for rank in ranks}),
             curve("full", {Form(CHANNEL, 0, TWO_OF_FOUR): lost} | {Form(SPATIAL, r): 100 / r for r in ranks}),
         ]
         dense = curves[0].points[0].price
-        run, model = Run(Options(target="tensorrt")), network()
+        run, model = start(Options(target="tensorrt")), network()
         return Planner(run, model, curves, dense + dense, {}, samples_for(model)).for_ratio(1.5)
 
     assert chosen(1e-4)["full"] == Form(CHANNEL, 0, TWO_OF_FOUR) and chosen(1e-4)["narrow"].kind == SPATIAL
@@ -341,7 +341,7 @@ def test_names_that_trtexec_would_cut_are_quoted() -> None:
 
 
 def test_int8_of_onnx_runtime_is_not_for_tensorrt(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"--int8 .* leave it out"):
+    with pytest.raises(OptionError, match=r"int8 .* leave it out"):
         onnx_lrsd.optimize(MODEL, CALIB, ratio=2, target="tensorrt", int8=True)
     given = ["optimize", str(MODEL), "--calib", str(CALIB), "--target", "tensorrt", "--int8"]
     done = CliRunner().invoke(main, [*given, "-o", str(tmp_path / "o.onnx")])

@@ -12,7 +12,7 @@ from onnx_lrsd.fit.calibrate import input_shapes, locate
 from onnx_lrsd.graph.model import load
 from onnx_lrsd.measure.compare import total_price
 from onnx_lrsd.passes.find_layers import find_layers
-from onnx_lrsd.run import NO_FORM, Options
+from onnx_lrsd.run import DEFAULT_TARGET, NO_FORM
 from onnx_lrsd.targets import TARGETS, price
 from onnx_lrsd.types import DENSE, KINDS, Declined, Form
 
@@ -27,7 +27,7 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     layers, declined = find_layers(source.graph())
     samples = made_up_samples(source)
     located = locate(layers, input_shapes(source, layers, samples), samples)
-    forms = TARGETS[Options.target].forms
+    forms = TARGETS[DEFAULT_TARGET].forms
     useful = [layer for layer in located if forms(layer, KINDS)]
     useless = [Declined(layer.name, layer.op, NO_FORM) for layer in located if layer not in useful]
     return Inspection(

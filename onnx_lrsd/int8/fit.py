@@ -1,74 +1,75 @@
-"""Low rank times int8: fits with the quantiser behind them, and what each of the two steps does alone."""
+"""Int8 behind low rank: a fitter whose results are quantised, and what each of the two steps does alone."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import ModelError
-from onnx_lrsd.facts import Int8, Verification
-from onnx_lrsd.graph.model import Model, check
+from onnx_lrsd.fit.fitter import BOTH, INT8, ORIGINAL, Fitted, Fitter
+from onnx_lrsd.graph.model import Model
 from onnx_lrsd.int8.quantise import Quantised, quantise
-from onnx_lrsd.measure.compare import compare
-from onnx_lrsd.plan.planner import Fit, Forms
 from onnx_lrsd.run import Run
 from onnx_lrsd.runtime.quantiser import saturates
-from onnx_lrsd.types import Factors, Progress
+from onnx_lrsd.types import Form
 
 TOLERANCE = 0.01
 """Output error that int8 may add, where the user names none for the whole."""
-LOW_RANK, INT8, BOTH = "low rank", "int8", "both"
+SATURATES = (
+    "Sums of int8 products saturate on this processor, so weights take 7 bits of their 8. "
+    "The result is right on any; one made on a processor with VNNI would be a little closer."
+)
 
 
-class Int8Fit:
-    """A fit whose result is quantised; ``low_rank`` and ``made`` are the last fit before and after it."""
+@dataclass(frozen=True)
+class Int8Fitter:
+    """Quantises what ``plain`` fits, by the ranges that activations have on ``samples``."""
 
-    def __init__(self, run: Run, source: Model, fit: Fit, samples: Samples) -> None:
-        self._run, self._source, self._fit, self._samples = run, source, fit, samples
-        most = run.options.max_error
-        self._tolerance = TOLERANCE if most is None else most / 2
-        self.low_rank = source
-        self.made = Quantised(source, 0, {}, 0.0)
+    run: Run
+    plain: Fitter
+    samples: Samples
 
-    def __call__(self, *, forms: Forms, progress: Progress | None = None) -> tuple[Model, dict[str, Factors]]:
-        """The model with ``forms`` and int8, and the factors."""
-        self.low_rank, factors = self._fit(forms=forms, progress=progress)
-        with self._run.clock("int8"):
-            self.made = self._quantised(self.low_rank, progress)
-        return self.made.model, factors
+    def fit(self, forms: Mapping[str, Form]) -> Fitted:
+        """The model with ``forms`` and int8; what each step does alone are its alternatives."""
+        low_rank = self.plain.fit(forms)
+        if low_rank.step == ORIGINAL:
+            return self._alone
+        both = self._with_int8(low_rank, BOTH)
+        if not both.nodes:
+            return both
 
-    def _quantised(self, model: Model, progress: Progress | None) -> Quantised:
-        try:
-            return quantise(model, self._samples, self._tolerance, progress=progress)
-        except ModelError as error:  # the low rank is worth having all the same
-            if str(error) not in self._run.warnings:
-                self._run.warnings.append(str(error))
-            return Quantised(model, 0, {}, 0.0)
+        def alternatives() -> tuple[Fitted, ...]:
+            return (self._alone, low_rank) if self._alone.nodes else (low_rank,)
 
-    def fastest(self, both: Verification, samples: Samples) -> tuple[str, Model, Verification, Int8]:
-        """The fastest of the last fit, of its low rank alone and of int8 alone, and what was measured of it.
+        return replace(both, alternatives=alternatives)
 
-        ``both`` is the last fit against the original on ``samples``.
-        """
-        run, made = self._run, {BOTH: self.made}
-        models, found = {BOTH: self.made.model}, {BOTH: both}
-        if self.made.nodes and self.low_rank is not self._source:
-            with run.clock("int8"):
-                made[INT8] = self._quantised(self._source, run.progress)
-            check(made[INT8].model, self._source)
-            models |= {INT8: made[INT8].model, LOW_RANK: self.low_rank}
-            metric = None if run.options.max_drop is None else run.options.metric
-            for name in (INT8, LOW_RANK):
-                found[name] = compare(
-                    self._source, models[name], samples, metric=metric, progress=run.progress
-                )
-        best = max(found, key=lambda name: found[name].latency_ratio or 0.0)
-        kept = made.get(best)
-        for reason, count in (kept.without_kernel if kept else {}).items():
-            said = "1 node stays" if count == 1 else f"{count} nodes stay"
-            run.warnings.append(f"{said} in float: {reason}.")
-        if kept and kept.nodes and saturates():
-            run.warnings.append(
-                "Sums of int8 products saturate on this processor, so weights take 7 bits of their 8. "
-                "The result is right on any; one made on a processor with VNNI would be a little closer."
-            )
-        report = Int8(best, kept.nodes if kept else 0, kept.left if kept else {}, found)
-        return best, models[best], found[best], report
+    @cached_property
+    def _alone(self) -> Fitted:
+        return self._with_int8(self.plain.fit({}), INT8)
+
+    def _with_int8(self, fitted: Fitted, step: str) -> Fitted:
+        """``fitted`` quantised, as ``step``; as it is where no layer bears int8."""
+        made = self._quantised(fitted.model)
+        notes = tuple(_in_float(count, reason) for reason, count in made.without_kernel.items())
+        if not made.nodes:
+            return replace(fitted, left=made.left, notes=notes)
+        if saturates():
+            notes = (*notes, SATURATES)
+        return replace(fitted, step=step, model=made.model, nodes=made.nodes, left=made.left, notes=notes)
+
+    def _quantised(self, model: Model) -> Quantised:
+        most = self.run.options.max_error
+        tolerance = TOLERANCE if most is None else most / 2
+        with self.run.journal.clock("int8"):
+            try:
+                return quantise(model, self.samples, tolerance, progress=self.run.progress)
+            except ModelError as error:  # the low rank is worth having all the same
+                self.run.journal.warn(str(error))
+                return Quantised(model, 0, {}, 0.0)
+
+
+def _in_float(count: int, reason: str) -> str:
+    said = "1 node stays" if count == 1 else f"{count} nodes stay"
+    return f"{said} in float: {reason}."

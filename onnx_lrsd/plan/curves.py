@@ -24,9 +24,9 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
         forms = run.target.forms(layer, kinds)
         moments = known.moments.get(layer.output)
         if not forms:
-            run.reasons[layer.output] = NO_STORAGE if run.target.stores_codes else NO_FORM
+            run.journal.leave([layer.output], NO_STORAGE if run.target.stores_codes else NO_FORM)
         elif layer.output in known.left_out and moments is not None and not moments.count:
-            run.reasons[layer.output] = "its input is not finite on the calibration data"
+            run.journal.leave([layer.output], "its input is not finite on the calibration data")
             forms = ()
         points = [dense]
         if forms:
@@ -34,7 +34,7 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
             found = run.target.errors(problem, kinds, run.weights)
             points += [_point(run.target, layer, f, e) for f, e in found.items() if e <= MOST_ERROR]
             if len(points) == 1:
-                run.reasons[layer.output] = "every smaller form loses too much of its output"
+                run.journal.leave([layer.output], "every smaller form loses too much of its output")
         curves.append(ErrorCurve(layer, tuple(points)))
         if run.progress is not None:
             run.progress("curves", done + 1, len(known.layers))

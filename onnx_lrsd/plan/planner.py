@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import log
 from statistics import median
-from typing import TypeAlias
 
+from onnx_lrsd.data.holdout import search_and_confirm
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import BudgetError
-from onnx_lrsd.facts import Verification
+from onnx_lrsd.fit.fitter import Fitter
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.measure.speedup import CLEARLY, speedups, speedups_within, whole_speedup
 from onnx_lrsd.passes.post_dominators import count_post_dominators
 from onnx_lrsd.plan.allocate import allocate, by_time, spend
-from onnx_lrsd.plan.search import Drop, bearable, drop_of, search
-from onnx_lrsd.run import Run
+from onnx_lrsd.plan.search import DropLimit, ErrorLimit, Forms, Once, Proposals, Search
+from onnx_lrsd.run import OUT_OF_REACH, Run
 from onnx_lrsd.targets import price
-from onnx_lrsd.types import COSTS, DENSE, N_OF_M, UNSTRUCTURED, ErrorCurve, Factors, Form, Layer, Point, Price
+from onnx_lrsd.types import COSTS, DENSE, N_OF_M, UNSTRUCTURED, ErrorCurve, Form, Layer, Point, Price
 
 ROUNDS = 4
 """Allocations at most, each without the forms that the one before found to be no faster."""
-MARGIN = 0.9
-"""What a search for --max-error aims at, as a share of what was asked: other samples must confirm it."""
 MODERATE = 0.03
 """Relative error of a layer at which its sensitivity is measured first."""
 REPAIRED = 0.1
@@ -32,10 +30,6 @@ SPARE, LAVISH = 1.01, 1.05
 """A plan for latency is measured to be faster than asked by between these factors, so that it stays so."""
 WHOLE_SECONDS = 3.0
 """How long the whole model is timed in a trial of a plan for latency."""
-
-Forms: TypeAlias = dict[str, Form]
-Fit: TypeAlias = Callable[..., tuple[Model, dict[str, Factors]]]
-"""``reconstruct`` with all but the forms filled in."""
 
 
 class Planner:
@@ -128,55 +122,32 @@ class Planner:
                 break
         return {name: form for name, form in chosen.items() if name not in slow}
 
-    def for_error(self, most: float, fit: Fit, samples: Samples) -> Forms:
-        """The cheapest forms found whose outputs stay within ``most`` on ``samples``; none at all without.
+    def search(self, fitter: Fitter, check_on: Samples) -> tuple[Proposals, Samples]:
+        """Proposals for what was asked, and the samples that are left to check them on."""
+        options = self.run.options
+        if options.ratio is not None:
+            return self._once(options.ratio), check_on
+        search_on, check_on = search_and_confirm(check_on)
+        limit: ErrorLimit | DropLimit = ErrorLimit(options.max_error or 0.0)
+        if options.max_drop is not None:
+            limit = DropLimit(options.max_drop)
 
-        A tenth is left as margin, since other samples confirm.
-        """
+        def error(forms: Forms) -> float:
+            model = fitter.fit(forms).model
+            found = compare(self.source, model, search_on, latency=False, metric=self.run.metric)
+            limit.searched(found)
+            return found.error_bound
 
-        def error(rewritten: Model) -> float:
-            return compare(self.source, rewritten, samples, latency=False).error
+        first = self.run.target.first_ratio
+        return Search(first, self.for_ratio, error, limit), check_on
 
-        return next(self._search(error, lambda: MARGIN * most, fit), Forms())
-
-    def for_drop(
-        self, most: float, fit: Fit, samples: Samples, refused: Sequence[Verification]
-    ) -> Iterator[Forms]:
-        """Forms whose score is expected to fall by at most ``most``, with one standard error to spare.
-
-        The cheapest ones come first, for other samples to confirm. What these find of a model that fell by
-        more is to be in ``refused`` before the next ones are asked for. The last ones are none at all.
-        """
-        drops: list[Drop] = []
-
-        def error(rewritten: Model) -> float:
-            metric = self.run.options.metric
-            drops.append(drop_of(compare(self.source, rewritten, samples, latency=False, metric=metric)))
-            return drops[-1].error
-
-        def limit() -> float:
-            return min([bearable(drops, most), *(bearable([drop_of(found)], most) for found in refused)])
-
-        candidates = self._search(error, limit, fit)
-        best = next(candidates, None)
-        if best is not None:
-            yield best
-            yield from candidates
-        elif drops:
-            self.run.warnings.append(
-                "No smaller model was sure to keep the score: the best one lost "
-                f"{100 * min(drop.drop for drop in drops):.2f} points on {samples.count} samples; "
-                "allow more with --max-drop, or give more samples."
-            )
-        yield Forms()
-
-    def _search(
-        self, error: Callable[[Model], float], limit: Callable[[], float], fit: Fit
-    ) -> Iterator[Forms]:
-        def missed(forms: Forms) -> float:
-            return error(fit(forms=forms, progress=None)[0])
-
-        return search(self.run.target.first_ratio, self.for_ratio, missed, limit)
+    def _once(self, ratio: float) -> Once:
+        """Forms for ``ratio``, or none where it is out of reach."""
+        try:
+            return Once(self.for_ratio(ratio))
+        except BudgetError as error:
+            self.run.journal.leave(self.sensitivity, OUT_OF_REACH, unless_known=True)
+            return Once(None, f"{error} The original is handed back.")
 
     def _allocate(self, ratio: float) -> dict[str, Point]:
         points = allocate(self.curves, self.whole / ratio, self.rest, self.cost, self.sensitivity)
@@ -220,7 +191,8 @@ class Planner:
             name = curve.layer.output
             if name in slow:
                 form = chosen[name]
-                self.run.reasons[name] = f"as {form} it ran {slow[name]:.2f} times as fast as before{where}"
+                ran = f"as {form} it ran {slow[name]:.2f} times as fast as before{where}"
+                self.run.journal.leave([name], ran)
                 faster = tuple(p for p in curve.points if p.form.dense or p.price.macs < _macs(curve, form))
                 self.curves[index] = ErrorCurve(curve.layer, faster)
         return set(slow)

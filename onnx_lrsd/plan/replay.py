@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.run import NOT_NEEDED, Run
 from onnx_lrsd.targets import TARGETS
-from onnx_lrsd.types import COSTS, DENSE, Choice, ErrorCurve, Form, Layer, Plan
+from onnx_lrsd.types import DENSE, Choice, ErrorCurve, Form, Layer, Plan
 
 
 def make_plan(run: Run, curves: Sequence[ErrorCurve], chosen: Mapping[str, Form]) -> Plan:
@@ -16,18 +16,13 @@ def make_plan(run: Run, curves: Sequence[ErrorCurve], chosen: Mapping[str, Form]
     for curve in curves:
         form = chosen.get(curve.layer.output, Form(DENSE))
         point = next(p for p in curve.points if p.form == form)
-        reason = "" if not form.dense else run.reasons.get(curve.layer.output, NOT_NEEDED)
+        reason = "" if not form.dense else run.journal.reasons.get(curve.layer.output, NOT_NEEDED)
         choices[curve.layer.output] = Choice(form, point.error, curve.points[0].price, point.price, reason)
-    return Plan(run.options.target, run.cost, choices)
+    return Plan(run.target.name, run.cost, choices)
 
 
 def forms_of(plan: Plan, layers: Sequence[Layer]) -> dict[str, Form]:
     """The forms of a plan that change something. Raises DataError for those this model cannot take."""
-    for asked, offered in ((plan.target, TARGETS), (plan.cost, COSTS)):
-        if asked not in offered:
-            raise DataError(
-                f"The plan asks for {asked}, which is none of {', '.join(offered)}: change it there."
-            )
     known = {layer.output: layer for layer in layers}
     forms = {name: choice.form for name, choice in plan.choices.items() if not choice.form.dense}
     for name, form in forms.items():

@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from onnx_lrsd.data.samples import Samples
-from onnx_lrsd.facts import LayerReport, Promise, Report, Verification
+from onnx_lrsd.facts import Engine, Int8, LayerReport, LoadCosts, Promise, Report, Verification
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.run import NOT_NEEDED, REFITTED, Run
 from onnx_lrsd.solver.pattern import nonzeros
 from onnx_lrsd.targets import price
-from onnx_lrsd.types import COSTS, DENSE, N_OF_M, Declined, Factors, Form, Layer, Plan, Point, Price
+from onnx_lrsd.types import DENSE, N_OF_M, Declined, Factors, Form, Layer, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivered:
+    """What is handed out: the model, the factors of its layers by output, and what was measured of it.
+
+    ``loading`` is what opening the original and the model takes, where weights are in codes.
+    """
+
+    model: Model
+    factors: Mapping[str, Factors]
+    verification: Verification
+    promise: Promise | None
+    int8: Int8 | None = None
+    loading: LoadCosts | None = None
 
 
 def make_report(
     run: Run,
+    *,
     source: Model,
     output: Path | None,
     layers: Sequence[Layer],
     declined: Sequence[Declined],
     plan: Plan,
-    factors: Mapping[str, Factors],
     fit_on: Samples | None,
-    verification: Verification | None,
+    whole: float | None,
+    delivered: Delivered | None,
+    engine: Engine | None,
 ) -> Report:
-    """Everything there is to say; ``factors`` holds the layers that were rewritten in the end."""
-    rows = [_layer_report(layer, plan, factors.get(layer.output), run.reasons) for layer in layers]
+    """Everything there is to say; ``delivered`` is None where there is only a plan.
+
+    ``whole`` is the measured time of the original in seconds, None where times were not predicted.
+    """
+    factors: Mapping[str, Factors] = {} if delivered is None else delivered.factors
+    reasons = run.journal.reasons
+    rows = [_layer_report(layer, plan, factors.get(layer.output), reasons) for layer in layers]
     rows += [_declined_report(entry) for entry in declined]
     versions = {}
     for package in ("onnx-lrsd", "onnx", "onnxruntime", "onnx-graphsurgeon", "numpy"):
@@ -42,53 +65,29 @@ def make_report(
         cost=plan.cost,
         calibration_samples=0 if fit_on is None else fit_on.count,
         calibration_source="" if fit_on is None else fit_on.source,
-        verification=verification,
-        promise=None
-        if verification is None
-        else _promise(run, plan, verification, bool(factors) or run.int8 is not None),
+        verification=None if delivered is None else delivered.verification,
+        promise=None if delivered is None else delivered.promise,
         layers=tuple(rows),
-        int8=run.int8,
-        loading=run.loading,
-        warnings=tuple(run.warnings),
-        seconds=dict(run.seconds),
+        int8=None if delivered is None else delivered.int8,
+        loading=None if delivered is None else delivered.loading,
+        warnings=tuple(run.journal.warnings),
+        seconds=dict(run.journal.seconds),
         versions=versions,
-        engine=run.engine,
-        predicted=_predicted(run, plan, factors if verification is not None else plan.choices),
-        table=run.table if run.whole is not None else "",
+        engine=engine,
+        predicted=_predicted(whole, plan, plan.choices if delivered is None else factors),
+        table="" if whole is None else run.table,
     )
 
 
-def _predicted(run: Run, plan: Plan, changed: Iterable[str]) -> float | None:
+def _predicted(whole: float | None, plan: Plan, changed: Iterable[str]) -> float | None:
     """The latency ratio expected of the layers in ``changed``; None where nothing was measured."""
-    if run.whole is None:
+    if whole is None:
         return None
     saved = 0.0
     for name in changed:
         choice = plan.choices.get(name)  # of a layer that was refitted alone a plan may say nothing
         saved += (choice.before.seconds or 0.0) - (choice.after.seconds or 0.0) if choice else 0.0
-    return run.whole / max(run.whole - saved, 1e-9)
-
-
-def _promise(run: Run, plan: Plan, found: Verification, smaller: bool) -> Promise | None:
-    """A drop that only the original itself keeps is a promise that could not be kept."""
-    options = run.options
-    if options.ratio is not None and plan.cost == "latency":
-        got = found.latency_ratio or 0.0
-        return Promise("ratio", options.ratio, got, got >= options.ratio * 0.995)
-    if options.ratio is not None:
-        before, after = (
-            COSTS[plan.cost](Point(Form(DENSE), 0.0, Price(cost.macs, cost.parameters, cost.bytes)))
-            for cost in (found.before, found.after)
-        )
-        got = before / max(after, 1)
-        return Promise("ratio", options.ratio, got, got >= options.ratio * 0.995)
-    if options.max_drop is not None and found.metric is not None:
-        got = 100 * (found.metric.before - found.metric.after)
-        return Promise("max_drop", options.max_drop, got, smaller and got <= options.max_drop)
-    if options.max_error is not None:
-        got = found.error
-        return Promise("max_error", options.max_error, got, got <= options.max_error)
-    return None
+    return whole / max(whole - saved, 1e-9)
 
 
 def _layer_report(

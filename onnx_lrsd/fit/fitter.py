@@ -1,0 +1,85 @@
+"""What fits a whole model to the forms of a plan: low rank alone, or with another step behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from onnx_lrsd.fit.calibrate import Calibration, WeightOf
+from onnx_lrsd.fit.reconstruct import reconstruct
+from onnx_lrsd.graph.model import Model
+from onnx_lrsd.types import Factors, Form, Layer, Progress
+
+ORIGINAL, LOW_RANK, INT8, BOTH = "original", "low rank", "int8", "both"
+"""What was done to a model."""
+
+Clock: TypeAlias = Callable[[str], AbstractContextManager[None]]
+"""Books the time of a block under the name of a stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A fitted model and its factors by layer.
+
+    ``step`` says what was done to it. ``alternatives`` makes the models with one of two steps, among which
+    the fastest is to be found; there are none where one step was taken. ``nodes`` counts those in int8;
+    ``left`` are those in float, with the relative error of the outputs that each would cause in int8.
+    ``notes`` go to the user if the model is kept.
+    """
+
+    step: str
+    model: Model
+    factors: Mapping[str, Factors]
+    alternatives: Callable[[], Sequence[Fitted]] = tuple
+    nodes: int = 0
+    left: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def packed(self) -> bool:
+        """Whether a weight is stored in codes."""
+        return any(factors.packed is not None for factors in self.factors.values())
+
+
+class Fitter(Protocol):
+    """Fits a model to forms by layer."""
+
+    def fit(self, forms: Mapping[str, Form]) -> Fitted:
+        """The model with every layer in ``forms`` rewritten."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankFitter:
+    """Fits low rank and sparse weights, nothing else.
+
+    ``source`` is what forms are fitted in, ``original`` what comes back where there are none. Without
+    ``calibration`` the weights alone decide.
+    """
+
+    original: Model
+    source: Model
+    layers: Sequence[Layer]
+    weight_of: WeightOf
+    calibration: Calibration | None
+    device: str
+    clock: Clock
+    progress: Progress | None = None
+
+    def fit(self, forms: Mapping[str, Form]) -> Fitted:
+        """The model with every layer in ``forms`` rewritten; the original without any."""
+        if not forms:
+            return Fitted(step=ORIGINAL, model=self.original, factors={})
+        with self.clock("decompose"):
+            model, factors = reconstruct(
+                self.source,
+                self.layers,
+                forms,
+                self.weight_of,
+                self.calibration,
+                device=self.device,
+                progress=self.progress,
+            )
+        return Fitted(step=LOW_RANK, model=model, factors=factors)

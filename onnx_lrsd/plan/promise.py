@@ -1,0 +1,121 @@
+"""Whether a result is worth having and keeps what was promised: pure functions of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from onnx_lrsd.facts import ModelCost, Promise, Verification
+from onnx_lrsd.fit.fitter import BOTH, INT8, LOW_RANK, ORIGINAL
+from onnx_lrsd.measure.speedup import CLEARLY
+from onnx_lrsd.run import Options
+from onnx_lrsd.targets import Target
+from onnx_lrsd.types import COSTS, DENSE, Form, Point, Price
+
+MUCH = 0.1
+"""Output error from which a result that only met its ratio carries a warning."""
+PAYS = 0.25
+"""Of the time that fewer MACs should save, what a result with much error must save at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What becomes of a fitted model.
+
+    ``kept`` is the step that is handed out, of the model itself, one of its alternatives or the original;
+    ``reason`` says of layers that were fitted in vain why. ``refused``: the promise is broken and a smaller
+    gain may keep it.
+    """
+
+    kept: str
+    promise: Promise | None
+    refused: bool = False
+    reason: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def judge(measured: Mapping[str, Verification], options: Options, target: Target, cost: str) -> Outcome:
+    """What becomes of a model that was ``measured`` against the original, itself first, then alternatives.
+
+    The fastest step is taken, and the original in its place where that gains nothing; then the promise is
+    looked at. ``cost`` is what a ratio is of.
+    """
+    fitted = next(iter(measured))
+    best = max(measured, key=lambda step: measured[step].latency_ratio or 0.0)
+    found, warnings, reason = measured[best], list[str](), ""
+    if fitted == BOTH and best == INT8:
+        warnings.append("Int8 alone is faster than with low rank: it is handed back alone.")
+        reason = "int8 alone is faster"
+    elif fitted == BOTH and best == LOW_RANK:
+        warnings.append("Int8 is not faster on this machine: it was left out.")
+    if best != ORIGINAL and (said := no_gain(found, options, target, cost)):
+        warnings.append(f"The rewritten model {said}: the original is handed back.")
+        best, reason = ORIGINAL, "the whole model gained nothing by it"
+    if best == ORIGINAL:
+        promise = promised(None, options, cost)
+        return Outcome(kept=best, promise=promise, reason=reason, warnings=tuple(warnings))
+    if options.ratio is not None and found.error > MUCH:
+        warnings.append(
+            f"The outputs changed by {found.error:.0%} of their variance: this model does not bear "
+            f"{options.ratio:g} x; ask for less, or name what may be lost with --max-error."
+        )
+    promise = promised(found, options, cost)
+    refused = promise is not None and promise.kind == "max_drop" and not promise.kept
+    if promise is not None and refused:
+        warnings.append(
+            f"A model that kept the score where it was searched lost {promise.got:.2f} "
+            "points on the samples that confirm: a larger one was taken."
+        )
+    return Outcome(kept=best, promise=promise, refused=refused, reason=reason, warnings=tuple(warnings))
+
+
+def promised(found: Verification | None, options: Options, cost: str) -> Promise | None:
+    """What was asked for and what a model ``found`` so has of it; None is the original.
+
+    A drop that only the original itself keeps is a promise that could not be kept.
+    """
+    if options.ratio is not None:
+        got = 1.0 if found is None else _ratio(found, cost)
+        return Promise("ratio", options.ratio, got, got >= options.ratio * 0.995)
+    if options.max_drop is not None:
+        got = (
+            0.0 if found is None or found.metric is None else 100 * (found.metric.before - found.metric.after)
+        )
+        return Promise("max_drop", options.max_drop, got, found is not None and got <= options.max_drop)
+    if options.max_error is not None:
+        got = 0.0 if found is None else found.error_bound
+        return Promise("max_error", options.max_error, got, got <= options.max_error)
+    return None
+
+
+def _ratio(found: Verification, cost: str) -> float:
+    """How many times cheaper the model is, as measured."""
+    if cost == "latency":
+        return found.latency_ratio or 0.0
+    return _cost(found.before, cost) / max(_cost(found.after, cost), 1.0)
+
+
+def _cost(model: ModelCost, cost: str) -> float:
+    return COSTS[cost](Point(Form(DENSE), 0.0, Price(model.macs, model.parameters, model.bytes)))
+
+
+def no_gain(found: Verification, options: Options, target: Target, cost: str) -> str:
+    """In what the result is no better than the original; empty where it is.
+
+    Where time is what counts it must be clearly gained, and more of it where the outputs suffered; elsewhere
+    none may be lost beyond what the measurement leaves open.
+    """
+    if found.after.bytes > found.before.bytes:
+        return "is larger as a whole"
+    if not target.timed_here or found.latency_ratio is None or found.latency_interval is None:
+        return ""
+    ratio, (low, high) = found.latency_ratio, found.latency_interval
+    said = f"runs {ratio:.2f} times as fast as a whole ({low:.2f} to {high:.2f})"
+    if cost not in ("macs", "latency"):
+        return said if high < 1 else ""
+    if low < 1 or ratio < CLEARLY:
+        return said
+    least = 1 + PAYS * (found.before.macs / found.after.macs - 1)
+    if options.ratio is not None and found.error > MUCH and ratio < least:
+        return f"{said} and changes the outputs by {found.error:.0%} of their variance"
+    return ""
