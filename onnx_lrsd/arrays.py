@@ -107,6 +107,15 @@ def zeros(shape: tuple[int, ...], like: Array) -> Array:
     return namespace(like).zeros(shape, dtype=like.dtype, **_where(like))
 
 
+def add_to_diagonal(a: Array, value: float) -> Array:
+    """``a`` (n, n) + ``value`` I."""
+    xp = namespace(a)
+    size = a.shape[0]
+    flat = xp.reshape(xp.asarray(a, copy=True), (size * size,))
+    flat[:: size + 1] = flat[:: size + 1] + value
+    return xp.reshape(flat, (size, size))
+
+
 def spd_inverse(a: Array) -> Array:
     """Inverse of a symmetric positive definite (n, n), symmetric to the last bit."""
     xp = namespace(a)

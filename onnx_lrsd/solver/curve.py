@@ -1,4 +1,4 @@
-"""The errors of one layer in many forms: one factorisation for each kind, and no factors kept.
+"""The errors of one layer in many forms: one factorisation for each grouping of inputs, no factors kept.
 
 Errors are those of the damped objective, without the sweeps of a final fit. They predict the error on
 held-out samples better than the error of the final fit on its own samples does: damping stands for what
@@ -8,13 +8,15 @@ was not seen. Forms whose S has free entries are fitted one by one, briefly; the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
+from onnx_lrsd.arrays import namespace, to_numpy
 from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.decompose import choose_channels, decompose, group
 from onnx_lrsd.solver.effort import FAST
+from onnx_lrsd.solver.layout import shared_groups
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.problem import Metric, Problem
 from onnx_lrsd.solver.resolvent import Resolvent
@@ -24,27 +26,30 @@ from onnx_lrsd.types import CHANNEL, CHANNELS, N_OF_M, TUCKER, UNSTRUCTURED, For
 def errors(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
     """Relative output error of every form; dense is not among them.
 
-    Forms that differ only in rank share one factorisation. Those that keep whole channels share the channels
-    chosen at the middle rank, those with free entries the eigenvectors of the metric.
+    Forms that group the inputs alike share one factorisation. Those that keep whole channels share the
+    channels chosen at the middle rank, those with free entries the eigenvectors of the metric.
     """
-    families: defaultdict[tuple[str, Pattern], list[Form]] = defaultdict(list)
+    families: defaultdict[Pattern, list[Form]] = defaultdict(list)
     found: dict[Form, float] = {}
     free = [form for form in forms if form.pattern.kind in (UNSTRUCTURED, N_OF_M)]
     for form in forms:
         if form not in free:
-            families[form.kind, form.pattern].append(form)
+            families[form.pattern].append(form)
     if free:
         found |= _free_entries(problem, free)
-    for (kind, pattern), family in families.items():
-        family = sorted(family)
-        weight, metric = problem.weight, problem.metric
+    for pattern, family in families.items():
         if pattern.kind == CHANNELS:
             if problem.metric.rows is not None:
                 continue  # the conditional metric would be the (m, m) matrix that rows avoid
-            chosen = choose_channels(problem, family[len(family) // 2])
-            weight, metric = weight[:, chosen.rest], Metric(chosen.metric, None, 0.0)
-        for form, missed in _family(replace(problem, weight=weight, metric=metric), kind, family):
-            found[form] = missed / problem.energy if problem.energy > 0 else 0.0
+            for kind in sorted({form.kind for form in family}):
+                alike = sorted(form for form in family if form.kind == kind)
+                chosen = choose_channels(problem, alike[len(alike) // 2])
+                rest = replace(
+                    problem, weight=problem.weight[:, chosen.rest], metric=Metric(chosen.metric, None, 0.0)
+                )
+                found |= _family(rest, alike)
+        else:
+            found |= _family(problem, family)
     return found
 
 
@@ -56,22 +61,28 @@ def _free_entries(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
     return {form: decompose(problem, form, effort=FAST, resolvent=resolvent).error for form in forms}
 
 
-def _family(problem: Problem, kind: str, family: list[Form]) -> Iterable[tuple[Form, float]]:
-    """(form, tr(D H D^T)) for forms of one kind, in ascending rank."""
+def _family(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
+    """tr(D H D^T) / energy of forms without S, from one product W H and a factorisation for each grouping."""
     weight, metric = problem.weight, problem.metric
-    total = float((metric.apply(weight) * weight).sum())
-    ranked = [form for form in family if form.rank]
-    yield from ((form, total) for form in family if not form.rank)
-    if not ranked:
-        return
-    if kind == CHANNEL:
-        tail = low_rank(weight, metric).errors
-        yield from ((form, float(tail[form.rank]) * total) for form in ranked)
-        return
-    shared = group(problem.layer, weight, metric, kind)
-    if kind == TUCKER:
-        by_outer = separable.outer_errors(shared, sorted({form.rank for form in ranked}))
-        yield from ((form, float(by_outer[form.rank][form.outer]) * shared.energy) for form in ranked)
-        return
-    missed = separable.rank_errors(shared, ranked[-1].rank)
-    yield from ((form, float(missed[form.rank]) * shared.energy) for form in ranked)
+    if problem.energy <= 0:
+        return dict.fromkeys(forms, 0.0)
+    image = metric.apply(weight)
+    total = float(namespace(weight).sum(image * weight)) / problem.energy
+    found = {form: total for form in forms if not form.rank}
+    alike: defaultdict[int, list[Form]] = defaultdict(list)
+    for form in forms:
+        if form.rank and form.kind != CHANNEL:
+            alike[shared_groups(problem.layer.kernel, form.kind)].append(form)
+        elif form.rank and form not in found:
+            tail = to_numpy(low_rank(weight, metric, image).errors)
+            found |= {f: float(tail[f.rank]) * total for f in forms if f.rank and f.kind == CHANNEL}
+    for shared in alike.values():
+        ranks = [form.rank for form in shared if form.kind == TUCKER]
+        grouped = group(problem.layer, weight, metric, shared[0].kind, image)
+        curve = separable.curve(grouped, max(form.rank for form in shared), ranks)
+        scale = grouped.energy / problem.energy
+        for form in shared:
+            outer = form.kind == TUCKER
+            missed = curve.by_outer[form.rank][form.outer] if outer else curve.by_rank[form.rank]
+            found[form] = float(missed) * scale
+    return found

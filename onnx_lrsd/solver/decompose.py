@@ -215,14 +215,20 @@ def factors(
     return cast(v, xp.float64), cast(h, xp.float64)
 
 
-def group(layer: Layer, weight: Array, metric: Metric, kind: str) -> separable.Separable:
-    """``weight`` (n, columns) and its metric grouped for a separable form, and factorised, float32."""
+def group(
+    layer: Layer, weight: Array, metric: Metric, kind: str, image: Array | None = None
+) -> separable.Separable:
+    """``weight`` (n, columns) and its metric grouped for a separable form, and factorised, float32.
+
+    ``image`` (n, columns), if it is known, is W H.
+    """
     xp = namespace(weight)
     groups = shared_groups(layer.kernel, kind)
-    blocks = group_metric(cast(metric.matrix(weight), xp.float32), groups)
-    return separable.prepare(
-        xp.asarray(cast(group_weight(weight, groups), xp.float32), copy=True), xp.asarray(blocks, copy=True)
-    )
+    weight = cast(weight, xp.float32)
+    matrix = metric.matrix(weight)
+    image = weight @ matrix if image is None else cast(image, xp.float32)
+    grouped = separable.grouped_metric(group_metric(matrix, groups))
+    return separable.prepare(group_weight(weight, groups), grouped, group_weight(image, groups))
 
 
 def choose_channels(problem: Problem, form: Form) -> Elimination:

@@ -23,12 +23,12 @@ class LowRank:
     errors: Array
 
 
-def low_rank(weight: Array, metric: Metric) -> LowRank:
-    """Solve for ``weight`` (n, m) and all ranks up to min(n, m)."""
+def low_rank(weight: Array, metric: Metric, image: Array | None = None) -> LowRank:
+    """Solve for ``weight`` (n, m) and all ranks up to min(n, m); ``image``, if it is known, is W H (n, m)."""
     xp = namespace(weight)
     n, m = weight.shape
     if n <= m or metric.rows is not None:
-        sandwich = metric.apply(weight) @ weight.T
+        sandwich = (metric.apply(weight) if image is None else image) @ weight.T
         values, left = top_eigenvectors((sandwich + sandwich.T) / 2, min(n, m))
         right = left.T @ weight
     else:

@@ -7,7 +7,7 @@ inputs (spatial, channel-in, Tucker-2), L_b = H_b V.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -89,13 +89,14 @@ class SharedFactors:
 
     def __init__(self, target: Array, h: Resolvent, groups: int, rank: int, outer: int = 0) -> None:
         self._groups, self._outer = groups, outer
-        self._problem = self._prepare(target, h.matrix)
-        self.v, self.h, _ = separable.fit(self._problem, rank, 1, outer=outer)
+        self._metric = self._grouped(h.matrix)
+        problem = separable.prepare(group_weight(target, groups), self._metric)
+        self.v, self.h, _ = separable.fit(problem, rank, 1, outer=outer)
         self._low = self._product()
 
     def shift(self, h: Resolvent, rho: float) -> None:
         """Factorise what all steps at this rho share."""
-        self._problem = self._prepare(self._low, h.envelope(rho))
+        self._metric = self._grouped(h.envelope(rho))
         self._inverse, self._rho = h.shifted_inverse(rho), rho
 
     def follow(self, a: Array, g: Array) -> Array:
@@ -105,7 +106,7 @@ class SharedFactors:
 
     def refit(self, target: Array, h: Resolvent) -> None:
         """Two sweeps of alternating least squares in H."""
-        self._problem = self._prepare(target, h.matrix)
+        self._metric = self._grouped(h.matrix)
         product = h.apply(target)
         for _ in range(2):
             self._sweep(target, product)
@@ -118,13 +119,12 @@ class SharedFactors:
         """``d``: L is fixed."""
         return d
 
-    def _prepare(self, target: Array, metric: Array) -> separable.Separable:
-        return separable.prepare(group_weight(target, self._groups), group_metric(metric, self._groups))
+    def _grouped(self, metric: Array) -> separable.GroupedMetric:
+        return separable.grouped_metric(group_metric(metric, self._groups))
 
     def _sweep(self, target: Array, product: Array) -> None:
         weight, image = group_weight(target, self._groups), group_weight(product, self._groups)
-        energy = float(namespace(target).sum(weight * image))
-        problem = replace(self._problem, weight=weight, product=image, energy=energy)
+        problem = separable.prepare(weight, self._metric, image)
         self.v, self.h, _ = separable.sweep(problem, self.v, self.h, _V_STEPS, self._outer)
         self._low = self._product()
 

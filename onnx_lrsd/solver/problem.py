@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 
-from onnx_lrsd.arrays import cast, identity, indices, namespace, to_device, trace
+from onnx_lrsd.arrays import add_to_diagonal, cast, identity, indices, namespace, to_device, trace
 from onnx_lrsd.types import Array, Layer, Moments
 
 OWN = 2.0
@@ -63,7 +63,7 @@ class Metric:
             result = (self.rows.T @ self.rows) / self.rows.shape[0]
         else:
             return (1 + self.damping) * identity(like.shape[1], like)
-        return result + self.damping * identity(result.shape[0], result)
+        return add_to_diagonal(cast(result, like.dtype), self.damping)
 
 
 @dataclass(frozen=True)

@@ -21,69 +21,126 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from onnx_lrsd.arrays import cast, identity, namespace, spd_inverse, top_eigenvectors, trace
+import numpy as np
+
+from onnx_lrsd.arrays import (
+    add_to_diagonal,
+    cast,
+    from_numpy,
+    identity,
+    namespace,
+    spd_inverse,
+    top_eigenvectors,
+    trace,
+)
 from onnx_lrsd.types import Array
 
 _RIDGE = 1e-6
 """Relative to the mean diagonal; float32 normal equations stay positive definite with it."""
+RESTS = 0.01
+"""Sweeps end when one lowers the error by less than this share of it."""
+OVERSAMPLED, POWERS, LEADING_FROM = 16, 3, 256
+"""Leading eigenvectors of a matrix of at least LEADING_FROM rows come from random directions, OVERSAMPLED
+more than asked for, and POWERS of the matrix. Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011)."""
+
+
+@dataclass(frozen=True)
+class GroupedMetric:
+    """The damped second moment of grouped inputs: ``blocks`` (B, B, A, A), C_bd = E[x_b x_d^T], float32.
+
+    ``mean`` (A, A) is that of the C_bb, and ``inverse`` its inverse, both float64.
+    """
+
+    blocks: Array
+    mean: Array
+    inverse: Array
 
 
 @dataclass(frozen=True)
 class Separable:
     """One layer prepared for fits of any rank.
 
-    ``weight`` (B, n, A); ``metric`` (B, B, A, A), the damped centred second moment C_bd =
-    E[x_b x_d^T]; ``product`` (B, n, A), (W C)_b; ``energy`` tr(W C W^T); ``whiten`` (A, A) and
-    ``basis`` (A, A): rows of ``basis`` are the right singular directions of the stacked W_b in the
-    metric mean_b C_bb, best first, orthonormal in that metric; ``inverse`` (A, A) of that metric.
+    ``weight`` (B, n, A); ``product`` (B, n, A), (W C)_b; ``energy`` tr(W C W^T).
     """
 
     weight: Array
-    metric: Array
+    metric: GroupedMetric
     product: Array
     energy: float
-    basis: Array
-    inverse: Array
 
 
-def prepare(weight: Array, metric: Array) -> Separable:
-    """Factorise once what all ranks share: ``weight`` (B, n, A), ``metric`` (B, B, A, A)."""
+class Curve(NamedTuple):
+    """Errors: ``by_rank`` (top + 1,) of every rank; ``by_outer``, by rank, of every outer rank (n + 1,)."""
+
+    by_rank: Array
+    by_outer: dict[int, Array]
+
+
+def grouped_metric(blocks: Array) -> GroupedMetric:
+    """Factorise ``blocks`` (B, B, A, A); they are copied to the order of their axes, for long products."""
+    xp = namespace(blocks)
+    groups = blocks.shape[0]
+    blocks = xp.reshape(xp.reshape(blocks, (-1,)), blocks.shape)
+    mean = cast(sum(blocks[b, b, ...] for b in range(groups)) / groups, xp.float64)
+    mean = add_to_diagonal((mean + mean.T) / 2, 1e-10 * trace(mean) / mean.shape[0])
+    return GroupedMetric(blocks, mean, spd_inverse(mean))
+
+
+def prepare(weight: Array, metric: GroupedMetric, product: Array | None = None) -> Separable:
+    """The problem of ``weight`` (B, n, A); ``product`` (B, n, A), if it is known, is (W C)_b."""
     xp = namespace(weight)
-    groups = weight.shape[0]
-    product = xp.sum(xp.matmul(weight[:, None], metric), axis=0)
-    energy = float(xp.sum(weight * product))
-    mean = xp.sum(xp.stack([metric[b, b] for b in range(groups)]), axis=0) / groups
-    values, vectors = xp.linalg.eigh(cast(mean, xp.float64))
-    values = xp.maximum(values, values[-1] * 1e-10)
-    root, inverse_root = vectors * xp.sqrt(values), vectors / xp.sqrt(values)
-    stacked = cast(xp.reshape(weight, (-1, weight.shape[2])), xp.float64)
-    if stacked.shape[0] < stacked.shape[1]:
-        white = stacked @ root
-        _, _, right = xp.linalg.svd(white, full_matrices=True)
-        basis = right @ inverse_root.T
-    else:
-        white = stacked @ root
-        _, right = top_eigenvectors(white.T @ white, white.shape[1])
-        basis = right.T @ inverse_root.T
-    dtype = weight.dtype
-    return Separable(
-        weight, metric, product, energy, cast(basis, dtype), cast(inverse_root @ inverse_root.T, dtype)
-    )
+    if product is None:
+        groups, n, width = weight.shape
+        wide = xp.reshape(xp.permute_dims(weight, (1, 0, 2)), (n, groups * width))
+        columns = (xp.reshape(metric.blocks[:, b, ...], (groups * width, width)) for b in range(groups))
+        product = xp.stack([wide @ column for column in columns])
+    return Separable(weight, metric, product, float(xp.sum(weight * product)))
 
 
 def fit(
     problem: Separable, rank: int, sweeps: int = 4, steps: int = 6, outer: int = 0
 ) -> tuple[Array, Array, float]:
-    """V (rank, A), H (B, n, rank) and the error relative to ``energy``.
+    """V (rank, A), H (B, n, rank) and the error relative to ``energy``, after at most so many ``sweeps``.
 
     With ``outer``, H_b = U G_b for one U (n, outer): Tucker-2.
     """
-    v = problem.basis[:rank]
+    v = start(problem, rank)
     h, error = _outer(problem, v, outer)
     for _ in range(sweeps if problem.weight.shape[0] > 1 else 0):
+        before = error
         v, h, error = sweep(problem, v, h, steps, outer)
+        if before - error < RESTS * before:
+            break
     return v, h, error
+
+
+def start(problem: Separable, rank: int) -> Array:
+    """V (rank, A): the right singular directions of the stacked W_b in the metric mean_b C_bb, best first.
+
+    Its rows are orthonormal in that metric.
+    """
+    xp = namespace(problem.weight)
+    root = xp.linalg.cholesky(problem.metric.mean)
+    stacked = xp.reshape(problem.weight, (-1, problem.weight.shape[2])) @ cast(root, problem.weight.dtype)
+    found = _leading(stacked.T @ stacked, rank)
+    directions = (root @ cast(found, xp.float64)).T @ problem.metric.inverse
+    return cast(directions, problem.weight.dtype)
+
+
+def _leading(gram: Array, rank: int) -> Array:
+    """The first ``rank`` eigenvectors (A, rank) of ``gram`` (A, A), by subspace iteration if they are few."""
+    size = gram.shape[0]
+    if size < LEADING_FROM or 4 * rank > size:
+        return top_eigenvectors(gram, rank)[1]
+    qr = namespace(gram).linalg.qr
+    drawn = np.random.default_rng(0).standard_normal((size, rank + OVERSAMPLED))
+    found = qr(gram @ from_numpy(drawn, gram))[0]
+    for _ in range(POWERS):
+        found = qr(gram @ found)[0]
+    small = found.T @ gram @ found
+    return found @ top_eigenvectors((small + small.T) / 2, rank)[1]
 
 
 def sweep(problem: Separable, v: Array, h: Array, steps: int, outer: int = 0) -> tuple[Array, Array, float]:
@@ -93,44 +150,34 @@ def sweep(problem: Separable, v: Array, h: Array, steps: int, outer: int = 0) ->
     return v, h, error
 
 
-def rank_errors(problem: Separable, top: int) -> Array:
-    """Errors (top + 1,) of every rank up to ``top`` before any sweep, from one Cholesky factorisation.
+def curve(problem: Separable, top: int, outer_at: Sequence[int] = ()) -> Curve:
+    """Errors of every rank up to ``top``, and of every outer rank beside the ranks ``outer_at``, unswept.
 
-    V of rank r is the first r rows of ``basis``, so that the normal equations of all ranks are leading
-    blocks of one matrix G. In the factor of [[G, R^T], [R, *]] the lower left block Z = R L^-T holds
-    what each feature adds: error_r = 1 - sum of squares of its first r B columns.
+    V of rank r is the first r rows of ``start``, so the normal equations of all ranks are leading blocks of
+    one matrix G. In the Cholesky factor of [[G, R^T], [R, *]] the lower left block Z = R L^-T holds what each
+    feature adds to each output: error_r = 1 - sum of squares of its first r B columns. The features of rank r
+    explain outputs of covariance Z_r Z_r^T, of which q outer directions keep the q largest eigenvalues.
     """
     xp = namespace(problem.weight)
-    added = _added(problem, top)
-    gains = xp.sum(xp.reshape(added**2, (added.shape[0], top, -1)), axis=(0, 2)) / problem.energy
-    return xp.maximum(1 - xp.concat([xp.zeros_like(gains[:1]), xp.cumulative_sum(gains)]), 0.0)
-
-
-def outer_errors(problem: Separable, ranks: Sequence[int]) -> dict[int, Array]:
-    """Errors (n + 1,) of every outer rank beside each of ``ranks`` (ascending), before any sweep.
-
-    The features of rank r explain outputs of covariance Z_r Z_r^T, of which q outer directions keep the
-    q largest eigenvalues.
-    """
-    xp = namespace(problem.weight)
-    added, found = _added(problem, ranks[-1]), {}
-    explained, done, groups = xp.zeros_like(added @ added.T), 0, problem.weight.shape[0]
-    for rank in ranks:
-        part = added[:, done * groups : rank * groups]
-        explained, done = explained + part @ part.T, rank
-        values = xp.flip(xp.linalg.eigvalsh(explained)) / problem.energy
-        found[rank] = xp.maximum(1 - xp.concat([xp.zeros_like(values[:1]), xp.cumulative_sum(values)]), 0.0)
-    return found
-
-
-def _added(problem: Separable, top: int) -> Array:
-    """Z (n, top B): what each feature of the first ``top`` rows of ``basis`` adds to each output."""
-    xp = namespace(problem.weight)
-    gram, right = _normal_equations(problem, problem.basis[:top], by_rank=True)
+    groups = problem.weight.shape[0]
+    gram, right = _normal_equations(problem, start(problem, top), by_rank=True)
     size = gram.shape[0]
     corner = 2 * problem.energy * identity(right.shape[0], gram)
     stacked = xp.concat([xp.concat([gram, right.T], axis=1), xp.concat([right, corner], axis=1)], axis=0)
-    return xp.linalg.cholesky(stacked)[size:, :size]
+    added = xp.linalg.cholesky(stacked)[size:, :size]
+    gains = xp.sum(xp.reshape(added**2, (added.shape[0], top, groups)), axis=(0, 2)) / problem.energy
+    by_outer, explained, done = {}, xp.zeros_like(corner), 0
+    for rank in sorted(set(outer_at)):
+        part = added[:, done * groups : rank * groups]
+        explained, done = explained + part @ part.T, rank
+        by_outer[rank] = _missed(xp.flip(xp.linalg.eigvalsh(explained)) / problem.energy)
+    return Curve(_missed(gains), by_outer)
+
+
+def _missed(gains: Array) -> Array:
+    """What is left of 1 after none, one, two ... of ``gains`` (k,): (k + 1,)."""
+    xp = namespace(gains)
+    return xp.maximum(1 - xp.concat([xp.zeros_like(gains[:1]), xp.cumulative_sum(gains)]), 0.0)
 
 
 def _normal_equations(problem: Separable, v: Array, *, by_rank: bool = False) -> tuple[Array, Array]:
@@ -139,12 +186,15 @@ def _normal_equations(problem: Separable, v: Array, *, by_rank: bool = False) ->
     Features are ordered by group, or by rank with their groups together.
     """
     xp = namespace(v)
-    size = problem.metric.shape[0] * v.shape[0]
-    features = xp.matmul(xp.matmul(v, problem.metric), v.T)
+    groups, _, width = problem.weight.shape
+    rank = v.shape[0]
+    size = groups * rank
+    half = xp.reshape(xp.matmul(v, problem.metric.blocks), (groups * groups * rank, width))
+    features = xp.reshape(half @ v.T, (groups, groups, rank, rank))
     right = xp.matmul(problem.product, v.T)
     order, columns = ((2, 0, 3, 1), (1, 2, 0)) if by_rank else ((0, 2, 1, 3), (1, 0, 2))
     gram = cast(xp.reshape(xp.permute_dims(features, order), (size, size)), xp.float64)
-    gram = (gram + gram.T) / 2 + _RIDGE * trace(gram) / size * identity(size, gram)
+    gram = add_to_diagonal((gram + gram.T) / 2, _RIDGE * trace(gram) / size)
     return gram, cast(xp.reshape(xp.permute_dims(right, columns), (right.shape[1], size)), xp.float64)
 
 
@@ -174,19 +224,24 @@ def _inner(problem: Separable, v: Array, h: Array, steps: int) -> Array:
     transposed = xp.permute_dims(h, (0, 2, 1))
     gram = xp.matmul(transposed[:, None], h[None])
     own = xp.sum(xp.stack([gram[b, b] for b in range(groups)]), axis=0)
-    own = own + _RIDGE * trace(own) / own.shape[0] * identity(own.shape[0], own)
+    own = add_to_diagonal(own, _RIDGE * trace(own) / own.shape[0])
     own_inverse = cast(spd_inverse(cast(own, xp.float64)), v.dtype)
+    inverse, blocks = cast(problem.metric.inverse, v.dtype), problem.metric.blocks
+    rank, width = v.shape
+    # For each d, the rows of H_b^T H_d of all b: (r, B r) with row i of block b at (i, b).
+    by_row = xp.permute_dims(gram, (1, 2, 0, 3))
+    beside = [xp.reshape(by_row[d, ...], (rank * groups, rank)) for d in range(groups)]
 
     def apply(x: Array) -> Array:
-        # sum_bd H_b^T H_d x C_db: the (r, r) products first, then one long product for each b.
+        # sum_bd H_b^T H_d x C_db: two long products for each d.
         total = xp.zeros_like(x)
-        for b in range(groups):
-            for d in range(groups):
-                total = total + (gram[b, d] @ x) @ problem.metric[d, b]
+        for d in range(groups):
+            wide = xp.reshape(beside[d] @ x, (rank, groups * width))
+            total = total + wide @ xp.reshape(blocks[d, ...], (groups * width, width))
         return total
 
     residual = xp.sum(xp.matmul(transposed, problem.product), axis=0) - apply(v)
-    step = own_inverse @ residual @ problem.inverse
+    step = own_inverse @ residual @ inverse
     fall = float(xp.sum(residual * step))
     for _ in range(steps):
         image = apply(step)
@@ -195,7 +250,7 @@ def _inner(problem: Separable, v: Array, h: Array, steps: int) -> Array:
             break
         v = v + (fall / curvature) * step
         residual = residual - (fall / curvature) * image
-        preconditioned = own_inverse @ residual @ problem.inverse
+        preconditioned = own_inverse @ residual @ inverse
         fall, before = float(xp.sum(residual * preconditioned)), fall
         step = preconditioned + (fall / before) * step
     return v
@@ -204,9 +259,8 @@ def _inner(problem: Separable, v: Array, h: Array, steps: int) -> Array:
 def _orthonormalise(problem: Separable, v: Array) -> Array:
     """Rows of V orthonormal in the metric mean_b C_bb: the next regression is then well conditioned."""
     xp = namespace(v)
-    groups = problem.metric.shape[0]
-    gram = sum(v @ problem.metric[b, b] @ v.T for b in range(groups)) / groups
-    gram = cast(gram, xp.float64)
+    wide = cast(v, xp.float64)
+    gram = wide @ problem.metric.mean @ wide.T
     values, vectors = xp.linalg.eigh((gram + gram.T) / 2)
     values = xp.maximum(values, values[-1] * 1e-12)
-    return cast((vectors / xp.sqrt(values)).T @ cast(v, xp.float64), v.dtype)
+    return cast((vectors / xp.sqrt(values)).T @ wide, v.dtype)

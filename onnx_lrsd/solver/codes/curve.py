@@ -127,7 +127,7 @@ def _energies(problem: Problem, kind: str) -> tuple[np.ndarray, np.ndarray]:
     if kind == CHANNEL:
         missed = to_numpy(low_rank(weight, metric).errors)[: top + 1] * scale
     else:
-        missed = to_numpy(separable.rank_errors(group(problem.layer, weight, metric, kind), top)) * scale
+        missed = to_numpy(separable.curve(group(problem.layer, weight, metric, kind), top).by_rank) * scale
     return np.maximum(missed[:-1] - missed[1:], 0.0), missed
 
 
