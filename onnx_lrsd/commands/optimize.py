@@ -32,7 +32,7 @@ from onnx_lrsd.fit.sensitivity import sensitivities
 from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, save
 from onnx_lrsd.int8.fit import Int8Fitter
 from onnx_lrsd.measure.compare import compare, total_price
-from onnx_lrsd.measure.layer_times import anatomy
+from onnx_lrsd.measure.layer_times import time_layers
 from onnx_lrsd.measure.load_cost import opening_cost
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.plan.curves import error_curves, with_seconds
@@ -262,7 +262,7 @@ def _curves(
         if not run.target.times:
             return curves, total
         able = [curve.layer for curve in curves if len(curve.points) > 1]
-        measured = anatomy(source, able, known.shapes, known.samples)
+        measured = time_layers(source, able, known.shapes, known.samples)
         return with_seconds(curves, measured), replace(total, seconds=measured.whole)
 
 

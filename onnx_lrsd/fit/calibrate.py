@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from math import frexp, isfinite, prod
+from math import ceil, frexp, isfinite, prod
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -154,9 +154,9 @@ def calibrate(
     for layer in watched:
         wanted, scale = quotas[layer.output].wanted, quotas[layer.output].scale
         if not _keeps_inputs(layer):
-            inputs[layer.output] = np.empty((-(-wanted // every), layer.m), np.float32)
+            inputs[layer.output] = np.empty((ceil(wanted / every), layer.m), np.float32)
         strides[layer.output] = _stride(layer, wanted, samples)
-        accumulators[layer.output] = MomentAccumulator(layer, -(-wanted // strides[layer.output]))
+        accumulators[layer.output] = MomentAccumulator(layer, ceil(wanted / strides[layer.output]))
         kept[layer.output] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
         if not _keeps_inputs(layer) and not operator_of(layer).FETCHES_OUTPUTS:
             weights[layer.output] = _single(weight_of(layer), scale)
@@ -170,12 +170,14 @@ def calibrate(
         if layer.output in weights:
             _outputs(rows, weights[layer.output], kept[layer.output][start:stop])
         if layer.output in inputs:
-            inputs[layer.output][_which(start, stop, every)] = _nth(rows, start, every)
+            inputs[layer.output][_places(start, stop, every)] = _every_nth(rows, start, every)
         usable = _usable(rows)
         bad[layer.output] += len(rows) - int(np.count_nonzero(usable))
         silent[layer.output] += len(rows) - int(np.count_nonzero(rows.any(axis=1)))
         stride = strides[layer.output]
-        accumulators[layer.output].add(_only(_nth(rows, start, stride), _nth(usable, start, stride)))
+        accumulators[layer.output].add(
+            _only(_every_nth(rows, start, stride), _every_nth(usable, start, stride))
+        )
         done[layer.output] = stop
     kept = {name: values[: done[name]] for name, values in kept.items()}
     inputs |= {name: kept[name][::every] for name in into}
@@ -249,7 +251,7 @@ def recalibrate(
     runs = _runs(model, layers, samples, reference.batch, (), relay or Relay(), handed)
     for layer, rows in _observe(runs, layers, samples, reference.seed, quotas, into, {}):
         start, stop = done[layer.output], done[layer.output] + len(rows)
-        _nth(rows, start, every)[:] = reference.inputs[layer.output][_which(start, stop, every)]
+        _every_nth(rows, start, every)[:] = reference.inputs[layer.output][_places(start, stop, every)]
         targets = kept[layer.output][start:stop]
         usable = fine[layer.output][start:stop] = _usable(rows) & _usable(targets)
         accumulators[layer.output].add(_only(rows, usable), _only(targets, usable))
@@ -318,17 +320,18 @@ def _only(rows: Rows, usable: npt.NDArray[np.bool_]) -> Rows:
 def _every(layers: Sequence[Layer], quotas: Mapping[str, Quota]) -> int:
     """Of how many rows one original input is kept beside the outputs."""
     whole = sum(4 * layer.m * quotas[layer.output].wanted for layer in layers if not _keeps_inputs(layer))
-    return max(ORIGINAL, -(-whole // ORIGINAL_BYTES))
+    return max(ORIGINAL, ceil(whole / ORIGINAL_BYTES))
 
 
-def _nth(rows: npt.NDArray[Kind], start: int, every: int) -> npt.NDArray[Kind]:
+def _every_nth(rows: npt.NDArray[Kind], start: int, every: int) -> npt.NDArray[Kind]:
     """A view of those of ``rows``, which are numbered from ``start``, whose number ``every`` divides."""
-    return rows[-start % every :: every]
+    first = ceil(start / every) * every
+    return rows[first - start :: every]
 
 
-def _which(start: int, stop: int, every: int) -> slice:
-    """Among every ``every``-th row, those between the rows ``start`` and ``stop``."""
-    return slice(-(-start // every), -(-stop // every))
+def _places(start: int, stop: int, every: int) -> slice:
+    """Where an array of every ``every``-th row has those between the rows ``start`` and ``stop``."""
+    return slice(ceil(start / every), ceil(stop / every))
 
 
 def _stride(layer: Layer, wanted: int, samples: Samples) -> int:

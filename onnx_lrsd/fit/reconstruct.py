@@ -11,6 +11,7 @@ the rewritten network before each, which starts where what is settled ends.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -150,7 +151,7 @@ def _branched(factors: Factors) -> bool:
 
 def _stages(layers: Sequence[Layer]) -> list[list[Layer]]:
     """Consecutive layers in at most STAGES groups of like size; layers of one input stay together."""
-    size = -(-len(layers) // STAGES)
+    size = ceil(len(layers) / STAGES)
     stages: list[list[Layer]] = []
     for layer in layers:
         together = stages and stages[-1][-1].input == layer.input

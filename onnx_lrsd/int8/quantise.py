@@ -38,8 +38,8 @@ RANGE_SAMPLES, ERROR_SAMPLES = 128, 16
 """Samples, at most, that ranges are taken from, and others that errors are measured on."""
 GROUPS = 8
 """Groups of samples, at least, that ranges are averaged over."""
-CLEARLY = 0.5
-"""Averaged ranges cut off what is rare: they must be so much better on the samples at hand."""
+AVERAGED_BELOW = 0.5
+"""Share of the error with plain ranges below which averaged ones are taken: they cut off what is rare."""
 
 
 class Quantised(NamedTuple):
@@ -84,7 +84,7 @@ def quantise(
     lost = error(whole)
     robust = _ranges(ready, ranged, averaged=True)
     other = _quantised(ready, robust, layers)
-    if (less := error(other)) < CLEARLY * lost:
+    if (less := error(other)) < AVERAGED_BELOW * lost:
         ranges, whole, lost = robust, other, less
     if lost <= tolerance:
         return Quantised(_finished(whole, model), len(layers), {}, lost, _without_kernel(ready))

@@ -29,19 +29,19 @@ LAYOUT = ("ReorderInput", "ReorderOutput")
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class LayerTimes:
     """Seconds of one sample in one thread: of the whole model, and of layers by name."""
 
     whole: float
     layers: Mapping[str, float]
 
 
-def anatomy(
+def time_layers(
     model: Model,
     layers: Sequence[Layer],
     shapes: Mapping[str, tuple[int, ...]],
     samples: Samples,
-) -> Anatomy:
+) -> LayerTimes:
     """Time the whole model and each of ``layers`` alone on one smallest batch; layers alike are timed once.
 
     ``shapes`` are those of the layers' inputs in that batch.
@@ -61,7 +61,7 @@ def anatomy(
         found[layer.output] = known[key] / size
     whole = _whole(model, feed) / size
     fitting = min(1.0, whole / max(sum(found.values()), 1e-12))  # alone they can seem to take more than all
-    return Anatomy(whole, {name: seconds * fitting for name, seconds in found.items()})
+    return LayerTimes(whole, {name: seconds * fitting for name, seconds in found.items()})
 
 
 @dataclass(frozen=True)

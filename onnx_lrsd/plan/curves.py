@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf
-from onnx_lrsd.measure.layer_times import Anatomy
+from onnx_lrsd.measure.layer_times import LayerTimes
 from onnx_lrsd.run import NO_FORM, NO_STORAGE, Run
 from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.targets import Target, price
@@ -45,7 +45,7 @@ def _point(target: Target, layer: Layer, form: Form, error: float) -> Point:
     return Point(form, error, price(layer, form), target.predicted_time(layer, form))
 
 
-def with_seconds(curves: list[ErrorCurve], measured: Anatomy) -> list[ErrorCurve]:
+def with_seconds(curves: list[ErrorCurve], measured: LayerTimes) -> list[ErrorCurve]:
     """The curves with ``price.seconds``: the measured time of the dense layer times the predicted ratio."""
     return [
         ErrorCurve(curve.layer, tuple(_timed(p, curve.points[0].time, seconds) for p in curve.points))

@@ -113,7 +113,8 @@ def _attributes(layer: Layer, extent: Sequence[int], mine: list[bool]) -> dict[s
         "dilations": [layer.dilations[i] if mine[i] else 1 for i in range(axes)],
     }
     if layer.auto_pad in ("NOTSET", ""):
-        attributes["pads"] = [layer.pads[i] if mine[i % axes] else 0 for i in range(2 * axes)]
+        both_ends = zip(layer.pads, [*mine, *mine], strict=True)
+        attributes["pads"] = [pad if takes else 0 for pad, takes in both_ends]
     else:
         attributes["auto_pad"] = layer.auto_pad
     return attributes
