@@ -37,16 +37,26 @@ def test_a_damaged_file_gives_a_valid_model_or_one_sentence(count: int) -> None:
 
 def test_damage_is_said_in_words() -> None:
     model = MODELS[0]()
-    types, dims, opset, huge = (onnx.ModelProto() for _ in range(4))
-    for damaged in (types, dims, opset, huge):
+    types, dims, opset, pads, none, wide, huge = (onnx.ModelProto() for _ in range(7))
+    for damaged in (types, dims, opset, pads, none, wide, huge):
         damaged.CopyFrom(model)
     types.graph.output[0].type.tensor_type.elem_type = -1
     dims.graph.initializer[0].ClearField("raw_data")
     opset.opset_import[0].domain = "no such name"
+    none.graph.node[0].ClearField("output")
+    wide.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 1 << 31
+    pads.graph.node[0].attribute[0].type = onnx.AttributeProto.FLOAT
     weight = numpy_helper.to_array(model.graph.initializer[0]).copy()
     weight[0, 0, 0, 0] = 1e38
     huge.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w1"))
-    for damaged, says in ((types, "damaged"), (dims, "damaged"), (opset, "opset")):
+    for damaged, says in (
+        (types, "damaged"),
+        (dims, "Tensor .* is damaged"),
+        (opset, "opset"),
+        (pads, "Attribute .* is damaged"),
+        (none, "gives nothing"),
+        (wide, "too large"),
+    ):
         with pytest.raises(LrsdError, match=says):
             onnx_lrsd.optimize(damaged, ratio=1.3, target="size", dry_run=True)
     found = onnx_lrsd.inspect(huge)

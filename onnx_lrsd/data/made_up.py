@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 
@@ -17,6 +18,8 @@ MADE_UP = "made up"
 """The source of such samples."""
 GUESSES = (32, 64, 128, 224, 256, 512)
 """Sizes to try for open dimensions."""
+MOST_ENTRIES = 1 << 30
+"""Of an input that is made up."""
 
 
 def made_up_samples(model: Model) -> Samples:
@@ -44,7 +47,8 @@ def random_samples(
     """Random samples for ``count`` feeds, to learn shapes and to time models, and for nothing else.
 
     Floating numbers are standard normal, integers and booleans are ``fill``, every open dimension but the
-    batch is ``size``. The model may refuse them: the caller has to try.
+    batch is ``size``. The model may refuse them: the caller has to try. Raises DataError for a shape that no
+    memory holds.
     """
     rng = np.random.default_rng(seed)
     layout, fixed = input_layout_of(inputs)
@@ -54,6 +58,10 @@ def random_samples(
         axis = layout[spec.name].axis
         dims = [d if isinstance(d, int) else size for k, d in enumerate(spec.shape) if k != axis]
         shape = (1 if axis is None else samples, *dims)
+        if prod(shape) > MOST_ENTRIES:
+            raise DataError(
+                f"Input {spec.name} has the shape {spec.shape}, which is too large to make up: give samples."
+            )
         floating = spec.dtype != "object" and np.dtype(spec.dtype).kind in "fV"  # V: bfloat16 and smaller
         values: Values = rng.standard_normal(shape, np.float32) if floating else np.full(shape, fill)
         values = np.full(shape, "a") if spec.dtype == "object" else values.astype(spec.dtype)

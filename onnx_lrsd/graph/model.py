@@ -39,7 +39,7 @@ from onnx_lrsd.graph.external_data import (
 )
 from onnx_lrsd.graph.working_graph import WorkingGraph
 
-G_LOGGER.severity = G_LOGGER.CRITICAL  # it logs to stdout, which belongs to the user
+G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # it logs to stdout, which belongs to the user
 
 PROTOBUF_LIMIT = 2**31 - 1
 EXTERNAL_THRESHOLD = 1024
@@ -48,6 +48,23 @@ DEFAULTS_FROM = 4
 """IR version from which an initializer among the inputs is a default; before every one had to be there."""
 EDITED = ("node", "initializer", "sparse_initializer", "input", "value_info", "quantization_annotation")
 """Fields of a graph that a splice writes anew."""
+ATTRIBUTE_FIELDS = {
+    onnx.AttributeProto.FLOAT: "f",
+    onnx.AttributeProto.INT: "i",
+    onnx.AttributeProto.STRING: "s",
+    onnx.AttributeProto.TENSOR: "t",
+    onnx.AttributeProto.GRAPH: "g",
+    onnx.AttributeProto.SPARSE_TENSOR: "sparse_tensor",
+    onnx.AttributeProto.TYPE_PROTO: "tp",
+    onnx.AttributeProto.FLOATS: "floats",
+    onnx.AttributeProto.INTS: "ints",
+    onnx.AttributeProto.STRINGS: "strings",
+    onnx.AttributeProto.TENSORS: "tensors",
+    onnx.AttributeProto.GRAPHS: "graphs",
+    onnx.AttributeProto.SPARSE_TENSORS: "sparse_tensors",
+    onnx.AttributeProto.TYPE_PROTOS: "type_protos",
+}
+"""Where an attribute of each type has its values."""
 DESCRIPTION = ("name", "data_type", "dims", "doc_string", "metadata_props")
 """What a tensor says of its values."""
 
@@ -297,6 +314,25 @@ def _must_be_sound(proto: onnx.ModelProto, name: str) -> None:
     for tensor in stored_tensors(proto):
         if not is_whole(tensor):
             raise ModelError(f"Tensor {tensor.name} of {name} is damaged: export or copy the model again.")
+    for node in proto.graph.node:
+        if node.domain in ("", "ai.onnx") and not any(node.output):
+            raise ModelError(
+                f"Node {node.name or node.op_type} of {name} gives nothing: export the model again."
+            )
+        for attribute in node.attribute:
+            if not _of_its_type(attribute):
+                raise ModelError(
+                    f"Attribute {attribute.name} of {node.name or node.op_type} in {name} is damaged: "
+                    "export or copy the model again."
+                )
+
+
+def _of_its_type(attribute: onnx.AttributeProto) -> bool:
+    """Whether the attribute has values of the type that it names, and of no other; old files name none."""
+    if not attribute.type:
+        return True
+    held = {field.name for field, _ in attribute.ListFields() if field.name in ATTRIBUTE_FIELDS.values()}
+    return held <= {ATTRIBUTE_FIELDS.get(attribute.type, "")}
 
 
 def _read(path: Path) -> onnx.ModelProto:
