@@ -21,10 +21,10 @@ from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.speedup import speedups_within
 from onnx_lrsd.passes.kernel_owners import kernel_owners
 from onnx_lrsd.plan import planner
-from onnx_lrsd.plan.planner import LAVISH, SPARE, Planner
+from onnx_lrsd.plan.planner import LAVISH, SPARE, Planner, _without
 from onnx_lrsd.run import Options, start
 from onnx_lrsd.runtime.kernel_times import kernels
-from onnx_lrsd.targets import TARGETS, built_in, machine
+from onnx_lrsd.targets import TARGETS, built_in, machine, price
 from onnx_lrsd.targets.machine import COLUMN, MATRIX, NODES, POINT, ROW, SQUARE, from_json, to_json
 from onnx_lrsd.targets.target import Node
 from onnx_lrsd.types import (
@@ -32,6 +32,7 @@ from onnx_lrsd.types import (
     COSTS,
     DENSE,
     SPATIAL,
+    TUCKER,
     ErrorCurve,
     Form,
     Layer,
@@ -239,11 +240,17 @@ def curves(count: int = 4) -> list[ErrorCurve]:
     return found
 
 
+WITHOUT = 1.1
+"""How many times faster the whole model is without the forms that are slower within it."""
+
+
 def latency_planner(monkeypatch: pytest.MonkeyPatch, truth: float) -> tuple[Planner, list[float]]:
     """A planner on a machine where every saving is ``truth`` of what was predicted; and what it measured."""
     measured: list[float] = []
 
-    def whole_speedup(_: Any, layers: Any, forms: dict[str, Form], *more: Any) -> float:
+    def whole_speedup(_: Any, layers: Any, forms: dict[str, Form], *more: Any, over: Any = None) -> float:
+        if over is not None:
+            return WITHOUT
         saved = sum(1e-3 - form.rank * 1e-4 for form in forms.values())
         measured.append(5e-3 / (5e-3 - truth * saved))
         return measured[-1]
@@ -277,6 +284,25 @@ def test_a_layer_that_is_slower_within_the_model_is_left_as_it_was(monkeypatch: 
     monkeypatch.setattr(planner, "speedups_within", within)
     assert set(made.for_ratio(1.8)) == {"l1", "l2", "l3"}
     assert "0.90 times as fast as before within the model" in made.run.journal.reasons["l0"]
+
+
+def test_a_layer_stays_rewritten_where_the_whole_model_is_slower_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, _ = latency_planner(monkeypatch, 1.0)
+    monkeypatch.setattr(f"{__name__}.WITHOUT", 0.97)
+    monkeypatch.setattr(
+        planner, "speedups_within", lambda model, layers, forms, *_: dict.fromkeys(forms, 0.9)
+    )
+    assert set(made.for_ratio(1.8)) == {"l0", "l1", "l2", "l3"}
+
+
+def test_a_slow_form_takes_no_form_of_another_kind_with_it() -> None:
+    layer = conv()
+    forms = [Form(SPATIAL, 16), Form(SPATIAL, 64), Form(TUCKER, 16, outer=16), Form(TUCKER, 64, outer=64)]
+    points = tuple(Point(form, 0.1, price(layer, form)) for form in (Form(DENSE), *forms))
+    left = [point.form for point in _without(ErrorCurve(layer, points), Form(TUCKER, 48, outer=48))]
+    assert left == [Form(DENSE), Form(SPATIAL, 16), Form(SPATIAL, 64), Form(TUCKER, 16, outer=16)]
 
 
 def test_what_a_layer_gains_within_the_model_is_read_from_its_kernels() -> None:

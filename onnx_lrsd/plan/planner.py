@@ -20,7 +20,9 @@ from onnx_lrsd.run import OUT_OF_REACH, Run
 from onnx_lrsd.targets import price
 from onnx_lrsd.types import COSTS, DENSE, N_OF_M, UNSTRUCTURED, ErrorCurve, Form, Layer, Point, Price
 
-ROUNDS = 4
+MUCH_CHEAPER = 0.75
+"""Share of a slow form's MACs below which another of its kind may still be fast."""
+ROUNDS = 6
 """Allocations at most, each without the forms that the one before found to be no faster."""
 MODERATE = 0.03
 """Relative error of a layer at which its sensitivity is measured first."""
@@ -176,7 +178,7 @@ class Planner:
         return spend(self.curves, best, slack, self.cost, self.sensitivity, by_time)
 
     def _drop_slow(self, chosen: Forms) -> set[str]:
-        """Names of the layers whose form is not faster here; only much cheaper ones stay in their curves.
+        """Names of the layers whose form is not faster here; it leaves their curves with others of its kind.
 
         Each is timed alone; once all are faster so, within the whole model.
         """
@@ -193,21 +195,25 @@ class Planner:
                 form = chosen[name]
                 ran = f"as {form} it ran {slow[name]:.2f} times as fast as before{where}"
                 self.run.journal.leave([name], ran)
-                faster = tuple(p for p in curve.points if p.form.dense or p.price.macs < _macs(curve, form))
-                self.curves[index] = ErrorCurve(curve.layer, faster)
+                self.curves[index] = ErrorCurve(curve.layer, _without(curve, form))
         return set(slow)
 
     def _slow_within(self, layers: Sequence[Layer], chosen: Forms) -> dict[str, float]:
         """How many times faster, less than once, what is slower within the model, if it is so twice.
 
-        Once may be another program's doing.
+        Once may be another program's doing. Nor do a layer's kernels tell what its neighbours gain by it:
+        the whole model must be faster without these forms.
         """
         slow = dict.fromkeys(chosen, 0.0)
         for _ in range(2):
             if slow:
                 measured = speedups_within(self.source, layers, chosen, self.samples)
                 slow = {name: measured[name] for name in slow if measured.get(name, 1.0) < 1}
-        return slow
+        if not slow:
+            return {}
+        others = {name: form for name, form in chosen.items() if name not in slow}
+        without = whole_speedup(self.source, layers, others, self.samples, WHOLE_SECONDS, over=chosen)
+        return slow if without > 1 else {}
 
 
 def _far_from_moderate(point: Point) -> tuple[bool, float]:
@@ -219,6 +225,12 @@ def _first(entry: tuple[float, *tuple[object, ...]]) -> float:
     return entry[0]
 
 
-def _macs(curve: ErrorCurve, form: Form) -> int:
-    """MACs below which a form may still be tried after ``form`` was too slow: a quarter less."""
-    return price(curve.layer, form).macs * 3 // 4
+def _without(curve: ErrorCurve, slow: Form) -> tuple[Point, ...]:
+    """The points of ``curve`` but those of the kind of ``slow`` that save hardly more than it does."""
+    least = price(curve.layer, slow).macs * MUCH_CHEAPER
+
+    def stays(point: Point) -> bool:
+        alike = point.form.kind == slow.kind and point.form.pattern.kind == slow.pattern.kind
+        return not alike or point.price.macs < least
+
+    return tuple(point for point in curve.points if stays(point))
