@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import onnx_lrsd
 from onnx_lrsd.cli import main
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.fit.calibrate import Calibration, calibrate, what_was_left_out
-from onnx_lrsd.fit.reconstruct import reconstruct
+from onnx_lrsd.fit.reconstruct import biases_added, reconstruct
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
@@ -147,8 +148,17 @@ def test_a_layer_without_bias_keeps_silence(form: Form) -> None:
 
 
 def test_a_bias_takes_up_the_mean_where_no_silence_was_seen() -> None:
-    factors = fitted(silent_model(), np.abs(numbers()) + 0.5, Form("channel", 32))[1]
+    """And it is said."""
+    model = silent_model()
+    working = model.graph()
+    layers, _ = find_layers(working)
+    weight_of = partial(read_weight, working)
+    factors = fitted(model, np.abs(numbers()) + 0.5, Form("channel", 32))[1]
     assert all(factors[name].bias.any() for name in factors)
+    said = biases_added(layers, factors, weight_of)
+    assert said.startswith(f"A bias was added where there was none ({layers[0].name} and 1 more)")
+    without = {name: replace(each, bias=np.zeros(WIDTH)) for name, each in factors.items()}
+    assert biases_added(layers, without, weight_of) == ""
 
 
 def test_a_layer_with_a_bias_keeps_none_of_it_fixed() -> None:

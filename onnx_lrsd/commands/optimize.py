@@ -28,6 +28,7 @@ from onnx_lrsd.fit.calibrate import (
     what_was_left_out,
 )
 from onnx_lrsd.fit.fitter import Fitted, Fitter, LowRankFitter
+from onnx_lrsd.fit.reconstruct import biases_added
 from onnx_lrsd.fit.sensitivity import sensitivities
 from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, save
 from onnx_lrsd.int8.fit import Int8Fitter
@@ -150,6 +151,7 @@ def optimize(
     delivered = None
     if not dry_run:
         chosen, delivered = _deliver(run, original, known.layers, search, chosen, fitter, check_on)
+        run.journal.warn(biases_added(known.layers, delivered.factors, weight_of))
     if plan is None:
         plan = make_plan(run, curves, chosen)
     rewritten = original if delivered is None else delivered.model

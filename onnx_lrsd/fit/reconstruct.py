@@ -101,6 +101,22 @@ def reconstruct(
     return rewritten, fitted
 
 
+def biases_added(layers: Sequence[Layer], factors: Mapping[str, Factors], weight_of: WeightOf) -> str:
+    """A sentence on the layers that got a bias and had none; empty where there are none."""
+    added = [
+        layer.name
+        for layer in layers
+        if layer.output in factors and factors[layer.output].bias.any() and not weight_of(layer)[1].any()
+    ]
+    if not added:
+        return ""
+    more = f" and {len(added) - 1} more" if len(added) > 1 else ""
+    return (
+        f"A bias was added where there was none ({added[0]}{more}): inputs of zeros, such as silence, no "
+        "longer give zeros there; add samples with such inputs to keep it so."
+    )
+
+
 def _with_dense(
     working: WorkingGraph,
     layers: Sequence[Layer],
