@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,14 +35,17 @@ from onnx_lrsd.errors import LrsdError, OptionError
 from onnx_lrsd.graph.model import load, save, size_on_disk
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.measure.drift import drift
 from onnx_lrsd.report import (
     comparison_table,
     comparison_to_json,
+    drift_table,
     inspection_table,
     inspection_to_json,
     machine_table,
     plan_from_json,
     plan_to_json,
+    report_page,
     report_table,
     report_to_json,
 )
@@ -57,7 +62,7 @@ COST_NAMES = {"macs": "macs", "params": "parameters", "bytes": "bytes", "latency
 """What --cost is called here, and in the API."""
 FLAGS = {"evaluation": "--eval", "calibration": "--calib"}
 """Options whose flag is not their name."""
-VERBOSE = "onnx_lrsd.verbose"
+VERBOSE, ARGUMENTS = "onnx_lrsd.verbose", "onnx_lrsd.arguments"
 REDRAW = 0.1
 """Seconds between two drawings of the progress bar."""
 
@@ -66,6 +71,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 class _Commands(click.Group):
     """Turns what commands raise into one sentence on stderr and an exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -146,6 +155,13 @@ JSON_OPTION = click.option(
     metavar="FILE",
     help="Write the report as JSON; - is stdout.",
 )
+HTML_OPTION = click.option(
+    "--html",
+    "html_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the report as a page for a browser, in one file that needs no network.",
+)
 
 
 @main.command("optimize")
@@ -208,6 +224,8 @@ JSON_OPTION = click.option(
 )
 @click.option("--dry-run", is_flag=True, help="Stop at the plan: write no model.")
 @JSON_OPTION
+@HTML_OPTION
+@click.option("--details", is_flag=True, help="Put into the JSON what the page draws; --html does as well.")
 @click.option(
     "--device",
     type=click.Choice(DEVICES),
@@ -229,6 +247,8 @@ def optimize_command(
     save_plan: Path | None,
     dry_run: bool,
     json_path: Path | None,
+    html_path: Path | None,
+    details: bool,
     verbose: bool,
     quiet: bool,
     **options: Any,
@@ -239,14 +259,14 @@ def optimize_command(
     their variance. PATH is a .npz with arrays named as the model's inputs, a folder of .npy or .npz files,
     Polygraphy's JSON inputs, or file.py:function, whose code is run.
     """
-    if json_path == STDOUT == save_plan:
-        raise click.UsageError("--json and --save-plan cannot both go to stdout.")
+    if [json_path, html_path, save_plan].count(STDOUT) > 1:
+        raise click.UsageError("Only one of --json, --html and --save-plan can go to stdout.")
     with _usage(ctx):
         Options(**options).check_with(
             calibration=calib, evaluation=evaluation, plan=plan_path, output=output, dry_run=dry_run
         )
     target = None if dry_run else output or model.with_name(model.stem + SUFFIX)
-    _check_apart((target, json_path, save_plan), (model, calib, evaluation, plan_path))
+    _check_apart((target, json_path, html_path, save_plan), (model, calib, evaluation, plan_path))
     with _usage(ctx), _progress(quiet) as progress:
         result = optimize(
             model,
@@ -255,16 +275,22 @@ def optimize_command(
             output=target,
             plan=None if plan_path is None else _read_plan(plan_path),
             dry_run=dry_run,
+            details=details or html_path is not None,
             progress=progress,
             **options,
         )
     report = result.report
+    if report.details is not None:
+        command = shlex.join(["onnx-lrsd", *ctx.meta[ARGUMENTS]])
+        report = replace(report, details=replace(report.details, command=command))
     if not quiet:
         _say(report_table(report, colour=_colour(), every=verbose))
     if save_plan is not None:
         _write(save_plan, plan_to_json(result.plan))
     if json_path is not None:
         _write(json_path, report_to_json(report))
+    if html_path is not None:
+        _write(html_path, report_page(report_to_json(report)))
     if report.promise is not None and not report.promise.kept:
         promise = report.promise
         click.echo(
@@ -296,20 +322,34 @@ def inspect_command(model: Path, json_path: Path | None, verbose: bool, quiet: b
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
 @click.option("--data", metavar="PATH", help="Samples, as for --eval.  [default: made-up data]")
+@click.option(
+    "--layers",
+    is_flag=True,
+    help="Also compare every tensor that has one name in both, to see where they part.",
+)
 @JSON_OPTION
+@HTML_OPTION
 @_loudness
 def compare_command(
-    before: Path, after: Path, data: str | None, json_path: Path | None, verbose: bool, quiet: bool
+    before: Path,
+    after: Path,
+    data: str | None,
+    layers: bool,
+    json_path: Path | None,
+    html_path: Path | None,
+    verbose: bool,
+    quiet: bool,
 ) -> None:
     """Run two models side by side.
 
     Their size, MACs and latency are compared, and how far their outputs differ.
     """
-    _check_writable(json_path)
+    _check_apart((json_path, html_path), (before, after, data))
     one, two = load(before), load(after)
     samples = made_up_samples(one) if data is None else read_samples(data, inputs_of(one.proto))
     samples = without_padding(one, samples)
     with _progress(quiet) as progress:
+        apart = drift(one, two, samples, progress=progress) if layers else None
         found = compare(
             one,
             two,
@@ -320,12 +360,30 @@ def compare_command(
         )
     if not quiet:
         _say(comparison_table(found, str(before), str(after), colour=_colour()))
+        if apart is not None:
+            _say("\n" + drift_table(apart, colour=_colour(), every=verbose))
         for note in samples.notes:
             _say(f"Warning: {note}")
         if data is None:
             _say("Warning: outputs were compared on made-up data, their errors mean little: give --data.")
+    written = comparison_to_json(found, str(before), str(after), samples.source, apart)
     if json_path is not None:
-        _write(json_path, comparison_to_json(found, str(before), str(after), samples.source))
+        _write(json_path, written)
+    if html_path is not None:
+        _write(html_path, report_page(written))
+
+
+@main.command("report")
+@click.argument("report", type=click.Path(path_type=Path))
+@_output("Where to write the page.  [default: REPORT.html beside it]")
+def report_command(report: Path, output: Path | None) -> None:
+    """Make a page for a browser of a report.
+
+    REPORT is the JSON that optimize or compare wrote; the page is the one that --html would have written.
+    """
+    target = output or report.with_suffix(".html")
+    _check_apart([target], [report])
+    _write(target, report_page(_read(report, "report", "--json")))
 
 
 @main.command("unpack")
@@ -432,14 +490,19 @@ def _check_apart(outputs: Sequence[Path | None], inputs: Sequence[str | Path | N
 
 
 def _read_plan(path: Path) -> Plan:
+    return plan_from_json(_read(path, "plan", "--save-plan"))
+
+
+def _read(path: Path, what: str, option: str) -> str:
+    """The text of a file, which is the ``what`` that ``option`` wrote. Raises LrsdError."""
     try:
-        return plan_from_json(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise LrsdError(f"There is no file {path}: check the path of the plan.") from None
+        raise LrsdError(f"There is no file {path}: check the path of the {what}.") from None
     except UnicodeDecodeError:
-        raise LrsdError(f"{path} is not text: give a plan that --save-plan wrote.") from None
+        raise LrsdError(f"{path} is not text: give a {what} that {option} wrote.") from None
     except OSError as error:
-        raise LrsdError(f"{path} cannot be read ({error.strerror}): check the path of the plan.") from None
+        raise LrsdError(f"{path} cannot be read ({error.strerror}): check the path of the {what}.") from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,13 +8,16 @@ from math import isfinite
 
 from onnx_lrsd.types import DENSE, Declined, Layer, Price
 
+ROUNDING = 1e-9
+"""Relative error below which two models differ in the order of their sums alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """What became of one layer. ``form`` is 'dense' where it was left, and ``reason`` says why.
 
     ``kept`` of each ``of`` input channels are not zero where the pattern is N:M. ``weights`` and
-    ``entries`` are the storages of a layer in codes, as in ``Form``.
+    ``entries`` are the storages of a layer in codes, as in ``Form``. ``output`` is the tensor it gives.
     """
 
     name: str
@@ -36,6 +39,7 @@ class LayerReport:
     of: int = 0
     weights: Mapping[str, int] = field(default_factory=dict)
     entries: str = ""
+    output: str = ""
 
     @property
     def left(self) -> bool:
@@ -63,13 +67,18 @@ class OutputError:
     """|new - old|^2 / |old - E old|^2 over the held-out samples of one output of the model.
 
     The error of the whole, and of each group of channels of like role and scale. ``error_interval`` is from
-    the lower end of the worst group to the highest upper end of all.
+    the lower end of the worst group to the highest upper end of all. ``largest`` is the largest absolute
+    difference, ``cosine`` that of the angle between both over all samples, and ``agreement`` the share of
+    samples with the same top class, where they hold scores of classes.
     """
 
     name: str
     relative_error: float
     groups: tuple[GroupError, ...] = ()
     error_interval: tuple[float, float] | None = None
+    largest: float | None = None
+    cosine: float | None = None
+    agreement: float | None = None
 
     @property
     def worst(self) -> float:
@@ -188,6 +197,108 @@ class Engine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Forms that one layer could take, cheapest first, in columns: what each costs and loses.
+
+    ``errors`` are relative errors of the layer's output; ``seconds`` are None where nobody measured.
+    ``groups`` name the kind of each form and of its S.
+    """
+
+    forms: tuple[str, ...]
+    groups: tuple[str, ...]
+    errors: tuple[float, ...]
+    macs: tuple[int, ...]
+    parameters: tuple[int, ...]
+    bytes: tuple[int, ...]
+    seconds: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Of the whitened weight: at ``ranks``, singular values relative to the first, and the energy left."""
+
+    ranks: tuple[int, ...]
+    values: tuple[float, ...]
+    left: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Where S has entries, or which input channels it keeps: rows of digits from 0 to 9.
+
+    ``kind`` is 'entries' (cells are shares of entries that are kept, relative to the fullest cell) or
+    'channels' (one cell a channel, row by row). ``shape`` is that of what is shown: (n, m), or (channels,).
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Shares of a layer's outputs in equal bins from ``low`` to ``high``, in both models."""
+
+    low: float
+    high: float
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDetails:
+    """What is drawn of one layer, the one that gives ``output``; None is what was not measured.
+
+    ``planned`` is the form of the plan as the curve calls it. ``seconds_before`` and ``seconds_after`` are of
+    one sample in one thread, the second predicted. ``sensitivity`` is the error of the model's outputs for
+    each unit of the layer's. ``network_error`` is that of the layer's output in the whole network, with the
+    errors of the layers before it.
+    """
+
+    output: str
+    planned: str = ""
+    seconds_before: float | None = None
+    seconds_after: float | None = None
+    sensitivity: float | None = None
+    network_error: float | None = None
+    curve: Curve | None = None
+    spectrum: Spectrum | None = None
+    picture: Picture | None = None
+    histogram: Histogram | None = None
+
+
+@dataclass(frozen=True, order=True)
+class Trial:
+    """How many times cheaper a model is, and the relative error of its outputs."""
+
+    ratio: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TradeOff:
+    """Cost against error of the whole model, in the unit ``cost``.
+
+    ``predicted`` of plans, ``tried`` and measured in a search, and the one that was ``chosen``, as verified.
+    """
+
+    cost: str
+    predicted: tuple[Trial, ...]
+    tried: tuple[Trial, ...]
+    chosen: Trial | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """What the report page draws beyond the report itself; collected only where it is asked for."""
+
+    layers: tuple[LayerDetails, ...]
+    trade_off: TradeOff | None
+    machine: Mapping[str, str]
+    command: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything the tool says about one run: schema 1 of the JSON, the table, nothing else.
 
@@ -212,6 +323,7 @@ class Report:
     engine: Engine | None = None
     predicted: float | None = None
     table: str = ""
+    details: Details | None = None
 
 
 @dataclass(frozen=True)
@@ -221,3 +333,40 @@ class Inspection:
     layers: tuple[tuple[Layer, Price], ...]
     declined: tuple[Declined, ...]
     total: Price
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorDrift:
+    """How far one tensor of the second model is from that of the first.
+
+    ``name`` is the tensor, ``node`` and ``op`` what computes it in the first model. ``error`` is relative
+    as an output's, ``inherited`` that of the input which had changed most already: what is above it came
+    about in between. ``cosine`` is that of the angle between both, over all samples; None where one is zero.
+    ``largest`` is the largest absolute difference.
+    """
+
+    name: str
+    node: str
+    op: str
+    error: float
+    inherited: float
+    cosine: float | None
+    largest: float
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far two models are apart after each tensor, in the order of the first graph."""
+
+    tensors: tuple[TensorDrift, ...]
+
+    @property
+    def first(self) -> TensorDrift | None:
+        """The first tensor that differs by more than rounding."""
+        return next((tensor for tensor in self.tensors if tensor.error > ROUNDING), None)
+
+    @property
+    def most(self) -> TensorDrift | None:
+        """The tensor whose error rises most above that of what it is computed from."""
+        differing = [tensor for tensor in self.tensors if tensor.error > ROUNDING]
+        return max(differing, key=lambda tensor: tensor.error - tensor.inherited, default=None)

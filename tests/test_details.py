@@ -1,8 +1,22 @@
 """What the report page draws is what the numbers say, and small."""
 
-import numpy as np
-import pytest
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+import onnx_lrsd
+from onnx_lrsd import cli
+from onnx_lrsd.commands.optimize import Result
+from onnx_lrsd.facts import LoadCost
+from onnx_lrsd.report import report_to_json
 from onnx_lrsd.report.details import (
     BINS,
     COLUMNS,
@@ -14,6 +28,7 @@ from onnx_lrsd.report.details import (
     picture,
     spectrum,
 )
+from onnx_lrsd.runtime.timing import pair_latency
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.types import (
@@ -120,3 +135,113 @@ def test_values_that_are_constant_or_not_finite_have_a_histogram_or_none() -> No
     constant = histogram(np.ones(10), np.ones(10))
     assert constant is not None and constant.low < 1 < constant.high
     assert histogram(np.full(3, np.nan), np.full(3, np.nan)) is None
+
+
+def a_model() -> onnx.ModelProto:
+    """Two products of 96 x 96 with a rectifier between them, of rank 12 but for some noise."""
+    rng = np.random.default_rng(0)
+    low = [rng.standard_normal((96, 12)) @ rng.standard_normal((12, 96)) / 30 for _ in range(2)]
+    weights = [(part + rng.standard_normal((96, 96)) / 60).astype(np.float32) for part in low]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 96]) for name in "xy")
+    nodes = [
+        helper.make_node("MatMul", ["x", "w0"], ["c"], "first"),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("MatMul", ["r", "w1"], ["y"], "second"),
+    ]
+    tensors = [numpy_helper.from_array(weight, f"w{index}") for index, weight in enumerate(weights)]
+    graph = helper.make_graph(nodes, "two", [x], [y], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+SAMPLES = {"x": np.random.default_rng(1).standard_normal((200, 96)).astype(np.float32)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hasty() -> Iterator[None]:
+    """Latency is measured for a moment only, and what opening takes not at all."""
+
+    def for_a_moment(*runs: Any, **options: Any) -> Any:
+        return pair_latency(*runs, **{**options, "seconds": 0.05})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnx_lrsd.measure.compare.pair_latency", for_a_moment)
+        patch.setattr("onnx_lrsd.commands.optimize.opening_cost", lambda model: LoadCost(0.1, 1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def result(hasty: None) -> Result:
+    """A search for an output error of 5 %, with details."""
+    return onnx_lrsd.optimize(a_model(), SAMPLES, target="size", max_error=0.05, details=True)
+
+
+def test_details_are_collected_only_where_they_are_asked_for() -> None:
+    report = onnx_lrsd.optimize(a_model(), SAMPLES, target="size", ratio=2, dry_run=True).report
+    assert report.details is None and "details" not in json.loads(report_to_json(report))
+
+
+def test_every_layer_has_its_curve_spectrum_and_histogram(result: Result) -> None:
+    details = result.report.details
+    assert details is not None and [layer.output for layer in details.layers] == ["c", "y"]
+    for layer in details.layers:
+        assert layer.curve is not None and layer.planned in layer.curve.forms
+        assert layer.spectrum is not None and layer.spectrum.left[11] < 0.3, (
+            "twelve directions hold nearly all"
+        )
+        assert layer.histogram is not None and layer.sensitivity is not None
+        assert layer.network_error is not None and 0 < layer.network_error < 0.5
+
+
+def test_the_trade_off_holds_what_was_predicted_tried_and_chosen(result: Result) -> None:
+    details, found = result.report.details, result.report.verification
+    assert details is not None and details.trade_off is not None and found is not None
+    trade_off = details.trade_off
+    assert trade_off.cost == "bytes"
+    ratios = [trial.ratio for trial in trade_off.predicted]
+    errors = [trial.error for trial in trade_off.predicted]
+    assert len(ratios) > 5 and ratios == sorted(ratios)
+    assert errors[-1] > errors[0] >= 0
+    assert trade_off.tried, "a search measures what it tries"
+    assert trade_off.chosen is not None
+    assert trade_off.chosen.ratio == pytest.approx(found.before.bytes / found.after.bytes, rel=1e-3)
+    assert trade_off.chosen.error == pytest.approx(found.error, rel=1e-3)
+
+
+def test_the_json_holds_the_details_and_is_read_as_json(result: Result) -> None:
+    facts = json.loads(report_to_json(result.report))
+    assert [row["output"] for row in facts["layers"]] == [row["output"] for row in facts["details"]["layers"]]
+    assert facts["details"]["machine"]["cores"] and facts["versions"]["numpy"]
+    assert len(report_to_json(result.report)) < 60_000
+
+
+def test_a_replay_and_a_dry_run_have_what_they_measured(result: Result) -> None:
+    replayed = onnx_lrsd.optimize(a_model(), SAMPLES, plan=result.plan, details=True).report.details
+    assert replayed is not None
+    assert all(layer.histogram is not None and layer.curve is None for layer in replayed.layers)
+    planned = onnx_lrsd.optimize(a_model(), SAMPLES, target="size", ratio=2, dry_run=True, details=True)
+    details = planned.report.details
+    assert details is not None and details.trade_off is not None and details.trade_off.chosen is None
+    assert all(layer.histogram is None and layer.curve is not None for layer in details.layers)
+
+
+def test_without_samples_no_output_error_is_predicted() -> None:
+    report = onnx_lrsd.optimize(a_model(), target="size", ratio=2, details=True).report
+    assert report.details is not None and report.details.trade_off is not None
+    assert report.details.trade_off.predicted == ()
+    assert all(layer.sensitivity is None for layer in report.details.layers)
+
+
+def test_the_command_line_writes_the_page_and_how_to_make_it_again(tmp_path: Path) -> None:
+    onnx.save(a_model(), tmp_path / "net.onnx")
+    np.savez(tmp_path / "calib.npz", x=SAMPLES["x"])
+    arguments = ["optimize", str(tmp_path / "net.onnx"), "--calib", str(tmp_path / "calib.npz")]
+    arguments += ["--target", "size", "--ratio", "3", "--html", str(tmp_path / "a page.html")]
+    arguments += ["--json", str(tmp_path / "report.json")]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert shlex.split(facts["details"]["command"]) == ["onnx-lrsd", *arguments]
+    again = CliRunner().invoke(cli.main, ["report", str(tmp_path / "report.json")])
+    assert again.exit_code == 0, again.output
+    written = (tmp_path / "a page.html").read_text(encoding="utf-8")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == written

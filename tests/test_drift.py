@@ -1,20 +1,26 @@
 """Where two models drift apart: tensor by tensor, by the names they share."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_lrsd
+from onnx_lrsd import cli
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import VerificationError
+from onnx_lrsd.facts import Drift, TensorDrift
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.drift import drift
+from onnx_lrsd.report import drift_table
 from onnx_lrsd.runtime.session import open_session
+from onnx_lrsd.runtime.timing import pair_latency
 
 WIDTH = 32
 VALUES = np.random.default_rng(1).standard_normal((40, WIDTH)).astype(np.float32)
@@ -101,6 +107,21 @@ def test_a_model_that_another_tool_quantised_is_compared_as_well(tmp_path: Path)
     assert all(1e-6 < tensor.error < 1e-2 for tensor in found.tensors)
 
 
+def test_a_rectifier_left_to_the_range_of_a_quantiser_is_no_difference() -> None:
+    model, other = chain(), chain()
+    nodes = other.proto.graph.node
+    scale = numpy_helper.from_array(np.array(4 / 255, np.float32), "scale")
+    zero = numpy_helper.from_array(np.array(0, np.uint8), "zero")
+    other.proto.graph.initializer.extend([scale, zero])
+    nodes[0].output[0] = "relu0"  # its values below zero are cut off as they are quantised
+    nodes[1].CopyFrom(helper.make_node("QuantizeLinear", ["relu0", "scale", "zero"], ["codes"]))
+    nodes.insert(2, helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["relu0_back"]))
+    nodes[3].input[0] = "relu0_back"
+    found = {tensor.name: tensor.error for tensor in drift(model, other, samples_for(model)).tensors}
+    assert 1e-6 < found["relu0"] < 1e-3
+    assert found["product1"] < 1e-3
+
+
 def test_names_that_only_one_model_has_are_passed_over() -> None:
     model = chain()
     found = drift(model, chain(changed=0, prefix="other_"), samples_for(model))
@@ -121,3 +142,40 @@ def test_values_that_are_not_finite_in_both_models_are_no_difference() -> None:
     last.CopyFrom(helper.make_node("Log", ["product2"], ["y"]))  # NaN for what is below 0
     found = drift(model, model, samples_for(model)).tensors[-1]
     assert found.name == "y" and found.error == 0 and found.largest == 0
+
+
+def test_the_command_says_it_in_a_table_in_json_and_on_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "onnx_lrsd.measure.compare.pair_latency",
+        lambda *runs, **options: pair_latency(*runs, **{**options, "seconds": 0.05}),
+    )
+    for name, model in (("a.onnx", chain()), ("b.onnx", chain(changed=1))):
+        onnx.save(model.proto, tmp_path / name)
+    np.savez(tmp_path / "data.npz", x=VALUES)
+    written = tmp_path / "c.json"
+    arguments = ["compare", "a.onnx", "b.onnx", "--data", "data.npz", "--layers", "--json", "c.json"]
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.main, [*arguments, "--html", "c.html"])
+    assert result.exit_code == 0, result.output
+    assert "rises most    product1 (MatMul)" in result.stderr
+    facts = json.loads(written.read_text(encoding="utf-8"))
+    assert facts["drift"] == {"first": "product1", "most": "product1"}
+    assert [tensor["error"] > 0 for tensor in facts["tensors"]] == [False, False, True, True, True, True]
+    again = CliRunner().invoke(cli.main, ["report", "c.json", "-o", "again.html"])
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again.html").read_bytes() == (tmp_path / "c.html").read_bytes()
+
+
+def test_a_long_graph_is_told_by_the_tensors_whose_error_rises_most() -> None:
+    rising = [
+        TensorDrift(
+            name=f"t{i}", node=f"n{i}", op="Add", error=i / 1000, inherited=0.0, cosine=1.0, largest=0.1
+        )
+        for i in range(200)
+    ]
+    table = drift_table(Drift(tuple(rising)))
+    assert "t199" in table and "t150" in table and "t100 " not in table and "140 more" in table
+    assert "t100 " in drift_table(Drift(tuple(rising)), every=True)
+    assert "rounding" in drift_table(Drift(tuple(rising[:1])))

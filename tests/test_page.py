@@ -103,7 +103,32 @@ def a_report(layers: int = 4) -> dict[str, Any]:
             "parameters": 5 / 3,
             "latency": {"median": 1.66, "interval": [1.6, 1.7]},
         },
-        "outputs": [{"name": "scores", "relative_error": 0.004}, {"name": "boxes", "relative_error": 0.0001}],
+        "outputs": [
+            {
+                "name": "scores",
+                "relative_error": 0.004,
+                "groups": [],
+                "error_interval": [0.003, 0.006],
+                "largest": 0.25,
+                "cosine": 0.9996,
+                "agreement": 0.99,
+            },
+            {
+                "name": "found",
+                "relative_error": 0.0001,
+                "groups": [
+                    {
+                        "name": f"found[:, {part}]",
+                        "slice": f"[:, {part}]",
+                        "relative_error": error,
+                        "interval": [error / 2, error * 2],
+                        "logits_error": None,
+                    }
+                    for part, error in (("0:4", 0.0001), ("4:84", 0.0035))
+                ],
+                "error_interval": [0.002, 0.007],
+            },
+        ],
         "metric": {
             "name": "top1",
             "before": 0.91,
@@ -118,11 +143,11 @@ def a_report(layers: int = 4) -> dict[str, Any]:
         "predicted": {"latency": 1.7, "table": "built in: some processor"},
         "layers": [layer(i, changed=i + 1 < layers) for i in range(layers)],
         "warnings": ["Few samples: the error may be larger on others."],
+        "versions": {"onnx-lrsd": "0.1.0", "numpy": "2.0"},
         "seconds": {"load": 0.1, "calibrate": 1.2, "plan": 3.4},
         "details": {
             "command": "onnx-lrsd optimize models/net.onnx --calib calib.npz --ratio 2",
             "machine": {"processor": "some processor", "cores": 2},
-            "versions": {"onnx-lrsd": "0.1.0", "numpy": "2.0"},
             "trade_off": {
                 "cost": "macs",
                 "predicted": [{"ratio": 1 + i / 4, "error": 0.0001 * 2**i} for i in range(8)],
@@ -164,6 +189,30 @@ def test_what_is_no_report_is_refused_with_the_remedy(text: str, said: str) -> N
     with pytest.raises(DataError, match=said) as raised:
         report_page(text)
     assert "--json" in str(raised.value)
+
+
+def a_comparison() -> dict[str, Any]:
+    """A comparison tensor by tensor; the third of six tensors is where the models part."""
+    facts = {key: value for key, value in a_report().items() if key in ("schema", "tool", "metric")}
+    facts |= {key: a_report()[key] for key in ("before", "after", "ratio", "outputs")}
+    tensors = [
+        {
+            "name": f"t{i}",
+            "node": f"node{i}",
+            "op": "Conv" if i % 2 else "Relu",
+            "error": 0.01 / i if i > 2 else 0.0,
+            "inherited": 0.01 / (i - 1) if i > 3 else 0.0,
+            "cosine": 0.999,
+            "largest": 0.25,
+        }
+        for i in range(1, 7)
+    ]
+    return facts | {
+        "model": {"before": "a.onnx", "after": "b.onnx"},
+        "data": {"samples": 64, "source": "eval.npz"},
+        "drift": {"first": "t3", "most": "t3"},
+        "tensors": tensors,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +270,7 @@ def test_nothing_is_said_on_the_console_and_nothing_is_fetched(opened: Opened) -
     assert sum(url.startswith("file:") for url in opened.asked) == 1
 
 
+@pytest.mark.slow
 def test_names_in_a_model_are_text_on_the_page(browser: Any, tmp_path: Path) -> None:
     facts = a_report()
     facts["layers"][0]["name"] = facts["model"]["input"] = EVIL
@@ -288,6 +338,9 @@ def test_every_part_of_the_report_is_told(opened: Opened) -> None:
         "Promise kept",
         "Few samples",
         "scores",
+        "found[:, 4:84]",
+        "0.18\u2009% to 0.70\u2009%",
+        "99.0\u2009%",
         "no smaller form is predicted to be faster",
         "onnx-lrsd optimize models/net.onnx",
         "some processor",
@@ -307,6 +360,7 @@ def test_a_report_without_details_leaves_their_panels_out(browser: Any, tmp_path
     found.page.context.close()
 
 
+@pytest.mark.slow
 def test_a_dry_run_and_errors_that_are_not_finite_have_a_page(browser: Any, tmp_path: Path) -> None:
     facts = a_report()
     facts |= {"before": None, "after": None, "ratio": None, "outputs": [], "metric": None, "promise": None}
@@ -320,6 +374,7 @@ def test_a_dry_run_and_errors_that_are_not_finite_have_a_page(browser: Any, tmp_
     found.page.context.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_wider_than_the_window(browser: Any, tmp_path: Path, width: int) -> None:
     found = Opened(browser, tmp_path / "page.html", a_report(), viewport={"width": width, "height": 800})
@@ -328,6 +383,7 @@ def test_nothing_is_wider_than_the_window(browser: Any, tmp_path: Path, width: i
     found.page.context.close()
 
 
+@pytest.mark.slow
 def test_a_print_shows_every_layer_on_white(browser: Any, tmp_path: Path) -> None:
     found = Opened(browser, tmp_path / "page.html", a_report(40), color_scheme="dark")
     found.page.emulate_media(media="print")
@@ -337,6 +393,7 @@ def test_a_print_shows_every_layer_on_white(browser: Any, tmp_path: Path) -> Non
     found.page.context.close()
 
 
+@pytest.mark.slow
 def test_the_theme_follows_the_system_until_it_is_chosen(browser: Any, tmp_path: Path) -> None:
     def paper(found: Opened) -> int:
         return int(found.page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]"))
@@ -352,10 +409,27 @@ def test_the_theme_follows_the_system_until_it_is_chosen(browser: Any, tmp_path:
         found.page.context.close()
 
 
+def test_a_comparison_says_where_two_models_part(browser: Any, tmp_path: Path) -> None:
+    found = Opened(browser, tmp_path / "page.html", a_comparison())
+    text = found.page.locator("main").inner_text()
+    assert "a.onnx and b.onnx" in text and "They first differ after node3 (Conv)" in text
+    assert found.page.locator("svg[role=img]").count() == 1
+    found.page.get_by_label("Order of the tensors").select_option("growth")
+    assert found.rows()[0] == "t3"
+    found.page.get_by_role("searchbox").fill("relu")
+    assert sorted(found.rows()) == ["t2", "t4", "t6"]
+    assert found.said == [] and len(found.asked) == 1
+    found.page.context.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_that_shuts_people_out(browser: Any, tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize("facts", [a_report(), a_comparison()], ids=["report", "comparison"])
+def test_axe_finds_nothing_that_shuts_people_out(
+    browser: Any, tmp_path: Path, facts: dict[str, Any], scheme: str
+) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
-    found = Opened(browser, tmp_path / "page.html", a_report(), color_scheme=scheme)
+    found = Opened(browser, tmp_path / "page.html", facts, color_scheme=scheme)
     violations = axe.Axe().run(found.page).response["violations"]
     assert [(v["id"], v["impact"], v["nodes"][0]["html"][:200]) for v in violations] == []
     found.page.context.close()

@@ -127,6 +127,7 @@ plans = st.builds(
 KEYS = (
     *("schema", "tool", "model", "target", "cost", "calibration", "before", "after", "ratio", "outputs"),
     *("metric", "promise", "int8", "loading", "tensorrt", "predicted", "layers", "warnings", "seconds"),
+    "versions",
 )
 LAYER_KEYS = (
     *(
@@ -151,6 +152,7 @@ LAYER_KEYS = (
         "of",
         "weights",
         "entries",
+        "output",
     ),
 )
 PLAN = '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"conv7": ENTRY}}'
@@ -177,7 +179,15 @@ def test_the_json_has_every_key_of_schema_1() -> None:
         "latency": latency,
     }
     assert facts["outputs"] == [
-        {"name": "scores", "relative_error": 0.001201, "groups": [], "error_interval": None}
+        {
+            "name": "scores",
+            "relative_error": 0.001201,
+            "groups": [],
+            "error_interval": None,
+            "largest": None,
+            "cosine": None,
+            "agreement": None,
+        }
     ]
     assert facts["metric"]["interval"] == [-0.0094, 0.0044]
     assert facts["promise"] == {"kind": "ratio", "asked": 2.0, "got": 1.9999995, "kept": False}

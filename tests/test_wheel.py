@@ -71,6 +71,8 @@ def test_every_module_is_in_the_wheel(wheel: list[str]) -> None:
     }
     assert {name for name in wheel if name.endswith(".py")} == modules
     assert "onnx_lrsd/py.typed" in wheel
+    page = {f"onnx_lrsd/report/page/{path.name}" for path in (ROOT / "onnx_lrsd/report/page").iterdir()}
+    assert page and page <= set(wheel)
 
 
 def test_the_sdist_builds_the_same_wheel(folder: Path, copy: Path, wheel: list[str]) -> None:

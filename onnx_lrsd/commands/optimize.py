@@ -18,7 +18,7 @@ import onnx
 from onnx_lrsd.data.holdout import fit_and_check
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import UnsupportedModelError
-from onnx_lrsd.facts import Int8, LoadCosts, Report, Verification
+from onnx_lrsd.facts import Details, Int8, LoadCosts, Report, Spectrum, Verification
 from onnx_lrsd.fit.calibrate import (
     Calibration,
     WeightOf,
@@ -42,6 +42,7 @@ from onnx_lrsd.plan.promise import judge, promised
 from onnx_lrsd.plan.replay import forms_of, make_plan
 from onnx_lrsd.plan.search import Forms, Once, Proposals
 from onnx_lrsd.report.build import Delivered, make_report
+from onnx_lrsd.report.details import RATIOS, collect, spectra, trade_off
 from onnx_lrsd.run import Options, Run, start
 from onnx_lrsd.targets import price
 from onnx_lrsd.targets.tensorrt import TENSORRT
@@ -65,6 +66,7 @@ def optimize(
     output: Path | None = None,
     plan: Plan | None = None,
     dry_run: bool = False,
+    details: bool = False,
     progress: Progress | None = None,
     target: str | None = None,
     cost: str | None = None,
@@ -85,9 +87,9 @@ def optimize(
 
     ``calibration`` and ``evaluation`` are anything ``read_samples`` takes; without calibration the
     weights alone decide, and the report warns of it. With ``output`` the result is written there,
-    atomically. ``plan`` replays an earlier plan; ``dry_run`` stops once there is a plan. The rest are the
-    fields of ``Options``. Raises OptionError for options that are wrong or do not go together, another
-    LrsdError for anything that is wrong with the input.
+    atomically. ``plan`` replays an earlier plan; ``dry_run`` stops once there is a plan. With ``details``
+    the report has what its page draws. The rest are the fields of ``Options``. Raises OptionError for
+    options that are wrong or do not go together, another LrsdError for anything that is wrong with the input.
 
     >>> import numpy as np, onnx, onnx_lrsd
     >>> graph = onnx.parser.parse_graph("g (float[n, 64] x) => (float[n, 64] y) { y = MatMul (x, w) }")
@@ -135,7 +137,7 @@ def optimize(
         run.journal.warn(what_was_left_out(known))
     fitter = _fitter(run, original, source, replace(known, moments={}), weight_of, fit_on)
     search: Proposals
-    curves, whole = list[ErrorCurve](), None
+    curves, whole, planner = list[ErrorCurve](), None, None
     if plan is None:
         curves, total = _curves(run, source, known, weight_of)
         whole = total.seconds
@@ -146,6 +148,7 @@ def optimize(
             search, check_on = planner.search(fitter, check_on)
     else:
         search = Once(forms_of(plan, known.layers))
+    spectrum = _spectra(run, known, weight_of) if details else {}
     known = replace(known, moments={})  # they may be large, and a fit takes its own
     chosen = _next(run, search)
     delivered = None
@@ -160,6 +163,9 @@ def optimize(
         build = engine(rewritten, check_on if fit_on is None else fit_on, output)
     if output is not None:
         save(rewritten, output)
+    drawn = (
+        _details(run, source, known, curves, spectrum, planner, search, plan, delivered) if details else None
+    )
     report = make_report(
         run,
         source=source,
@@ -171,8 +177,48 @@ def optimize(
         whole=whole,
         delivered=delivered,
         engine=build,
+        details=drawn,
     )
     return Result(rewritten, report, plan)
+
+
+def _spectra(run: Run, known: Calibration, weight_of: WeightOf) -> dict[str, Spectrum]:
+    with run.journal.clock("details"):
+        return spectra(known, weight_of, run.options.device)
+
+
+def _details(
+    run: Run,
+    source: Model,
+    known: Calibration,
+    curves: Sequence[ErrorCurve],
+    spectrum: Mapping[str, Spectrum],
+    planner: Planner | None,
+    search: Proposals,
+    plan: Plan,
+    delivered: Delivered | None,
+) -> Details:
+    """What the report page draws; ``planner`` is None where a plan was given."""
+    weighed = planner if planner is not None and planner.weighed else None
+    with run.journal.clock("details"):
+        unchanged = delivered is None or (not delivered.factors and delivered.int8 is None)
+        return collect(
+            curves=curves,
+            spectra=spectrum,
+            sensitivity={} if weighed is None else weighed.sensitivity,
+            trade_off=trade_off(
+                run.cost,
+                predicted=[] if weighed is None else weighed.frontier(RATIOS),
+                tried=search.tried(),
+                found=None if delivered is None else delivered.verification,
+            ),
+            layers=known.layers,
+            plan=plan,
+            factors={} if delivered is None else delivered.factors,
+            before=source,
+            after=source if delivered is None or unchanged else delivered.model,
+            samples=known.samples,
+        )
 
 
 def _select(

@@ -2,74 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 
 from onnx_lrsd.data.samples import Samples, as_fed
 from onnx_lrsd.errors import VerificationError
+from onnx_lrsd.facts import Drift, TensorDrift
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import reads
-from onnx_lrsd.runtime.divergence import Divergence, as_array, unpadded
+from onnx_lrsd.runtime.divergence import Divergence, as_array, positions_first
+from onnx_lrsd.runtime.likeness import Likeness
 from onnx_lrsd.runtime.session import open_session
-from onnx_lrsd.types import Progress
+from onnx_lrsd.types import Feed, Progress, Values
 
 MOST_SAMPLES = 64
 """Samples that tensors are compared on: where two models part is seen on few."""
 FETCHED_BYTES = 128 << 20
 """Tensors of both models that are held at a time."""
-ROUNDING = 1e-9
-"""An error below it is the rounding of another order of sums."""
-
-Values = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorDrift:
-    """How far one tensor of the second model is from that of the first.
-
-    ``name`` is the tensor, ``node`` and ``op`` what computes it in the first model. ``error`` is relative
-    as an output's, ``inherited`` that of the input which had changed most already: what is above it came
-    about in between. ``cosine`` is that of the angle between both, over all samples; None where one is zero.
-    ``largest`` is the largest absolute difference.
-    """
-
-    name: str
-    node: str
-    op: str
-    error: float
-    inherited: float
-    cosine: float | None
-    largest: float
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far two models are apart after each tensor, in the order of the first graph."""
-
-    tensors: tuple[TensorDrift, ...]
-
-    @property
-    def first(self) -> TensorDrift | None:
-        """The first tensor that differs by more than rounding."""
-        return next((tensor for tensor in self.tensors if tensor.error > ROUNDING), None)
-
-    @property
-    def most(self) -> TensorDrift | None:
-        """The tensor whose error rises most above that of what it is computed from."""
-        differing = [tensor for tensor in self.tensors if tensor.error > ROUNDING]
-        return max(differing, key=lambda tensor: tensor.error - tensor.inherited, default=None)
 
 
 def drift(before: Model, after: Model, samples: Samples, *, progress: Progress | None = None) -> Drift:
     """Error of every floating tensor that both main graphs compute under one name, in the order of the first.
 
-    At most MOST_SAMPLES samples are run. Tensors that depend on no input are left out. Raises
-    VerificationError where the models share no name.
+    A tensor that is quantised for all of its readers counts as they read it. At most MOST_SAMPLES samples
+    are run. Tensors that depend on no input are left out. Raises VerificationError where the models share no
+    name.
     """
     nodes = {name: node for node in before.proto.graph.node for name in node.output if name}
     shared = _shared(before.proto, after.proto, nodes)
@@ -82,8 +41,8 @@ def drift(before: Model, after: Model, samples: Samples, *, progress: Progress |
     samples = samples.some(MOST_SAMPLES)
     done = 0
     for old, new, real, size in paired_runs(before, after, samples, shared):
-        for name, tensor in found.items():
-            tensor.add(unpadded(as_array(old[name]), real), unpadded(as_array(new[name]), real))
+        for tensor, one, two in zip(found.values(), old, new, strict=True):
+            tensor.add(one, two, real, size)
         done += size
         if progress is not None:
             progress("tensors", done, samples.count)
@@ -103,8 +62,8 @@ def drift(before: Model, after: Model, samples: Samples, *, progress: Progress |
                     op=node.op_type,
                     error=error,
                     inherited=inherited,
-                    cosine=tensor.cosine(),
-                    largest=tensor.largest,
+                    cosine=tensor.likeness.cosine,
+                    largest=tensor.likeness.largest,
                 )
             )
     return Drift(tuple(result))
@@ -112,45 +71,63 @@ def drift(before: Model, after: Model, samples: Samples, *, progress: Progress |
 
 def paired_runs(
     before: Model, after: Model, samples: Samples, names: Sequence[str]
-) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any], Values | None, int]]:
+) -> Iterator[tuple[list[Values], list[Values], Values | None, int]]:
     """Tensors ``names`` of both models, batch by batch, where they are no padding, and the batch's size."""
-    old = open_session(before.proto, folder=before.folder, outputs=names)
-    new = open_session(after.proto, folder=after.folder, outputs=names)
-    samples = as_fed(samples, old.run)
+
+    def runner(model: Model) -> Callable[[Feed], list[Values]]:
+        read = _as_read(model.proto)
+        wanted = [read.get(name, name) for name in names]
+        session = open_session(model.proto, folder=model.folder, outputs=list(dict.fromkeys(wanted)))
+
+        def run(feed: Feed) -> list[Values]:
+            values = session.run(feed)
+            return [as_array(values[name]) for name in wanted]
+
+        return run
+
+    old, new = runner(before), runner(after)
+    samples = as_fed(samples, old)
     first = next(iter(samples.batches(1)))
-    held = sum(as_array(value).nbytes for value in old.run(first).values()) * 2
+    held = 2 * sum(value.nbytes for value in old(first))
     batch = samples.batch_size(held // samples.size_of(first), FETCHED_BYTES)
     for feed in samples.batches(batch):
-        yield old.run(feed), new.run(feed), samples.real(feed), samples.size_of(feed)
+        yield old(feed), new(feed), samples.real(feed), samples.size_of(feed)
+
+
+def _as_read(proto: onnx.ModelProto) -> dict[str, str]:
+    """Tensors that all their readers quantise -> what is dequantised of them.
+
+    A quantiser may leave an activation to the range of QuantizeLinear, which cuts off what is below zero:
+    the tensor itself is then no longer what its name says.
+    """
+    readers = defaultdict[str, list[onnx.NodeProto]](list)
+    for node in proto.graph.node:
+        for name in reads(node):
+            readers[name].append(node)
+    given = {value.name for value in proto.graph.output}
+    found = {}
+    for name in [name for name in readers if name not in given]:
+        if {node.op_type for node in readers[name]} == {"QuantizeLinear"}:
+            back = [
+                node for node in readers[readers[name][0].output[0]] if node.op_type == "DequantizeLinear"
+            ]
+            if back:
+                found[name] = back[0].output[0]
+    return found
 
 
 class _Tensor:
     """One tensor, batch by batch."""
 
     def __init__(self) -> None:
-        self.divergence = Divergence()
+        self.divergence, self.likeness = Divergence(), Likeness()
         self.floating = False
-        self.largest = 0.0
-        self.dot = self.old = self.new = 0.0
 
-    def add(self, old: Values, new: Values) -> None:
+    def add(self, old: Values, new: Values, real: Values | None, size: int) -> None:
         self.floating = old.dtype.kind == new.dtype.kind == "f"
-        if not self.floating:
-            return
-        self.divergence.add(old, new)
-        if old.shape != new.shape or not old.size:
-            return
-        one, two = old.astype(np.float64).ravel(), new.astype(np.float64).ravel()
-        finite = np.isfinite(one) & np.isfinite(two)  # masks of attention hold infinities
-        one, two = one[finite], two[finite]
-        self.largest = max(self.largest, float(np.max(np.abs(one - two), initial=0.0)))
-        self.dot += float(one @ two)
-        self.old += float(one @ one)
-        self.new += float(two @ two)
-
-    def cosine(self) -> float | None:
-        product = (self.old * self.new) ** 0.5
-        return min(max(self.dot / product, -1.0), 1.0) if product > 0 else None
+        if self.floating:
+            self.divergence.add(old, new, real, size)
+            self.likeness.add(positions_first(old, real, ()), positions_first(new, real, ()), size)
 
 
 def _shared(

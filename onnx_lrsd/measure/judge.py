@@ -28,6 +28,7 @@ from onnx_lrsd.runtime.divergence import (
     positions_first,
     row_axes,
 )
+from onnx_lrsd.runtime.likeness import Likeness
 from onnx_lrsd.runtime.session import shapes
 from onnx_lrsd.types import Feed, Values
 
@@ -160,7 +161,7 @@ class _Stream:
 
     def __init__(self, groups: Sequence[OutputGroup], positions: tuple[int, ...]) -> None:
         self.groups, self.positions = groups, positions
-        self.whole = Divergence()
+        self.whole, self.likeness = Divergence(), Likeness()
         self.plain = [Divergence() if group.ranges else self.whole for group in groups]
         self.front = [Divergence() if group.activation else None for group in groups]
         self.classes: set[int] = set()
@@ -170,6 +171,7 @@ class _Stream:
         one, two = (positions_first(value, real, self.positions) for value in (old, new))
         owner = owners(one, real, size)
         self.whole.add_rows(one, two, owner)
+        self.likeness.add(one, two, size)
         for group, plain, front in zip(self.groups, self.plain, self.front, strict=True):
             old_part, new_part = group.of(one), group.of(two)
             if plain is not self.whole:
@@ -216,7 +218,15 @@ class _Stream:
         worst = max(found, key=lambda group: group.relative_error)
         bound = max(group.interval[1] for group in found)
         whole = self.whole.relative()
-        return OutputError(self.groups[0].output, whole, tuple(found), (worst.interval[0], bound))
+        return OutputError(
+            self.groups[0].output,
+            whole,
+            tuple(found),
+            (worst.interval[0], bound),
+            largest=self.likeness.largest,
+            cosine=self.likeness.cosine,
+            agreement=self.likeness.agreement,
+        )
 
 
 def output_groups(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import log
 from statistics import median
 
 from onnx_lrsd.data.holdout import search_and_confirm
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.facts import Trial
 from onnx_lrsd.fit.fitter import Fitter
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.compare import compare
@@ -57,6 +58,8 @@ class Planner:
         self.rest = max(self.whole - sum(self.cost(curve.points[0]) for curve in curves), 0.0)
         self.times: dict[object, float] = {}
         self.sensitivity = dict.fromkeys((curve.layer.output for curve in curves), 1.0)
+        self.weighed = False
+        """Whether sensitivities were measured; until then all layers count alike."""
 
     def weigh(self, measure: Callable[[Forms], dict[str, float]]) -> None:
         """Sensitivities of the layers: at a moderate error of each, then at the forms that these lead to.
@@ -79,6 +82,7 @@ class Planner:
         if not found:
             return
         self.sensitivity = dict.fromkeys(self.sensitivity, median(found.values())) | found
+        self.weighed = True
         try:
             points = self._allocate(self.run.options.ratio or self.run.target.first_ratio)
         except BudgetError:
@@ -142,6 +146,20 @@ class Planner:
 
         first = self.run.target.first_ratio
         return Search(first, self.for_ratio, error, limit), check_on
+
+    def frontier(self, ratios: Iterable[float]) -> list[Trial]:
+        """What a plan for each of ``ratios`` (ascending) is predicted to lose, as far as the layers bear it.
+
+        Sensitivities weigh the errors of the layers; nothing is measured or fitted.
+        """
+        found = []
+        for ratio in ratios:
+            try:
+                points = self._allocate(ratio)
+            except BudgetError:
+                break
+            found.append(Trial(ratio, sum(self.sensitivity[name] * p.error for name, p in points.items())))
+        return found
 
     def _once(self, ratio: float) -> Once:
         """Forms for ``ratio``, or none where it is out of reach."""

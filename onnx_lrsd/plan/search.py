@@ -8,7 +8,7 @@ from math import inf, log
 from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from onnx_lrsd.errors import BudgetError
-from onnx_lrsd.facts import Verification
+from onnx_lrsd.facts import Trial, Verification
 from onnx_lrsd.types import Form
 
 SEARCHES = 6
@@ -42,6 +42,10 @@ class Proposals(Protocol):
         """Why no forms were found, for the user; empty where that needs no word."""
         ...
 
+    def tried(self) -> Sequence[Trial]:
+        """The models that were fitted and measured on the way."""
+        ...
+
 
 @dataclass(frozen=True)
 class Once:
@@ -60,6 +64,10 @@ class Once:
     def why_nothing(self) -> str:
         """What was given to say."""
         return self.why
+
+    def tried(self) -> Sequence[Trial]:
+        """None: the forms were settled."""
+        return ()
 
 
 class Limit(Protocol):
@@ -127,6 +135,10 @@ class Search(Generic[Found]):
     def why_nothing(self) -> str:
         """Why nothing was within the limit, for the user; empty where something was."""
         return self._limit.why_nothing() if self._proposed == inf else ""
+
+    def tried(self) -> Sequence[Trial]:
+        """Ratio and output error of all that was made, in the order of the ratios."""
+        return sorted(Trial(ratio, error) for ratio, error, _ in self._tried)
 
     def _next_ratio(self) -> float | None:
         if not self._tried and self._beyond == inf:

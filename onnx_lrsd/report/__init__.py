@@ -1,5 +1,6 @@
 """The report as JSON for programs and as a table for people; what it says is computed elsewhere."""
 
+from onnx_lrsd.report.html import report_page
 from onnx_lrsd.report.json import (
     comparison_to_json,
     inspection_to_json,
@@ -7,16 +8,24 @@ from onnx_lrsd.report.json import (
     plan_to_json,
     report_to_json,
 )
-from onnx_lrsd.report.table import comparison_table, inspection_table, machine_table, report_table
+from onnx_lrsd.report.table import (
+    comparison_table,
+    drift_table,
+    inspection_table,
+    machine_table,
+    report_table,
+)
 
 __all__ = [
     "comparison_table",
     "comparison_to_json",
+    "drift_table",
     "inspection_table",
     "inspection_to_json",
     "machine_table",
     "plan_from_json",
     "plan_to_json",
+    "report_page",
     "report_table",
     "report_to_json",
 ]

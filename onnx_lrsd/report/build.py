@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from onnx_lrsd.data.samples import Samples
-from onnx_lrsd.facts import Engine, Int8, LayerReport, LoadCosts, Promise, Report, Verification
+from onnx_lrsd.facts import Details, Engine, Int8, LayerReport, LoadCosts, Promise, Report, Verification
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.run import NOT_NEEDED, REFITTED, Run
 from onnx_lrsd.solver.pattern import nonzeros
@@ -43,6 +43,7 @@ def make_report(
     whole: float | None,
     delivered: Delivered | None,
     engine: Engine | None,
+    details: Details | None,
 ) -> Report:
     """Everything there is to say; ``delivered`` is None where there is only a plan.
 
@@ -74,6 +75,7 @@ def make_report(
         seconds=dict(run.journal.seconds),
         versions=versions,
         engine=engine,
+        details=details,
         predicted=_predicted(whole, plan, plan.choices if delivered is None else factors),
         table="" if whole is None else run.table,
     )
@@ -125,6 +127,7 @@ def _layer_report(
         of=form.pattern.block,
         weights=dict(form.weights),
         entries=form.entries,
+        output=layer.output,
     )
 
 

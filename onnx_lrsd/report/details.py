@@ -1,77 +1,131 @@
 """What the report page draws beyond the figures of the report: curves, spectra, pictures, histograms.
 
-They are collected only where they are asked for. All of it is small: a curve has at most POINTS points, a
-spectrum RANKS, a picture ROWS x COLUMNS digits, a histogram BINS bins.
+They are collected only where they are asked for. All of it is small: a curve has about POINTS points, a
+spectrum at most RANKS, a picture ROWS x COLUMNS digits, a histogram BINS bins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from math import nan
 
 import numpy as np
 import numpy.typing as npt
 
 from onnx_lrsd.arrays import to_numpy
+from onnx_lrsd.data.samples import Samples
+from onnx_lrsd.facts import (
+    Curve,
+    Details,
+    Histogram,
+    LayerDetails,
+    Picture,
+    Spectrum,
+    TradeOff,
+    Trial,
+    Verification,
+)
+from onnx_lrsd.fit.calibrate import Calibration, WeightOf
+from onnx_lrsd.graph.model import Model
+from onnx_lrsd.measure.drift import paired_runs
+from onnx_lrsd.runtime.divergence import Divergence, positions_first
 from onnx_lrsd.solver.lowrank import low_rank
-from onnx_lrsd.solver.problem import Problem
-from onnx_lrsd.types import CHANNELS, N_OF_M, NONE, ErrorCurve, Factors, Form, Layer, Point
+from onnx_lrsd.solver.problem import Problem, pose
+from onnx_lrsd.targets import processor
+from onnx_lrsd.types import CHANNELS, N_OF_M, NONE, ErrorCurve, Factors, Form, Layer, Plan, Point
 
+RATIOS = (1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)
+"""Ratios that the error of a plan is predicted at."""
 POINTS, RANKS, BINS = 80, 64, 40
 ROWS, COLUMNS = 32, 64
 LEVELS = 9
 """A cell of a picture is a digit from 0 to this."""
+SAMPLES, VALUES = 24, 20_000
+"""Samples that outputs of layers are compared on, and values of one layer in its histogram."""
 
 Values = npt.NDArray[np.floating]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """Forms that one layer could take, cheapest first, in columns: what each costs and loses.
+def collect(
+    *,
+    curves: Sequence[ErrorCurve],
+    spectra: Mapping[str, Spectrum],
+    sensitivity: Mapping[str, float],
+    trade_off: TradeOff | None,
+    layers: Sequence[Layer],
+    plan: Plan,
+    factors: Mapping[str, Factors],
+    before: Model,
+    after: Model,
+    samples: Samples,
+) -> Details:
+    """All that is drawn of one run; where something was not measured, as in a replay, it is left out.
 
-    ``errors`` are relative errors of the layer's output; ``seconds`` are None where nobody measured.
-    ``groups`` name the kind of each form and of its S.
+    ``curves``, ``spectra``, ``sensitivity`` and ``factors`` are by the output of a layer. Outputs of layers
+    are compared on a few of ``samples``, unless ``after`` is ``before`` itself.
     """
-
-    forms: tuple[str, ...]
-    groups: tuple[str, ...]
-    errors: tuple[float, ...]
-    macs: tuple[int, ...]
-    parameters: tuple[int, ...]
-    bytes: tuple[int, ...]
-    seconds: tuple[float | None, ...]
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Of the whitened weight: at ``ranks``, singular values relative to the first, and the energy left."""
-
-    ranks: tuple[int, ...]
-    values: tuple[float, ...]
-    left: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Where S has entries, or which input channels it keeps: rows of digits 0 to LEVELS, ' ' for no cell.
-
-    ``kind`` is 'entries' (cells are shares of entries that are kept, relative to the fullest cell) or
-    'channels' (one cell a channel, row by row). ``shape`` is that of what is shown: (n, m), or (channels,).
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    cells: tuple[str, ...]
+    by_output = {curve.layer.output: curve for curve in curves}
+    outputs = dict[str, tuple[float, Histogram | None]]()
+    if after is not before:
+        outputs = _outputs(before, after, [layer.output for layer in layers], samples)
+    rows = []
+    for layer in layers:
+        name = layer.output
+        choice, curve, fitted = plan.choices.get(name), by_output.get(name), factors.get(name)
+        form = Form() if choice is None else choice.form
+        error, histogram = outputs.get(name, (None, None))
+        rows.append(
+            LayerDetails(
+                output=name,
+                planned=str(form),
+                seconds_before=None if choice is None else choice.before.seconds,
+                seconds_after=None if choice is None else choice.after.seconds,
+                sensitivity=sensitivity.get(name),
+                network_error=error,
+                curve=None if curve is None or len(curve.points) < 2 else curve_of(curve, form),
+                spectrum=spectra.get(name),
+                picture=None if fitted is None else picture(layer, fitted),
+                histogram=histogram,
+            )
+        )
+    return Details(layers=tuple(rows), trade_off=trade_off, machine=machine())
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """Shares of a layer's outputs in BINS equal bins from ``low`` to ``high``, in both models."""
+def machine() -> dict[str, str]:
+    """What the run was made on."""
+    return {
+        "processor": processor(),
+        "cores": str(os.cpu_count()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
 
-    low: float
-    high: float
-    before: tuple[float, ...]
-    after: tuple[float, ...]
+
+def trade_off(
+    cost: str, *, predicted: Sequence[Trial], tried: Sequence[Trial], found: Verification | None
+) -> TradeOff:
+    """The whole model's trade-off in the unit ``cost``, with the model that was ``found`` in the end."""
+    chosen = None
+    if found is not None:
+        ratio = found.latency_ratio if cost == "latency" else _ratio(found, cost)
+        chosen = Trial(_rounded(ratio or nan), _rounded(found.error))
+    return TradeOff(cost=cost, predicted=tuple(predicted), tried=tuple(tried), chosen=chosen)
+
+
+def _ratio(found: Verification, cost: str) -> float:
+    before, after = (float(getattr(model, cost)) for model in (found.before, found.after))
+    return before / max(after, 1.0)
+
+
+def spectra(known: Calibration, weight_of: WeightOf, device: str) -> dict[str, Spectrum]:
+    """The spectrum of every layer with moments, by the layer's output."""
+    return {
+        layer.output: spectrum(pose(layer, *weight_of(layer), known.moments[layer.output], device))
+        for layer in known.layers
+        if layer.output in known.moments and np.isfinite(known.moments[layer.output].mean).all()
+    }
 
 
 def curve_of(found: ErrorCurve, chosen: Form | None = None) -> Curve:
@@ -183,7 +237,30 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def by_output(curves: Iterable[ErrorCurve], chosen: Mapping[str, Form]) -> dict[str, Curve]:
-    """The curves of layers that have any, by the layer's output."""
-    found = {curve.layer.output: curve_of(curve, chosen.get(curve.layer.output)) for curve in curves}
-    return {name: curve for name, curve in found.items() if curve.forms}
+def _outputs(
+    before: Model, after: Model, names: Sequence[str], samples: Samples
+) -> dict[str, tuple[float, Histogram | None]]:
+    """Relative error and histogram of the tensors ``names`` that both models have."""
+    there = {name for node in after.proto.graph.node for name in node.output}
+    shared = [name for name in names if name in there]
+    if not shared:
+        return {}
+    errors = {name: Divergence() for name in shared}
+    values: dict[str, list[tuple[Values, Values]]] = {name: [] for name in shared}
+    samples = samples.some(SAMPLES)
+    for old, new, real, size in paired_runs(before, after, samples, shared):
+        most = -(-VALUES * size // samples.count)
+        for name, one, two in zip(shared, old, new, strict=True):
+            errors[name].add(one, two, real, size)
+            one, two = positions_first(one, real, ()), positions_first(two, real, ())
+            if one.shape == two.shape and one.dtype.kind == "f":
+                step = max(-(-one.size // most), 1)
+                values[name].append((one.ravel()[::step], two.ravel()[::step]))
+    return {name: (errors[name].relative(), _histogram(values[name])) for name in shared}
+
+
+def _histogram(parts: Sequence[tuple[Values, Values]]) -> Histogram | None:
+    if not parts:
+        return None
+    before, after = (np.concatenate(side).astype(np.float64) for side in zip(*parts, strict=True))
+    return histogram(before, after)

@@ -13,7 +13,18 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
 from onnx_lrsd.errors import DataError
-from onnx_lrsd.facts import Engine, Inspection, Int8, LayerReport, LoadCosts, ModelCost, Report, Verification
+from onnx_lrsd.facts import (
+    Details,
+    Drift,
+    Engine,
+    Inspection,
+    Int8,
+    LayerReport,
+    LoadCosts,
+    ModelCost,
+    Report,
+    Verification,
+)
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.types import (
     CHANNELS,
@@ -43,7 +54,10 @@ Json: TypeAlias = dict[str, Any]
 
 
 def report_to_json(report: Report) -> str:
-    """The report of one run; ``before``, ``after`` and ``ratio`` are null after a dry run."""
+    """The report of one run; ``before``, ``after`` and ``ratio`` are null after a dry run.
+
+    ``details`` stands last and in one line for each layer, since it is for the page and not for reading.
+    """
     found = report.verification
     facts: Json = {
         **_head(report.versions.get("onnx-lrsd")),
@@ -61,12 +75,23 @@ def report_to_json(report: Report) -> str:
         "layers": [_layer(layer) for layer in report.layers],
         "warnings": list(report.warnings),
         "seconds": {stage: report.seconds.get(stage, 0.0) for stage in _STAGES} | dict(report.seconds),
+        "versions": dict(report.versions),
     }
-    return _dump(facts)
+    return _dump(facts) if report.details is None else _with_details(_dump(facts), report.details)
 
 
-def comparison_to_json(found: Verification, before: str, after: str, source: str) -> str:
-    """Two models side by side, on the samples of ``source``."""
+def _with_details(text: str, details: Details) -> str:
+    facts = asdict(details)
+    layers = ",\n".join(f"      {_dump(layer, indent=None)}" for layer in facts.pop("layers"))
+    head = "\n".join(f'    "{key}": {_dump(value, indent=None)},' for key, value in facts.items())
+    body = f'"details": {{\n{head}\n    "layers": [\n{layers}\n    ]\n  }}'
+    return text.removesuffix("\n}") + f",\n  {body}\n}}"
+
+
+def comparison_to_json(
+    found: Verification, before: str, after: str, source: str, drift: Drift | None = None
+) -> str:
+    """Two models side by side, on the samples of ``source``; with ``drift``, tensor by tensor as well."""
     facts: Json = {
         **_head(),
         "model": {"before": before, "after": after},
@@ -74,6 +99,10 @@ def comparison_to_json(found: Verification, before: str, after: str, source: str
         **_sides(found),
         "metric": _metric(found),
     }
+    if drift is not None:
+        named = {"first": drift.first, "most": drift.most}
+        facts["drift"] = {which: tensor and tensor.name for which, tensor in named.items()}
+        facts["tensors"] = [asdict(tensor) for tensor in drift.tensors]
     return _dump(facts)
 
 
@@ -279,7 +308,7 @@ def _choice(choice: Choice) -> Json:
     return form | {"error": choice.error} | prices | ({"reason": choice.reason} if choice.reason else {})
 
 
-def _dump(facts: Mapping[str, Any], indent: int | None = 2) -> str:
+def _dump(facts: Any, indent: int | None = 2) -> str:
     return json.dumps(_finite(facts), indent=indent, ensure_ascii=False, allow_nan=False)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from onnx_lrsd.facts import (
+    Drift,
     Engine,
     Inspection,
     Int8,
@@ -21,6 +22,7 @@ from onnx_lrsd.facts import (
     Promise,
     Report,
     ScoreChange,
+    TensorDrift,
     Verification,
 )
 from onnx_lrsd.storage import STORAGES
@@ -77,6 +79,41 @@ def comparison_table(found: Verification, before: str, after: str, *, colour: bo
     return (
         ink.strong(f"{Path(before).name} and {Path(after).name}") + "\n\n" + _facts(found, ink, None, "macs")
     )
+
+
+def drift_table(found: Drift, *, colour: bool = False, every: bool = False) -> str:
+    """Errors tensor by tensor, in the order of the graph: all if ``every``, else those that rise most."""
+    ink = _Ink(colour)
+    first, most = found.first, found.most
+    if first is None or most is None:
+        return f"None of {_plural(len(found.tensors), 'tensor')} differs by more than rounding."
+    said = [
+        f"first apart   {_shorten(first.name, 40)} ({first.op}): {_percent(first.error)}",
+        f"rises most    {_shorten(most.name, 40)} ({most.op}): "
+        f"{_percent(most.inherited)} -> {_percent(most.error)}",
+    ]
+
+    def rise(tensor: TensorDrift) -> float:
+        return tensor.error - tensor.inherited
+
+    shown = found.tensors
+    if not every and len(shown) > ROWS_SHOWN:
+        least = sorted(map(rise, shown))[-ROWS_SHOWN]
+        shown = tuple(tensor for tensor in shown if rise(tensor) >= least)[:ROWS_SHOWN]
+    rows: list[Row] = [
+        (
+            tensor.name,
+            tensor.op,
+            _percent(tensor.inherited),
+            _percent(tensor.error),
+            "" if tensor.cosine is None else f"{tensor.cosine:.6f}",
+            f"{tensor.largest:.2e}",
+        )
+        for tensor in shown
+    ]
+    rows += _more(len(found.tensors) - len(shown), 6)
+    grid = _grid(("tensor", "op", "before it", "error", "cosine", "largest"), rows, "llrrrr", ink)
+    return "\n".join([*said, "", grid])
 
 
 def inspection_table(found: Inspection, model: str, *, colour: bool = False, every: bool = False) -> str:

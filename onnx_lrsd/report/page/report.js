@@ -160,11 +160,18 @@ function figures(report) {
       `${low} to ${high} at 95${THIN}%, ${plural(metric.samples, 'sample')}`));
   }
   if (outputs.length) {
-    const worst = outputs.reduce((a, b) => ((b.relative_error ?? Infinity) > (a.relative_error ?? Infinity) ? b : a));
-    const where = outputs.length > 1 ? `${shorten(worst.name, 24)}, the worst of ${outputs.length}` : shorten(worst.name, 24);
-    list.append(figure('Output error', format.error(worst.relative_error), where, null, report.data ? 'of its variance' : 'of its variance, on samples kept apart'));
+    const parts = outputs.flatMap(partsOf);
+    const worst = parts.reduce((a, b) => ((b.relative_error ?? Infinity) > (a.relative_error ?? Infinity) ? b : a));
+    const where = parts.length > 1 ? `${shorten(worst.name, 24)}, the worst of ${parts.length}` : shorten(worst.name, 24);
+    const sure = worst.interval && worst.relative_error > 0 ? `${format.error(worst.interval[0])} to ${format.error(worst.interval[1])} at 95${THIN}%` : null;
+    list.append(figure('Output error', format.error(worst.relative_error), where, null, sure, report.data ? 'of its variance' : 'of its variance, on samples kept apart'));
   }
   return list;
+}
+
+/** What an output is judged by: groups of its channels, or the whole. */
+function partsOf(output) {
+  return output.groups?.length ? output.groups : [{ ...output, interval: output.error_interval }];
 }
 
 // ---- the whole model's trade-off
@@ -173,7 +180,8 @@ function tradeOff(report) {
   const found = report.details?.trade_off;
   if (!found || (!found.predicted.length && !found.tried.length)) return null;
   const cost = COST_NAMES[found.cost] ?? found.cost;
-  const { predicted, tried, chosen } = found;
+  const { tried, chosen } = found;
+  const predicted = found.predicted.filter((p) => p.error <= 1); // beyond the variance nothing is predicted
   const every = [...predicted, ...tried, ...(chosen ? [chosen] : [])].filter((p) => p.error > 0 && p.ratio > 0);
   if (!every.length) return null;
   const promise = report.promise;
@@ -400,6 +408,7 @@ function layerDetail(layer, unit, report) {
   const fact = (name, text) => html('div', {}, html('dt', {}, name), html('dd', {}, text));
   const facts = html('dl', { class: 'facts' }, ['time', 'macs', 'bytes', 'parameters'].map(change),
     layer.error > 0 ? fact('layer error', format.error(layer.error)) : null,
+    layer.network_error > 0 ? fact('in the network', format.error(layer.network_error)) : null,
     layer.sensitivity ? fact('sensitivity', String(Number(layer.sensitivity.toPrecision(2)))) : null,
     layer.share > 0 ? fact('adds to output error', format.error(layer.share)) : null);
   const panels = [curvePanel(layer, unit), spectrumPanel(layer), histogramPanel(layer), picturePanel(layer)].filter(Boolean);
@@ -572,7 +581,7 @@ function sensitivities(report, layers) {
     html('thead', {}, html('tr', {}, html('th', { scope: 'col' }, 'Layer'), html('th', { scope: 'col' }, html('span', { class: 'visually-hidden' }, 'Bar')),
       html('th', { scope: 'col', class: 'number' }, 'Share'), html('th', { scope: 'col', class: 'number' }, 'Layer error'), html('th', { scope: 'col', class: 'number' }, 'Sensitivity'))),
     html('tbody', {}, shares.slice(0, 12).map((layer) => html('tr', {},
-      html('td', { class: 'mono', title: layer.name }, shorten(layer.name, 34)),
+      html('td', { class: 'mono', title: layer.name }, shorten(layer.short ?? layer.name, 34)),
       html('td', { class: 'wide' }, html('div', { class: 'bar', style: { width: (100 * layer.share) / most + '%' } })),
       html('td', { class: 'number' }, format.share(layer.share / total)),
       html('td', { class: 'number' }, format.error(layer.error)),
@@ -610,10 +619,13 @@ function leftAlone(report, layers) {
 
 function outputsSection(report) {
   const outputs = report.outputs ?? [];
-  const rows = outputs.flatMap((output) => [{ ...output, sub: false }, ...(output.groups ?? []).map((group) => ({ ...group, sub: true }))]);
+  const rows = outputs.flatMap((output) => {
+    const groups = partsOf(output);
+    if (groups.length === 1) return [{ ...output, ...groups[0], name: output.name, sub: false }];
+    return [{ ...output, sub: false }, ...groups.map((group) => ({ ...group, sub: true }))];
+  });
   const sure = rows.some((row) => row.interval);
-  const rich = rows.some((row) => row.interval || row.sub || row.cosine !== undefined);
-  if (rows.length < 2 && !rich) return null;
+  if (!rows.length) return null;
   const every = rows.flatMap((row) => [row.relative_error, ...(row.interval ?? [])]).filter((value) => value > 0);
   const [low, high] = domain(every, true);
   const at = (value) => Math.min(Math.max(100 * (Math.log(Math.max(value, low)) - Math.log(low)) / (Math.log(high) - Math.log(low)), 0), 100);
@@ -646,7 +658,7 @@ function int8Section(report) {
       html('td', {}, name === found.kept ? html('b', {}, name, ', kept') : name),
       html('td', { class: 'number' }, step.ratio.latency.median ? format.times(step.ratio.latency.median) : '\u2013'),
       html('td', { class: 'number' }, format.times(step.before.bytes / step.after.bytes)),
-      html('td', { class: 'number' }, format.error(Math.max(...step.outputs.map((output) => output.relative_error ?? Infinity)))),
+      html('td', { class: 'number' }, format.error(Math.max(...step.outputs.flatMap(partsOf).map((part) => part.relative_error ?? Infinity)))),
       score ? html('td', { class: 'number' }, step.metric ? `${(100 * step.metric.after).toFixed(2)}${THIN}%` : '') : null))));
   const left = [...found.left].sort((a, b) => b.error - a.error);
   const said = `${plural(found.nodes, 'node')} in int8` + (left.length ? `; ${left.length} in float for the output error of each in int8: ${left.map((entry) => `${entry.name} (${format.error(entry.error)})`).join(', ')}` : '');
@@ -707,7 +719,7 @@ function runSection(report) {
   const stages = Object.entries(report.seconds ?? {}).filter(([, seconds]) => seconds >= 0.05);
   const longest = Math.max(...stages.map(([, seconds]) => seconds), 1e-9);
   const sum = stages.reduce((total, [, seconds]) => total + seconds, 0);
-  const versions = Object.entries(report.details?.versions ?? { 'onnx-lrsd': report.tool.version });
+  const versions = Object.entries(report.versions ?? { 'onnx-lrsd': report.tool.version });
   const machine = Object.entries(report.details?.machine ?? {});
   const found = [];
   if (stages.length) {
