@@ -19,6 +19,7 @@ from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.drift import drift
 from onnx_lrsd.report import drift_table
+from onnx_lrsd.runtime.likeness import Likeness
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.runtime.timing import pair_latency
 
@@ -179,3 +180,24 @@ def test_a_long_graph_is_told_by_the_tensors_whose_error_rises_most() -> None:
     assert "t199" in table and "t150" in table and "t100 " not in table and "140 more" in table
     assert "t100 " in drift_table(Drift(tuple(rising)), every=True)
     assert "rounding" in drift_table(Drift(tuple(rising[:1])))
+
+
+def test_likeness_passes_over_what_is_not_finite_and_counts_equal_classes() -> None:
+    likeness = Likeness()
+    old = np.array([[1.0, 2.0, 0.0], [3.0, 1.0, np.inf], [0.0, 0.0, 1.0], [5.0, 0.0, 0.0]], np.float32)
+    new = np.array([[2.0, 1.0, 0.0], [3.0, 1.0, np.inf], [0.0, 0.0, 1.5], [5.0, 0.0, 0.0]], np.float32)
+    likeness.add(old, new, size=4)
+    assert likeness.agreement == 0.75 and likeness.largest == 1.0
+    one, two = (values[np.isfinite(values)] for values in (old, new))
+    assert likeness.cosine == pytest.approx(one @ two / np.linalg.norm(one) / np.linalg.norm(two))
+
+
+def test_likeness_of_nothing_is_not_known() -> None:
+    likeness = Likeness()
+    likeness.add(np.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32), size=2)
+    likeness.add(np.zeros((2, 3), np.int64), np.zeros((2, 3), np.int64), size=2)
+    likeness.add(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32), size=2)
+    assert likeness.cosine is None and likeness.largest == 0
+    positions = Likeness()
+    positions.add(np.ones((6, 3), np.float32), np.ones((6, 3), np.float32), size=2)
+    assert positions.agreement is None, "rows are positions, not samples"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.facts import (
     Engine,
+    GroupError,
     Inspection,
     Int8,
     LayerReport,
@@ -24,6 +25,7 @@ from onnx_lrsd.facts import (
     Verification,
 )
 from onnx_lrsd.report import (
+    comparison_table,
     comparison_to_json,
     inspection_table,
     inspection_to_json,
@@ -360,3 +362,15 @@ def test_layers_that_do_not_bear_int8_are_named_worst_first(count: int, said: st
         assert named == sorted(named, key=int, reverse=True)
         assert f"conv{count - 1} ({2 * count}" in table
         assert len(named) == count or f"and {count - len(named)} more" in table
+
+
+def test_a_comparison_lists_every_output_with_its_groups() -> None:
+    boxes = GroupError(name="out[:, :4]", slice="[:, :4]", relative_error=0.0008, interval=(0.0005, 0.001))
+    scores = GroupError(name="out[:, 4:]", slice="[:, 4:]", relative_error=0.378, interval=(0.3, 0.45))
+    whole = OutputError("out", 0.0009, (boxes, scores), (0.3, 0.45), largest=2.5, cosine=0.999, agreement=0.5)
+    same = OutputError("mask", 0.0)
+    table = comparison_table(replace(VERIFIED, outputs=(whole, same)), "a.onnx", "b.onnx")
+    lines = [" ".join(line.split()) for line in table.splitlines()]
+    assert "out 0.090 % 0.999000 2.50e+00 50.00 %" in lines
+    assert "out[:, 4:] 38 % 30 % to 45 %" in lines
+    assert not any(line.startswith("mask 0 %") for line in lines), "what does not differ needs no row"

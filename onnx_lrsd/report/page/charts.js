@@ -141,7 +141,6 @@ function path(points) {
   return points.map(([x, y], index) => (index ? 'L' : 'M') + x.toFixed(1) + ',' + y.toFixed(1)).join('');
 }
 
-const drawn = new Set();
 const resized = new ResizeObserver((entries) => {
   for (const { target } of entries) {
     if (Math.round(target.clientWidth) !== target.drawnWidth && target.clientWidth) target.draw();
@@ -160,7 +159,6 @@ function plot(describe) {
     host.replaceChildren(picture(describe(width), width, host));
   };
   resized.observe(host);
-  drawn.add(host);
   host.draw();
   return host;
 }

@@ -628,21 +628,22 @@ function outputsSection(report) {
   if (!rows.length) return null;
   const every = rows.flatMap((row) => [row.relative_error, ...(row.interval ?? [])]).filter((value) => value > 0);
   const [low, high] = domain(every, true);
+  const axis = rows.length > 1;
   const at = (value) => Math.min(Math.max(100 * (Math.log(Math.max(value, low)) - Math.log(low)) / (Math.log(high) - Math.log(low)), 0), 100);
   const extra = [['cosine', 'Cosine', (v) => v.toFixed(6)], ['largest', 'Largest difference', (v) => format.tick(v)], ['agreement', 'Same class', format.share]]
     .filter(([key]) => rows.some((row) => row[key] !== undefined && row[key] !== null));
   const table = html('table', { class: 'plain' },
     html('thead', {}, html('tr', {}, html('th', { scope: 'col' }, 'Output'), html('th', { scope: 'col', class: 'number' }, 'Error'), sure ? html('th', { scope: 'col' }, `95${THIN}% interval`) : null,
-      html('th', { scope: 'col', style: { width: '30%' } }, html('span', { class: 'visually-hidden' }, 'on a logarithmic axis')), extra.map(([, title]) => html('th', { scope: 'col', class: 'number' }, title)))),
+      axis ? html('th', { scope: 'col', class: 'ends', 'aria-label': 'On a logarithmic axis' }, html('span', {}, format.percentTick(Number(low.toPrecision(1)))), html('span', {}, format.percentTick(Number(high.toPrecision(1))))) : null, extra.map(([, title]) => html('th', { scope: 'col', class: 'number' }, title)))),
     html('tbody', {}, rows.map((row) => html('tr', { class: row.sub ? 'sub' : '' },
       html('td', { class: 'mono', title: row.name }, shorten(row.name, 48)),
       html('td', { class: 'number' }, format.error(row.relative_error)),
       sure ? html('td', { class: 'soft' }, row.interval ? `${format.error(row.interval[0])} to ${format.error(row.interval[1])}` : '') : null,
-      html('td', {}, html('div', { class: 'whisker' },
+      axis ? html('td', {}, html('div', { class: 'whisker' },
         row.interval ? html('s', { style: { left: at(row.interval[0]) + '%', width: at(row.interval[1]) - at(row.interval[0]) + '%' } }) : null,
-        row.relative_error > 0 ? html('i', { style: { left: at(row.relative_error) + '%' } }) : null)),
+        row.relative_error > 0 ? html('i', { style: { left: at(row.relative_error) + '%' } }) : null)) : null,
       extra.map(([key, , show]) => html('td', { class: 'number' }, row[key] === undefined || row[key] === null ? '' : show(row[key])))))));
-  return section('Outputs', 'Squared difference between both models, as a share of the variance of the output; the axis is logarithmic.', html('div', { class: 'scroll' }, table));
+  return section('Outputs', 'Squared difference between both models, as a share of the variance of the output.' + (axis ? ' The axis is logarithmic.' : ''), html('div', { class: 'scroll' }, table));
 }
 
 // ---- int8, engines, loading
