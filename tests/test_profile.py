@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -379,3 +382,23 @@ def test_latency_is_a_cost_of_points_that_have_seconds() -> None:
     point = curves(1)[0].points[1]
     assert COSTS["latency"](point) == pytest.approx(1e-4)
     assert (point.price + point.price).seconds == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize(("close", "measurements"), [(1.5, 2), (10.0, 1)])
+def test_a_sensitivity_is_measured_again_only_at_another_error(
+    monkeypatch: pytest.MonkeyPatch, close: float, measurements: int
+) -> None:
+    made, _ = latency_planner(monkeypatch, 1.0)
+    monkeypatch.setattr(planner, "count_post_dominators", lambda graph, layers: defaultdict(int))
+    monkeypatch.setattr(planner, "CLOSE", close)
+    made.source = SimpleNamespace(graph=lambda: None)  # type: ignore[assignment]
+    asked: list[Mapping[str, Form]] = []
+
+    def measure(forms: Mapping[str, Form]) -> dict[str, float]:
+        asked.append(forms)
+        return dict.fromkeys(forms, 1.0)
+
+    made.weigh(measure)
+    assert len(asked) == measurements and set(asked[0]) == set(made.sensitivity)
+    error = {point.form: point.error for point in made.curves[0].points}
+    assert all(error[form] > close * error[asked[0][name]] for name, form in asked[-1].items() if asked[1:])

@@ -27,7 +27,7 @@ from onnx_lrsd.fit.calibrate import (
     locate,
     what_was_left_out,
 )
-from onnx_lrsd.fit.fitter import Fitted, Fitter, LowRankFitter
+from onnx_lrsd.fit.fitter import Fitted, Fitter, KeepingFitter, LowRankFitter
 from onnx_lrsd.fit.reconstruct import biases_added
 from onnx_lrsd.fit.sensitivity import sensitivities
 from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, save
@@ -333,7 +333,7 @@ def _fitter(
         clock=run.journal.clock,
         progress=run.progress,
     )
-    return Int8Fitter(run, plain, known.samples) if run.options.int8 else plain
+    return KeepingFitter(Int8Fitter(run, plain, known.samples) if run.options.int8 else plain)
 
 
 def _next(run: Run, search: Proposals) -> Forms:

@@ -15,6 +15,9 @@ from onnx_lrsd.types import Factors, Form, Layer, Progress
 ORIGINAL, LOW_RANK, INT8, BOTH = "original", "low rank", "int8", "both"
 """What was done to a model."""
 
+KEPT = 3
+"""Fitted models that are kept: a search takes one of the last that it tried."""
+
 Clock: TypeAlias = Callable[[str], AbstractContextManager[None]]
 """Books the time of a block under the name of a stage."""
 
@@ -83,3 +86,20 @@ class LowRankFitter:
                 progress=self.progress,
             )
         return Fitted(step=LOW_RANK, model=model, factors=factors)
+
+
+@dataclass(frozen=True)
+class KeepingFitter:
+    """Keeps the last models that ``fitter`` made, so that what a search has fitted is not fitted again."""
+
+    fitter: Fitter
+    kept: dict[frozenset[tuple[str, Form]], Fitted] = field(default_factory=dict)
+
+    def fit(self, forms: Mapping[str, Form]) -> Fitted:
+        """The model with every layer in ``forms`` rewritten, from those that are kept if it is there."""
+        key = frozenset(forms.items())
+        found = self.kept.pop(key, None) or self.fitter.fit(forms)
+        self.kept[key] = found
+        if len(self.kept) > KEPT:
+            del self.kept[next(iter(self.kept))]
+        return found

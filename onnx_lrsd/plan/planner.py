@@ -27,6 +27,8 @@ ROUNDS = 6
 """Allocations at most, each without the forms that the one before found to be no faster."""
 MODERATE = 0.03
 """Relative error of a layer at which its sensitivity is measured first."""
+CLOSE = 1.5
+"""A sensitivity holds for errors up to this factor apart: it is known within a fourth or so."""
 REPAIRED = 0.1
 """Share of the error it inherits that the fit of a rewritten layer makes good (results/parts.md)."""
 SPARE, LAVISH = 1.01, 1.05
@@ -64,21 +66,22 @@ class Planner:
     def weigh(self, measure: Callable[[Forms], dict[str, float]]) -> None:
         """Sensitivities of the layers: at a moderate error of each, then at the forms that these lead to.
 
-        They are measured in the original network, where nothing is refitted; each layer that must be passed
-        on the way to the outputs takes its share off.
+        The second time only layers are measured whose error is another than at first. They are measured in
+        the original network, where nothing is refitted; each layer that must be passed on the way to the
+        outputs takes its share off.
         """
-        moderate = {}
+        moderate = dict[str, Point]()
         for curve in self.curves:
             smaller = [point for point in curve.points if not point.form.dense and point.error > 0]
             if smaller:
-                moderate[curve.layer.output] = min(smaller, key=_far_from_moderate).form
+                moderate[curve.layer.output] = min(smaller, key=_far_from_moderate)
         able = [curve.layer for curve in self.curves if curve.layer.output in moderate]
         behind = count_post_dominators(self.source.graph(), able)
 
         def left(forms: Forms) -> dict[str, float]:
             return {name: s * (1 - REPAIRED) ** behind[name] for name, s in measure(forms).items()}
 
-        found = left(moderate)
+        found = left({name: point.form for name, point in moderate.items()})
         if not found:
             return
         self.sensitivity = dict.fromkeys(self.sensitivity, median(found.values())) | found
@@ -87,7 +90,13 @@ class Planner:
             points = self._allocate(self.run.options.ratio or self.run.target.first_ratio)
         except BudgetError:
             return
-        self.sensitivity |= left({n: p.form for n, p in points.items() if not p.form.dense})
+        other = {
+            name: point.form
+            for name, point in points.items()
+            if not point.form.dense and abs(log(max(point.error, 1e-12) / moderate[name].error)) > log(CLOSE)
+        }
+        if other:
+            self.sensitivity |= left(other)
 
     def for_ratio(self, ratio: float) -> Forms:
         """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.
