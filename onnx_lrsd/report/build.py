@@ -50,6 +50,7 @@ def make_report(
     ``whole`` is the measured time of the original in seconds, None where times were not predicted.
     """
     factors: Mapping[str, Factors] = {} if delivered is None else delivered.factors
+    measured = () if delivered is None else delivered.verification.warnings
     reasons = run.journal.reasons
     rows = [_layer_report(layer, plan, factors.get(layer.output), reasons) for layer in layers]
     rows += [_declined_report(entry) for entry in declined]
@@ -71,7 +72,7 @@ def make_report(
         layers=tuple(rows),
         int8=None if delivered is None else delivered.int8,
         loading=None if delivered is None else delivered.loading,
-        warnings=tuple(run.journal.warnings),
+        warnings=tuple(dict.fromkeys((*run.journal.warnings, *measured))),
         seconds=dict(run.journal.seconds),
         versions=versions,
         engine=engine,

@@ -98,6 +98,7 @@ def comparison_to_json(
         "data": {"samples": found.samples, "source": source},
         **_sides(found),
         "metric": _metric(found),
+        "warnings": list(found.warnings),
     }
     if drift is not None:
         named = {"first": drift.first, "most": drift.most}

@@ -78,7 +78,8 @@ def comparison_table(found: Verification, before: str, after: str, *, colour: bo
     """Two models side by side, and each of their outputs."""
     ink = _Ink(colour)
     title = ink.strong(f"{Path(before).name} and {Path(after).name}")
-    parts = [title, _facts(found, ink, None, "macs"), _outputs(found.outputs, ink)]
+    warnings = [_paragraph(f"Warning: {warning}") for warning in found.warnings]
+    parts = [title, _facts(found, ink, None, "macs"), _outputs(found.outputs, ink), *warnings]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -257,17 +258,26 @@ def _facts(
     if found.metric is not None:
         rows.append(_metric(found.metric))
     grid = _grid(("", "before", "after", "ratio", ""), rows, "lrrrl", ink)
-    measured = f"of its variance, over {_plural(found.samples, 'sample')}"
-    errors = [
-        f"output error  {_shorten(o.name, 40)}  {_percent(o.relative_error)} {measured}"
-        for o in found.outputs
-    ]
+    measured = f"over {_plural(found.samples, 'sample')}"
+    errors = [f"output error  {line}, {measured}" for output in found.outputs for line in _errors(output)]
     if len(errors) > ROWS_SHOWN:
         errors = [*errors[:ROWS_SHOWN], f"and {len(errors) - ROWS_SHOWN} outputs more"]
     parts = [grid, "", *errors]
     if promise is not None:
         parts.append(ink.verdict(_promise(promise, cost), promise.kept))
     return "\n".join(parts)
+
+
+def _errors(output: OutputError) -> list[str]:
+    """The error of an output, or of each group of its channels, and its interval."""
+    if not output.groups:
+        return [f"{_shorten(output.name, 40)}  {_percent(output.relative_error)} of its variance"]
+    lines = []
+    for group in output.groups:
+        low, high = (_percent(end) for end in group.interval)
+        said = f"{_shorten(group.name, 26)}  {_percent(group.relative_error)} of its variance"
+        lines.append(f"{said} ({low.removesuffix(' %')} to {high})" if group.relative_error > 0 else said)
+    return lines
 
 
 def _int8(int8: Int8, ink: _Ink) -> str:
