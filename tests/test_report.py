@@ -217,6 +217,34 @@ def test_what_is_not_finite_is_null(value: float) -> None:
     assert "not finite" in report_table(replace(REPORT, verification=found))
 
 
+def test_every_group_of_an_output_has_its_error_and_interval() -> None:
+    groups = (
+        GroupError(
+            name="out[:, 0:4] Mul_5", slice="[:, 0:4]", relative_error=0.0053, interval=(0.005, 0.0061)
+        ),
+        GroupError(
+            name="out[:, 4:22] Sigmoid",
+            slice="[:, 4:22]",
+            relative_error=0.025,
+            interval=(0.0149, 0.041),
+            logits_error=0.012,
+        ),
+    )
+    output = OutputError("out", 0.0054, groups, (0.0149, 0.041))
+    found = replace(VERIFIED, outputs=(OutputError("box", 0.001), output), warnings=("too few",))
+    assert (found.error, found.error_interval, found.error_bound) == (0.025, (0.0149, 0.041), 0.041)
+    table = comparison_table(found, "a.onnx", "b.onnx")
+    assert "out[:, 0:4] Mul_5  0.53 % of its variance (0.50 to 0.61 %)" in table
+    assert "out[:, 4:22] Sigmoid  2.5 % of its variance (1.5 to 4.1 %)" in table
+    assert "Warning: too few" in table
+    assert max(map(len, table.splitlines())) <= 100
+    facts = json.loads(comparison_to_json(found, "a", "b", "c"))
+    assert facts["outputs"][1]["error_interval"] == [0.0149, 0.041]
+    assert [group["slice"] for group in facts["outputs"][1]["groups"]] == ["[:, 0:4]", "[:, 4:22]"]
+    assert facts["outputs"][1]["groups"][1]["logits_error"] == 0.012
+    assert facts["warnings"] == ["too few"]
+
+
 def test_nothing_is_rounded_in_a_flattering_direction() -> None:
     table = report_table(REPORT)
     assert "1.99 x" in table  # of 3,999,999 MACs to 2,000,000, and of the latency
