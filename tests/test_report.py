@@ -233,11 +233,13 @@ def test_every_group_of_an_output_has_its_error_and_interval() -> None:
     output = OutputError("out", 0.0054, groups, (0.0149, 0.041))
     found = replace(VERIFIED, outputs=(OutputError("box", 0.001), output), warnings=("too few",))
     assert (found.error, found.error_interval, found.error_bound) == (0.025, (0.0149, 0.041), 0.041)
-    table = comparison_table(found, "a.onnx", "b.onnx")
+    table = report_table(replace(REPORT, verification=found, warnings=found.warnings))
     assert "out[:, 0:4] Mul_5  0.53 % of its variance (0.50 to 0.61 %)" in table
     assert "out[:, 4:22] Sigmoid  2.5 % of its variance (1.5 to 4.1 %)" in table
     assert "Warning: too few" in table
     assert max(map(len, table.splitlines())) <= 100
+    table = comparison_table(found, "a.onnx", "b.onnx")
+    assert table.count("out[:, 4:22] Sigmoid") == 1 and "Warning: too few" in table
     facts = json.loads(comparison_to_json(found, "a", "b", "c"))
     assert facts["outputs"][1]["error_interval"] == [0.0149, 0.041]
     assert [group["slice"] for group in facts["outputs"][1]["groups"]] == ["[:, 0:4]", "[:, 4:22]"]
