@@ -375,6 +375,45 @@ def test_a_dry_run_and_errors_that_are_not_finite_have_a_page(browser: Any, tmp_
 
 
 @pytest.mark.slow
+def test_int8_codes_engines_and_broken_promises_have_their_place(browser: Any, tmp_path: Path) -> None:
+    facts = a_report()
+    sides = {key: facts[key] for key in ("before", "after", "ratio", "outputs", "metric")}
+    facts["int8"] = {
+        "kept": "both",
+        "nodes": 9,
+        "left": [{"name": "head", "error": 0.2}],
+        "steps": {"low rank": sides, "int8": sides, "both": sides},
+    }
+    facts["tensorrt"] = {
+        "trtexec": "trtexec --onnx=a.onnx --fp16",
+        "sparse": ["conv7"],
+        "notes": ["Build it there."],
+    }
+    facts["loading"] = {
+        "before": {"seconds": 0.1, "peak_bytes": 10**8},
+        "after": {"seconds": 0.3, "peak_bytes": 2 * 10**8},
+    }
+    facts["promise"] = {"kind": "max_drop", "asked": 0.5, "got": 0.75, "kept": False}
+    facts["layers"][0] |= {"weights": {"int6": 10, "int2": 6}, "entries": "uint8"}
+    found = Opened(browser, tmp_path / "page.html", facts)
+    text = found.page.locator("main").inner_text()
+    for said in (
+        "Promise not kept",
+        "drop of at most 0.5 points asked, 0.75 got",
+        "both, kept",
+        "head (20",
+        "trtexec --onnx=a.onnx --fp16",
+        "conv7",
+        "Opening the model",
+    ):
+        assert said in text, said
+    assert found.said == [] and found.page.locator(".list td.form").first.inner_text().startswith(
+        "spatial 16"
+    )
+    found.page.context.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_wider_than_the_window(browser: Any, tmp_path: Path, width: int) -> None:
     found = Opened(browser, tmp_path / "page.html", a_report(), viewport={"width": width, "height": 800})

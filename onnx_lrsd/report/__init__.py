@@ -1,4 +1,4 @@
-"""The report as JSON for programs and as a table for people; what it says is computed elsewhere."""
+"""The report in three faces: JSON for programs, a table for people, a page to look closer."""
 
 from onnx_lrsd.report.html import report_page
 from onnx_lrsd.report.json import (

@@ -31,6 +31,7 @@ function joined(report) {
     const extra = details.get(row.output) ?? {};
     const left = row.form === 'dense' && !Object.keys(row.weights ?? {}).length;
     const layer = { ...row, ...extra, index, left, label: formOf(row) };
+    if (left) layer.seconds_after = layer.seconds_before; // whatever was planned
     layer.share = layer.sensitivity && row.error ? layer.sensitivity * row.error : 0;
     return layer;
   });
@@ -383,7 +384,7 @@ function layersSection(report, layers, marks) {
   });
   const tools = html('div', { class: 'tools' }, search, which, html('div', { class: 'switch', role: 'group', 'aria-label': 'Unit of the bars' }, buttons), count);
   const hint = html('p', { class: 'hint' }, html('kbd', {}, '\u2191'), ' ', html('kbd', {}, '\u2193'), ' pick a layer, ', html('kbd', {}, 'x'), ' puts it on the list to exclude');
-  const largest = (layer) => (layer.left ? 0 : amounts(layer, state.unit)[0] ?? 0);
+  const largest = (layer) => (amounts(layer, state.unit)[0] ?? 0) + (layer.left ? 0 : most[state.unit]);
   state.picked = known.reduce((a, b) => (largest(b) > largest(a) ? b : a));
   arrange();
   pick(state.picked, false);
