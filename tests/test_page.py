@@ -210,6 +210,7 @@ def a_comparison() -> dict[str, Any]:
     return facts | {
         "model": {"before": "a.onnx", "after": "b.onnx"},
         "data": {"samples": 64, "source": "eval.npz"},
+        "warnings": ["Few samples: give more."],
         "drift": {"first": "t3", "most": "t3"},
         "tensors": tensors,
     }
@@ -451,6 +452,7 @@ def test_the_theme_follows_the_system_until_it_is_chosen(browser: Any, tmp_path:
 def test_a_comparison_says_where_two_models_part(browser: Any, tmp_path: Path) -> None:
     found = Opened(browser, tmp_path / "page.html", a_comparison())
     text = found.page.locator("main").inner_text()
+    assert "Few samples: give more." in text
     assert "a.onnx and b.onnx" in text and "They first differ after node3 (Conv)" in text
     assert found.page.locator("svg[role=img]").count() == 1
     found.page.get_by_label("Order of the tensors").select_option("growth")

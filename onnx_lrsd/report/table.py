@@ -87,32 +87,20 @@ def comparison_table(found: Verification, before: str, after: str, *, colour: bo
 
 
 def _outputs(outputs: Sequence[OutputError], ink: _Ink) -> str:
-    """Every output, with its groups of channels where it has several; empty where nothing differs."""
-    rows: list[Row] = []
-    for output in outputs:
-        if not output.worst:
-            continue
-        figures = (
+    """How alike the outputs are that differ, beside their errors; empty where nothing differs."""
+    rows: list[Row] = [
+        (
+            output.name,
             "" if output.cosine is None else f"{output.cosine:.6f}",
             "" if output.largest is None else f"{output.largest:.2e}",
             "" if output.agreement is None else f"{100 * output.agreement:.2f} %",
         )
-        if len(output.groups) > 1:
-            rows.append((output.name, _percent(output.relative_error), "", *figures))
-            rows += [
-                (f"  {group.name}", _percent(group.relative_error), _between(group.interval), "", "", "")
-                for group in output.groups
-            ]
-        else:
-            interval = output.error_interval or (output.worst, output.worst)
-            rows.append((output.name, _percent(output.worst), _between(interval), *figures))
-    shown = rows[:ROWS_SHOWN] + _more(len(rows) - ROWS_SHOWN, 6)
-    header = ("output", "error", "at 95 %", "cosine", "largest", "same class")
-    return _grid(header, shown, "lrlrrr", ink) if rows else ""
-
-
-def _between(interval: tuple[float, float]) -> str:
-    return " to ".join(map(_percent, interval))
+        for output in outputs
+        if output.worst
+    ]
+    shown = rows[:ROWS_SHOWN] + _more(len(rows) - ROWS_SHOWN, 4)
+    header = ("output", "cosine", "largest difference", "same class")
+    return _grid(header, shown, "lrrr", ink) if rows else ""
 
 
 def drift_table(found: Drift, *, colour: bool = False, every: bool = False) -> str:

@@ -6,7 +6,8 @@ function comparisonHead(report) {
   return html('header', {},
     html('div', { class: 'top' }, html('span', {}, `onnx-lrsd ${report.tool.version}`), themeButton()),
     html('h1', {}, base(report.model.before), html('span', { class: 'arrow' }, ' and '), base(report.model.after)),
-    html('p', { class: 'soft' }, `Run on ${samples}${report.data.source ? ` of ${base(report.data.source)}` : ''}`));
+    html('p', { class: 'soft' }, `Run on ${samples}${report.data.source ? ` of ${base(report.data.source)}` : ''}`),
+    notes(report));
 }
 
 const ORDERS = {

@@ -123,8 +123,13 @@ function head(report) {
       html('b', {}, promise.kept ? '\u2713 Promise kept' : '\u2715 Promise not kept'),
       html('span', {}, promiseText(promise, report.cost))) : null,
     report.after ? null : html('p', { class: 'verdict' }, html('b', {}, 'A plan only'), html('span', {}, 'nothing was rewritten or measured.')),
-    report.warnings?.length ? html('ul', { class: 'notes', 'aria-label': 'Warnings' }, report.warnings.map((warning) => html('li', {}, warning))) : null,
+    notes(report),
   );
+}
+
+function notes(report) {
+  if (!report.warnings?.length) return null;
+  return html('ul', { class: 'notes', 'aria-label': 'Warnings' }, report.warnings.map((warning) => html('li', {}, warning)));
 }
 
 // ---- before and after
