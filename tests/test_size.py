@@ -390,3 +390,17 @@ def test_what_cannot_be_smaller_comes_back_to_the_byte_whatever_its_opset() -> N
     found = onnx_lrsd.optimize(plain, {"x": x}, target="size", ratio=50)
     assert found.model.proto == plain
     assert found.report.promise is not None and not found.report.promise.kept
+
+
+def test_an_s_alone_is_tried_further_only_where_it_may_win() -> None:
+    rng = np.random.default_rng(0)
+    named = {"output": "y", "name": "y", "op": "Gemm", "input": "x", "weight": "w", "dtype": "float32"}
+    layer = Layer(**named, shape=(96, 96), n=96, m=96)  # type: ignore[arg-type]
+    smooth = rng.standard_normal((96, 3)) @ rng.standard_normal((3, 96))
+    spiky = np.where(rng.random((96, 96)) < 0.05, rng.standard_normal((96, 96)), 0.0)
+
+    def densities(weight: np.ndarray) -> int:
+        found = coded_errors(onnx_lrsd.pose(layer, weight, np.zeros(96), None), KINDS, None)
+        return sum(bool(form.entries and not form.rank) for form in found)
+
+    assert densities(smooth) == 1 and densities(spiky) == 3

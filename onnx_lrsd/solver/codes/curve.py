@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import prod
+from math import inf, prod
 
 import numpy as np
 
@@ -34,7 +34,10 @@ V_SHARE = 0.3
 PRICES = 16
 MOST_OF_DENSE = 0.6
 """Ranks whose factors hold more numbers than this share of the weight are not tried."""
-DENSITIES = (0.05, 0.12, 0.25)
+DENSITIES = (0.12, 0.05, 0.25)
+"""Of an S alone. The first decides whether the others are tried."""
+HOPELESS = 1.5
+"""An S alone that loses so many times as much as another form of at most its bits is not tried further."""
 BESIDE = (0.7,)
 """Bits a weight for factors, beside an S of about as many bytes."""
 _KEPT = (0.02, 0.045, 0.1, 0.22, 0.5)
@@ -216,7 +219,12 @@ def _with_entries(
     for share in DENSITIES:
         form = Form(CHANNEL, 0, Pattern(UNSTRUCTURED, round(share * n * m)))
         missed = fitted(form)
-        found[replace(form, entries=storage.name)] = missed + storage.noise * (1 - missed)
+        error = missed + storage.noise * (1 - missed)
+        found[replace(form, entries=storage.name)] = error
+        bits = share * (storage.bits + GAP_BITS)
+        rivals = [errors[other] for other in errors if _bits(problem, other) <= bits]
+        if error > HOPELESS * min(rivals, default=inf):
+            break
     for bits in BESIDE if noises else ():
         factors = min(noises, key=lambda form: abs(np.log(_bits(problem, form) / bits)))
         entries = min(round(_bits(problem, factors) * n * m / (storage.bits + GAP_BITS)), n * m // 2)
@@ -240,6 +248,7 @@ def _expected(problem: Problem, form: Form, resolvent: Resolvent, held: Problem 
 
 
 def _bits(problem: Problem, form: Form) -> float:
-    """Bits for each entry of the weight that factors take."""
+    """Bits for each entry of the weight that a form without S takes."""
     kept = sum(STORAGES[name].bits * count for name, count in form.weights)
-    return float(kept * rank_size(problem.layer, form.kind) / (problem.layer.n * problem.layer.m))
+    width = problem.layer.m if form.kind == DENSE else rank_size(problem.layer, form.kind)
+    return float(kept * width / (problem.layer.n * problem.layer.m))
