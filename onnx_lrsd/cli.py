@@ -11,7 +11,6 @@ import os
 import shlex
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
 
 import onnx_lrsd
 from onnx_lrsd.arrays import DEVICES
@@ -63,8 +65,6 @@ COST_NAMES = {"macs": "macs", "params": "parameters", "bytes": "bytes", "latency
 FLAGS = {"evaluation": "--eval", "calibration": "--calib"}
 """Options whose flag is not their name."""
 VERBOSE, ARGUMENTS = "onnx_lrsd.verbose", "onnx_lrsd.arguments"
-REDRAW = 0.1
-"""Seconds between two drawings of the progress bar."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -533,24 +533,13 @@ def _progress(quiet: bool) -> Iterator[Progress | None]:
     if quiet or not sys.stderr.isatty():
         yield None
         return
-    try:
-        yield _bar()
-    finally:
-        click.echo("\r\033[K", err=True, nl=False)
+    console = Console(stderr=True)
+    with Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task("")
 
+        def show(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
 
-def _bar() -> Progress:
-    drawn = 0.0
-
-    def draw(stage: str, done: int, total: int) -> None:
-        nonlocal drawn
-        now = time.monotonic()
-        if now - drawn < REDRAW and done < total:
-            return
-        drawn = now
-        filled = 30 * done // max(total, 1)
-        click.echo(
-            f"\r\033[K{stage:<12}{'#' * filled}{'.' * (30 - filled)}  {done}/{total}", err=True, nl=False
-        )
-
-    return draw
+        yield show
