@@ -5,13 +5,12 @@
     python -m benchmarks honesty --show FILE
 
 A MODEL is a folder with model.onnx, calib.npz and eval.npz, or an .onnx file, with a .npz of the same name
-beside it or on samples that are made up. The command line gets the calibration samples alone (of one .npz,
-the first half) and is asked for nothing but --calib (*default*: outputs change by at most 1 %), and for
---ratio 1.5. Its result is then compared with the original on the samples kept apart. A row has what was
-asked and got, the exit code, the error that the report states, the upper end of its interval, the error on
-the samples kept apart (both of the output, or group of its channels, that changed most), and the seconds.
-*Inside* says whether the error apart is within the interval; where the original was handed back there is
-nothing to say.
+beside it or on samples that are made up. The tool gets the calibration samples alone (of one .npz, the first
+half) and is asked for nothing (*default*: outputs change by at most 1 %), and for --ratio 1.5. Its result is
+then compared with the original on the samples kept apart. A row has what was asked and got, the exit code of
+the command line, the error that the report states, the upper end of its interval, the error on the samples
+kept apart (both of the output, or group of its channels, that changed most), and the seconds. *Inside* says
+whether the error apart is within the interval; where the original was handed back there is nothing to say.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import onnx_lrsd
 from benchmarks.corpus import ROOT
 from benchmarks.options import JSON, LIMIT, heading
+from onnx_lrsd.cli import BROKEN_PROMISE
 from onnx_lrsd.data.made_up import GUESSES, random_samples
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import DataError, LrsdError
@@ -41,8 +40,8 @@ from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import Values
 
 OPTIONS = (LIMIT, JSON)
-GOALS: dict[str, tuple[str, ...]] = {"default": (), "1.5": ("--ratio", "1.5")}
-"""What the command line is asked for, by the name of the goal."""
+GOALS: dict[str, dict[str, Any]] = {"default": {}, "1.5": {"ratio": 1.5}}
+"""What the tool is asked for, by the name of the goal."""
 MADE_UP = 60
 """Samples made up for either side."""
 HIGHEST = (1000, 100, 10, 2)
@@ -95,7 +94,7 @@ def parts(path: Path) -> tuple[Path, Samples, Samples, str]:
 
 
 def row(path: Path, goal: str, limit: int | None, judges: int) -> dict[str, Any]:
-    """What the command line says, and what is found on samples kept apart."""
+    """What the tool says, and what is found on samples kept apart."""
     name = path.name if path.name != "model.onnx" else path.parent.name
     facts: dict[str, Any] = {"model": name, "asked": goal}
     try:
@@ -105,34 +104,28 @@ def row(path: Path, goal: str, limit: int | None, judges: int) -> dict[str, Any]
     if limit is not None:
         calibration = calibration.take(slice(limit))
     apart = apart.take(slice(judges))
-    with tempfile.TemporaryDirectory() as folder:
-        calib, output, report = (Path(folder) / file for file in ("calib.npz", "out.onnx", "report.json"))
-        (group,) = calibration.groups
-        np.savez(calib, **{**group, **calibration.constants})  # type: ignore[arg-type]
-        command = [sys.executable, "-m", "onnx_lrsd", "optimize", str(model), "--calib", str(calib)]
-        command += ["-o", str(output), "--json", str(report), *GOALS[goal]]
-        start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        facts |= {"samples": calibration.count, "data": origin, "code": done.returncode}
-        facts["seconds"] = round(time.perf_counter() - start, 1)
-        if not report.exists():
-            return facts | {"says": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""}
-        said = json.loads(report.read_text())
-        source, result = load(model), load(output)
-        found = compare(source, result, apart, latency=False)
-    outputs = said["outputs"]
-    worst = max(outputs, key=lambda output: output["relative_error"] or 0.0, default=None)
-    interval = (worst or {}).get("interval")
+    source = load(model)
+    facts |= {"samples": calibration.count, "data": origin}
+    start = time.perf_counter()
+    try:
+        result, report, _ = onnx_lrsd.optimize(model, calibration, **GOALS[goal])
+    except LrsdError as error:
+        return facts | {"code": error.code, "says": str(error)}
+    facts["seconds"] = round(time.perf_counter() - start, 1)
+    found, promise = report.verification, report.promise
+    assert found is not None and promise is not None
     return facts | {
-        "kept": said["promise"]["kept"] if said["promise"] else None,
-        "macs": said["ratio"]["macs"],
-        "latency": said["ratio"]["latency"]["median"],
+        "code": 0 if promise.kept else BROKEN_PROMISE,
+        "kept": promise.kept,
+        "got": promise.got,
+        "macs": found.before.macs / max(found.after.macs, 1),
+        "latency": found.latency_ratio,
         "same": result.proto.SerializeToString() == source.proto.SerializeToString(),
-        "error": worst["relative_error"] if worst else 0.0,
-        "interval": interval,
-        "apart": found.error,
+        "error": found.error,
+        "interval": found.error_interval,
+        "apart": compare(source, result, apart, latency=False).error,
         "judges": apart.count,
-        "warnings": said["warnings"],
+        "warnings": report.warnings,
     }
 
 
@@ -158,15 +151,18 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The rows, and how many hold."""
-    titles = "model", "asked", "exit", "came out", "MACs", "latency", "error said", "at most"
-    yield heading(*titles, "error apart", "inside", "s")
-    yield from map(line, rows)
+HEADING = heading(
+    *("model", "asked", "exit", "came out", "MACs", "latency", "error said", "at most", "error apart"),
+    *("inside", "s"),
+)
+
+
+def counts(rows: list[dict[str, Any]]) -> str:
+    """How many gave a changed model, and how many intervals hold."""
     judged = [known for known in map(inside, rows) if known is not None]
     changed = sum("says" not in row and not row["same"] for row in rows)
     held = f"{sum(judged)} of {len(judged)} intervals hold"
-    yield f"\n{len(rows)} runs, {changed} gave a changed model; {held}."
+    return f"\n{len(rows)} runs, {changed} gave a changed model; {held}."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,19 +178,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     """Run every model and goal in a process of its own, and print the table."""
     if given.show is not None:
-        print("\n".join(table(json.loads(given.show.read_text()))))
+        rows = json.loads(given.show.read_text())
+        print("\n".join([HEADING, *map(line, rows), counts(rows)]))
         return
     if given.here:
         print(json.dumps(row(given.models[0], given.goal[0], given.samples, given.judges)))
         return
     rows = []
+    print(HEADING)
     for path in given.models:
         for goal in given.goal or GOALS:
             rows.append(apart_from_us(path, goal, given))
             print(line(rows[-1]), flush=True)
             if given.json is not None:
                 given.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print("\n" + "\n".join(table(rows)))
+    print(counts(rows))
 
 
 def apart_from_us(path: Path, goal: str, given: argparse.Namespace) -> dict[str, Any]:
