@@ -357,7 +357,7 @@ def test_a_plan_in_codes_needs_a_target_that_writes_them() -> None:
     )
     plan = onnx_lrsd.plan_from_json(text.replace('"y"', '"h"'))
     with pytest.raises(DataError, match="stores h in codes"):
-        onnx_lrsd.optimize(model_of("Gemm"), {"x": np.ones((8, C), np.float32)}, plan=plan)
+        onnx_lrsd.optimize(model_of("Gemm"), {"x": np.eye(8, C, dtype=np.float32)}, plan=plan)
     assert TARGETS["size"].stores_codes
 
 
