@@ -53,14 +53,14 @@ DECOMPOSE = "onnx_lrsd.solver.decompose"
 CALIBRATE = "onnx_lrsd.fit.calibrate"
 RECONSTRUCT = "onnx_lrsd.fit.reconstruct"
 PLANNER = "onnx_lrsd.plan.planner"
-NO_ORIGINAL = (f"{CALIBRATE}.ORIGINAL", 1 << 40)
+NO_ORIGINAL = (f"{CALIBRATE}.EVERY_ORIGINAL", 1 << 40)
 NO_REFIT = (f"{RECONSTRUCT}.ROWS_TO_REFIT", inf)
 NO_RECTIFIER = (f"{DECOMPOSE}.RECTIFIED_FROM", inf)
 RULES: dict[str, dict[str, tuple[str, Any] | None]] = {
     FIT: {
         **{f"damping {each}": (f"{PROBLEM}.OF_SAMPLES", each) for each in (3, 6, 12, 24)},
         "no original rows": NO_ORIGINAL,
-        "every second": (f"{CALIBRATE}.ORIGINAL", 2),
+        "every second": (f"{CALIBRATE}.EVERY_ORIGINAL", 2),
         "no refit": NO_REFIT,
         **{f"pull {each}": (f"{RECONSTRUCT}.PULL", each) for each in (1, 32)},
     },

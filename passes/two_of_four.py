@@ -12,7 +12,7 @@ from onnx_lrsd.passes.constants import constant_value, overridable
 from onnx_lrsd.passes.nodes import label
 from onnx_lrsd.passes.operators import operator_at
 
-BLOCK, KEPT = 4, 2
+BLOCK, _KEPT = 4, 2
 
 
 class SparseNode(NamedTuple):
@@ -47,4 +47,4 @@ def _is_two_of_four(weight: npt.NDArray[np.generic]) -> bool:
     """Whether each four consecutive entries of the last axis hold two zeros; it is looked at row by row."""
     if weight.shape[-1] % BLOCK:
         return False
-    return all(bool((np.count_nonzero(row.reshape(-1, BLOCK), axis=1) <= KEPT).all()) for row in weight)
+    return all(bool((np.count_nonzero(row.reshape(-1, BLOCK), axis=1) <= _KEPT).all()) for row in weight)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import onnx
 
-from onnx_lrsd.fit.fitter import KEPT, LOW_RANK, Fitted, KeepingFitter
+from onnx_lrsd.fit.fitter import LOW_RANK, MODELS_KEPT, Fitted, KeepingFitter
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.types import CHANNEL, Form
 
@@ -35,9 +35,9 @@ def test_what_a_search_has_fitted_is_not_fitted_again() -> None:
 def test_models_are_kept_within_bounds_and_the_oldest_goes_first() -> None:
     inner = Counting()
     fitter = KeepingFitter(inner)
-    for rank in range(1, KEPT + 2):
+    for rank in range(1, MODELS_KEPT + 2):
         fitter.fit(of_rank(rank))
-    assert len(fitter.kept) == KEPT
-    fitter.fit(of_rank(KEPT + 1))
+    assert len(fitter.kept) == MODELS_KEPT
+    fitter.fit(of_rank(MODELS_KEPT + 1))
     fitter.fit(of_rank(1))
-    assert inner.asked[-1] == of_rank(1) and len(inner.asked) == KEPT + 2
+    assert inner.asked[-1] == of_rank(1) and len(inner.asked) == MODELS_KEPT + 2

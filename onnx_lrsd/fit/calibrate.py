@@ -34,19 +34,19 @@ SURVEY = 4
 """Every fourth row is enough for the error curves that the plan is made from, if so many are left."""
 MOST_INPUTS = 6
 """Inputs are kept instead of outputs where there are at most so many for each output."""
-ORIGINAL = 3
+EVERY_ORIGINAL = 3
 """Every third row that a layer behind rewritten ones is fitted to is the original network's, at most."""
 ORIGINAL_BYTES = 512 << 20
 """What these rows may take; with large layers there are fewer of them."""
 CHUNK = 2048
 """Rows worked on at once, at least: threads of NumPy that wait for those of ONNX Runtime wait less often."""
-LARGEST = 2.0**56
+_LARGEST = 2.0**56
 """Rows with greater values are left out as infinite ones are: their squares would overflow in sums."""
 ORDINARY = 2.0**40
 """Where inputs are greater than this, or all smaller than its inverse, the layer's rows are scaled."""
-SPARE = 1.25
+_SPARE = 1.25
 """Rows of samples that differ in shape are estimated; so many times as many find room."""
-FETCHED_BYTES = 64 << 20
+_FETCHED_BYTES = 64 << 20
 """Inputs of layers fetched in one batch, at most, outputs not counted; two batches are held at a time."""
 
 Item = TypeVar("Item")
@@ -145,7 +145,7 @@ def calibrate(
     probes = [_probe(watch(feed), feed, samples) for feed in (samples.example(), *samples.extremes())]
     shapes = probes[0].shapes
     bytes_each = max(sum(4 * prod(shape) for shape in probe.shapes.values()) for probe in probes)
-    batch = samples.batch_size(bytes_each // samples.smallest_batch, FETCHED_BYTES)
+    batch = samples.batch_size(bytes_each // samples.smallest_batch, _FETCHED_BYTES)
     located = locate(layers, shapes, samples)
     watched = [layer for layer in located if asked(layer)]
     accumulators, kept, inputs, weights, strides = {}, {}, {}, {}, {}
@@ -302,14 +302,14 @@ def _quota(layer: Layer, samples: Samples, probes: Sequence[_Probe]) -> Quota:
     ]
     entries = np.array([[1.0, probe.entries] for probe in probes])
     start, slope = np.linalg.lstsq(entries, np.array(counts), rcond=None)[0]
-    each = np.maximum(np.ceil(SPARE * (start + slope * samples.sizes)), 1).astype(np.int64)
+    each = np.maximum(np.ceil(_SPARE * (start + slope * samples.sizes)), 1).astype(np.int64)
     ends = np.concatenate([[0], np.cumsum(each)])
     return Quota(min(most, int(ends[-1])), ends, scale)
 
 
 def _usable(rows: Rows) -> npt.NDArray[np.bool_]:
     """Which rows (count, m) are finite, and not so large that their squares overflow."""
-    usable: npt.NDArray[np.bool_] = (rows.max(axis=1) < LARGEST) & (rows.min(axis=1) > -LARGEST)
+    usable: npt.NDArray[np.bool_] = (rows.max(axis=1) < _LARGEST) & (rows.min(axis=1) > -_LARGEST)
     return usable
 
 
@@ -320,7 +320,7 @@ def _only(rows: Rows, usable: npt.NDArray[np.bool_]) -> Rows:
 def _every(layers: Sequence[Layer], quotas: Mapping[str, Quota]) -> int:
     """Of how many rows one original input is kept beside the outputs."""
     whole = sum(4 * layer.m * quotas[layer.output].wanted for layer in layers if not _keeps_inputs(layer))
-    return max(ORIGINAL, ceil(whole / ORIGINAL_BYTES))
+    return max(EVERY_ORIGINAL, ceil(whole / ORIGINAL_BYTES))
 
 
 def _every_nth(rows: npt.NDArray[Kind], start: int, every: int) -> npt.NDArray[Kind]:

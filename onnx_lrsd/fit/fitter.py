@@ -15,7 +15,7 @@ from onnx_lrsd.types import Factors, Form, Layer, Progress
 ORIGINAL, LOW_RANK, INT8, BOTH = "original", "low rank", "int8", "both"
 """What was done to a model."""
 
-KEPT = 3
+MODELS_KEPT = 3
 """Fitted models that are kept: a search takes one of the last that it tried."""
 
 Clock: TypeAlias = Callable[[str], AbstractContextManager[None]]
@@ -100,6 +100,6 @@ class KeepingFitter:
         key = frozenset(forms.items())
         found = self.kept.pop(key, None) or self.fitter.fit(forms)
         self.kept[key] = found
-        if len(self.kept) > KEPT:
+        if len(self.kept) > MODELS_KEPT:
             del self.kept[next(iter(self.kept))]
         return found

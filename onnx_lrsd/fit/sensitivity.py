@@ -31,10 +31,10 @@ from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.storage import INT3
 from onnx_lrsd.types import DENSE, N_OF_M, UNSTRUCTURED, Form, Layer, Moments, Progress, Values
 
-FEWEST, MOST_SAMPLES = 8, 32
+_FEWEST, _MOST_SAMPLES = 8, 32
 """Samples that are run once for every layer: enough to know a sensitivity within a fourth or so."""
-RUNS = 2
-"""Inferences for each calibration sample, unless that leaves fewer than FEWEST for a layer."""
+_RUNS = 2
+"""Inferences for each calibration sample, unless that leaves fewer than _FEWEST for a layer."""
 LEAST, MOST = 1e-4, 1e5
 """Bounds of a sensitivity in units of the median: beyond them lie noise and outputs that are not finite.
 
@@ -63,7 +63,7 @@ def sensitivities(
     """
     probes = [(layer, _probe(layer, forms.get(layer.output), moments.get(layer.output))) for layer in layers]
     chosen = [(layer, form) for layer, form in probes if form is not None]
-    wanted = max(FEWEST, min(MOST_SAMPLES, RUNS * samples.count // max(len(chosen), 1)))
+    wanted = max(_FEWEST, min(_MOST_SAMPLES, _RUNS * samples.count // max(len(chosen), 1)))
     if samples.count >= wanted + 2 * samples.smallest_batch:
         samples = samples.split(wanted, 0)[1]
     reference = Reference(model, samples)

@@ -29,14 +29,14 @@ from onnx_lrsd.runtime.quantiser import quantization, saturates
 from onnx_lrsd.runtime.session import shapes, simplified
 from onnx_lrsd.types import Feed, Progress
 
-WEIGHTED = tuple(op for (_, op), operator in OPERATORS.items() if not operator.NOT_INT8)
-QUANTISED = (*WEIGHTED, "Relu", "Clip", "MaxPool")
+_WEIGHTED = tuple(op for (_, op), operator in OPERATORS.items() if not operator.NOT_INT8)
+_QUANTISED = (*_WEIGHTED, "Relu", "Clip", "MaxPool")
 """What stands between convolutions and takes int8 as it is goes with them."""
-OPSET = 13
+_OPSET = 13
 """The first with scales per channel."""
 RANGE_SAMPLES, ERROR_SAMPLES = 128, 16
 """Samples, at most, that ranges are taken from, and others that errors are measured on."""
-GROUPS = 8
+_GROUPS = 8
 """Groups of samples, at least, that ranges are averaged over."""
 AVERAGED_BELOW = 0.5
 """Share of the error with plain ranges below which averaged ones are taken: they cut off what is rare."""
@@ -115,7 +115,7 @@ def _ready(model: Model) -> onnx.ModelProto:
         raise ModelError("ONNX Runtime quantises models below 2 GB: leave out --int8 for this one.")
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.proto.graph.node):
         raise ModelError("The model is quantised already: leave out --int8.")
-    proto = simplified(in_memory(raised(model, OPSET, "Int8")))
+    proto = simplified(in_memory(raised(model, _OPSET, "Int8")))
     taken = {node.name for node in proto.graph.node}
     for index, node in enumerate(proto.graph.node):
         if not node.name:
@@ -136,7 +136,7 @@ def _weighted(proto: onnx.ModelProto) -> list[str]:
     """Names of the nodes with a constant weight in float32; one that is an output must stay what it is."""
     constants = {t.name for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
     constants -= {output.name for output in proto.graph.output}
-    return [n.name for n in proto.graph.node if n.op_type in WEIGHTED and n.input[1] in constants]
+    return [n.name for n in proto.graph.node if n.op_type in _WEIGHTED and n.input[1] in constants]
 
 
 def _work(proto: onnx.ModelProto, feed: Feed) -> dict[str, int]:
@@ -163,14 +163,14 @@ def _ranges(proto: onnx.ModelProto, samples: Samples, averaged: bool) -> Any:
     """
     size = batch_to_run(samples)
     if averaged:
-        size = min(size, max(samples.count // GROUPS, 1))
+        size = min(size, max(samples.count // _GROUPS, 1))
     with quantization() as ort, tempfile.TemporaryDirectory() as folder:
         source, augmented = (str(Path(folder) / name) for name in ("model.onnx", "augmented.onnx"))
         onnx.save(proto, source)
         try:
             calibrator = ort.create_calibrator(
                 source,
-                list(QUANTISED),
+                list(_QUANTISED),
                 augmented_model_path=augmented,
                 calibrate_method=ort.CalibrationMethod.MinMax,
                 extra_options={"moving_average": averaged},
@@ -185,7 +185,7 @@ def _quantised(proto: onnx.ModelProto, ranges: Any, layers: Collection[str]) -> 
     """``proto`` with these of its weighted nodes in int8, and what lies between them."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    products = [n.name for n in proto.graph.node if n.op_type in WEIGHTED and n.name not in set(layers)]
+    products = [n.name for n in proto.graph.node if n.op_type in _WEIGHTED and n.name not in set(layers)]
     with quantization() as ort:
         try:
             quantiser = ort.QDQQuantizer(
@@ -197,7 +197,7 @@ def _quantised(proto: onnx.ModelProto, ranges: Any, layers: Collection[str]) -> 
                 ranges,
                 [],
                 products,
-                list(QUANTISED),
+                list(_QUANTISED),
                 {},
             )
             quantiser.quantize_model()

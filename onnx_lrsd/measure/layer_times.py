@@ -20,7 +20,7 @@ from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.runtime.timing import busy_clock
 from onnx_lrsd.types import Layer
 
-SESSIONS, RUNS, SECONDS = 3, 5, 0.5
+SESSIONS, _RUNS, SECONDS = 3, 5, 0.5
 """Sessions that the whole is timed in, runs of each at least, and seconds after which there are no more."""
 LINKS, LINK_CHANNELS = 64, 16
 """Nodes of the longer chain that tells what a node takes beside its work, and their channels."""
@@ -56,7 +56,7 @@ def time_layers(
         if key not in known:
             alone = isolate(model.proto, layer, shape)
             values = {layer.input: rng.standard_normal(shape).astype(layer.dtype)}
-            nodes = kernels(alone, values, folder=model.folder, runs=RUNS)
+            nodes = kernels(alone, values, folder=model.folder, runs=_RUNS)
             known[key] = unrecorded(node for node in nodes if node.op not in LAYOUT)
         found[layer.output] = known[key] / size
     whole = _whole(model, feed) / size
@@ -121,7 +121,7 @@ def _whole(model: Model, feed: Mapping[str, np.ndarray]) -> float:
 def _median(run: Callable[[], object]) -> float:
     clock, times, total = busy_clock(), list[float](), 0.0
     run()
-    while len(times) < RUNS or total < SECONDS:
+    while len(times) < _RUNS or total < SECONDS:
         start = clock()
         run()
         times.append(max(clock() - start, 1e-9))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from onnx_lrsd.types import Values
 
-ROUNDING = 1e-14
+_ROUNDING = 1e-14
 """A spread below this share of the energy is what float32 leaves of a constant."""
 LITTLE = 1e-4
 """A spread below this share of the energy is little: 1 % of the values, as a root."""
@@ -111,14 +111,14 @@ class Divergence:
 
     def by_sample(self) -> tuple[Values, Values]:
         """What stands above and below the line for each sample, or batch where samples are not told apart."""
-        below = self._spread if self._varies(ROUNDING) else self._energy
+        below = self._spread if self._varies(_ROUNDING) else self._energy
         nothing = [np.zeros(0)]
         return np.concatenate(self._missed or nothing), np.concatenate(below or nothing)
 
     @property
     def constant(self) -> bool:
         """Whether what was compared did not vary over several rows."""
-        return self._rows > 1 and not self._uneven and not self._varies(ROUNDING)
+        return self._rows > 1 and not self._uneven and not self._varies(_ROUNDING)
 
     @property
     def hardly_varies(self) -> bool:

@@ -71,7 +71,7 @@ class Separable:
     energy: float
 
 
-class Curve(NamedTuple):
+class RankErrors(NamedTuple):
     """Errors: ``by_rank`` (top + 1,) of every rank; ``by_outer``, by rank, of every outer rank (n + 1,)."""
 
     by_rank: Array
@@ -106,7 +106,7 @@ def fit(
 
     With ``outer``, H_b = U G_b for one U (n, outer): Tucker-2.
     """
-    v = start(problem, rank)
+    v = leading_directions(problem, rank)
     h, error = _outer(problem, v, outer)
     for _ in range(sweeps if problem.weight.shape[0] > 1 else 0):
         before = error
@@ -116,7 +116,7 @@ def fit(
     return v, h, error
 
 
-def start(problem: Separable, rank: int) -> Array:
+def leading_directions(problem: Separable, rank: int) -> Array:
     """V (rank, A): the right singular directions of the stacked W_b in the metric mean_b C_bb, best first.
 
     Its rows are orthonormal in that metric.
@@ -150,17 +150,17 @@ def sweep(problem: Separable, v: Array, h: Array, steps: int, outer: int = 0) ->
     return v, h, error
 
 
-def curve(problem: Separable, top: int, outer_at: Sequence[int] = ()) -> Curve:
+def curve(problem: Separable, top: int, outer_at: Sequence[int] = ()) -> RankErrors:
     """Errors of every rank up to ``top``, and of every outer rank beside the ranks ``outer_at``, unswept.
 
-    V of rank r is the first r rows of ``start``, so the normal equations of all ranks are leading blocks of
+    V of rank r is the first r leading directions, so the normal equations of all ranks are leading blocks of
     one matrix G. In the Cholesky factor of [[G, R^T], [R, *]] the lower left block Z = R L^-T holds what each
     feature adds to each output: error_r = 1 - sum of squares of its first r B columns. The features of rank r
     explain outputs of covariance Z_r Z_r^T, of which q outer directions keep the q largest eigenvalues.
     """
     xp = namespace(problem.weight)
     groups = problem.weight.shape[0]
-    gram, right = _normal_equations(problem, start(problem, top), by_rank=True)
+    gram, right = _normal_equations(problem, leading_directions(problem, top), by_rank=True)
     size = gram.shape[0]
     corner = 2 * problem.energy * identity(right.shape[0], gram)
     stacked = xp.concat([xp.concat([gram, right.T], axis=1), xp.concat([right, corner], axis=1)], axis=0)
@@ -171,7 +171,7 @@ def curve(problem: Separable, top: int, outer_at: Sequence[int] = ()) -> Curve:
         part = added[:, done * groups : rank * groups]
         explained, done = explained + part @ part.T, rank
         by_outer[rank] = _missed(xp.flip(xp.linalg.eigvalsh(explained)) / problem.energy)
-    return Curve(_missed(gains), by_outer)
+    return RankErrors(_missed(gains), by_outer)
 
 
 def _missed(gains: Array) -> Array:

@@ -37,7 +37,7 @@ NODE = 20_000_000 / BATCH
 """MACs, for each sample of a batch, that run in the 2 microseconds or so that one more kernel takes."""
 WEIGHT = VALUE / 2 / BATCH
 """MACs, for each sample of a batch, that run in the time it takes to read one weight."""
-PAYS = 0.9
+_PAYS = 0.9
 """A form is offered where it is predicted to take at most this share of the dense layer's time."""
 
 TWO_OF_FOUR = Pattern(N_OF_M, 2, 4)
@@ -68,7 +68,7 @@ def predicted_time(layer: Layer, form: Form) -> float:
 
 def pays(layer: Layer, form: Form) -> bool:
     """Whether the form is predicted to be clearly faster than the dense layer."""
-    return predicted_time(layer, form) <= PAYS * predicted_time(layer, Form(DENSE))
+    return predicted_time(layer, form) <= _PAYS * predicted_time(layer, Form(DENSE))
 
 
 def eligible(layer: Layer) -> bool:
