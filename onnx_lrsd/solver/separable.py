@@ -40,7 +40,7 @@ from onnx_lrsd.types import Array
 _RIDGE = 1e-6
 """Relative to the mean diagonal; float32 normal equations stay positive definite with it."""
 RESTS = 0.01
-"""Sweeps end when one lowers the error by less than this share of it."""
+"""Sweeps end when one lowers the error by less than this share of it (results/time.md)."""
 OVERSAMPLED, POWERS, LEADING_FROM = 16, 3, 256
 """Leading eigenvectors of a matrix of at least LEADING_FROM rows come from random directions, OVERSAMPLED
 more than asked for, and POWERS of the matrix. Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011)."""
