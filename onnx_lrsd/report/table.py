@@ -9,7 +9,6 @@ import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -80,9 +79,7 @@ def comparison_table(found: Verification, before: str, after: str, *, colour: bo
     ink = _Ink(colour)
     title = ink.strong(f"{Path(before).name} and {Path(after).name}")
     warnings = [_paragraph(f"Warning: {warning}") for warning in found.warnings]
-    outputs = _outputs(found.outputs, ink)
-    facts = replace(found, outputs=()) if outputs else found  # where the grid lists them, no line does
-    parts = [title, _facts(facts, ink, None, "macs").rstrip(), outputs, *warnings]
+    parts = [title, _facts(found, ink, None, "macs"), _outputs(found.outputs, ink), *warnings]
     return "\n\n".join(part for part in parts if part)
 
 
