@@ -64,7 +64,7 @@ def layer_details(index: int, points: int = 40) -> dict[str, Any]:
         "planned": "spatial 16",
         "seconds_before": 1e-4 * (index + 1),
         "seconds_after": 6e-5 * (index + 1),
-        "sensitivity": 0.1 + index / 10,
+        "sensitivity": 0.1 + index / 5,
         "curve": {
             "forms": [f"{'spatial' if i % 2 else 'channel'} {16 + i}" for i in range(points)],
             "groups": ["spatial" if i % 2 else "channel" for i in range(points)],
@@ -304,6 +304,13 @@ def test_layers_are_picked_and_excluded_from_the_keyboard(opened: Opened) -> Non
     assert opened.command().endswith(r"--exclude '^(?:/body/block\.1/conv/Conv)$'")
     opened.page.keyboard.press("x")
     assert "--exclude" not in opened.command()
+
+
+def test_the_layers_that_bring_half_of_the_error_are_excluded_at_once(opened: Opened) -> None:
+    # errors of .01, .005 and .0033 with sensitivities of .1, .3 and .5 bring .001, .0015 and .0017
+    opened.page.get_by_role("button", name="Exclude the 2 layers that bring half of it").click()
+    assert r"--exclude '^(?:/body/block\.1/conv/Conv|/body/block\.2/conv/Conv)$'" in opened.command()
+    assert opened.page.locator(".list input:checked").count() == 2
 
 
 def test_layers_are_filtered_and_sorted(opened: Opened) -> None:

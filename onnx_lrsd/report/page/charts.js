@@ -244,7 +244,7 @@ function point(root, host, spots, width) {
     tip.hidden = true;
     ring.setAttribute('visibility', 'hidden');
   };
-  root.addEventListener('pointermove', (event) => {
+  const look = (event) => {
     const box = root.getBoundingClientRect();
     const [x, y] = [(event.clientX - box.left) * width / box.width, (event.clientY - box.top) * width / box.width];
     const near = spots.reduce((best, spot) => {
@@ -261,7 +261,9 @@ function point(root, host, spots, width) {
     const half = tip.offsetWidth / 2;
     tip.style.left = Math.min(Math.max(near.x * box.width / width, half), box.width - half) + 'px';
     tip.style.top = (near.y * box.width / width) - 10 + 'px';
-  });
+  };
+  root.addEventListener('pointermove', look);
+  root.addEventListener('pointerdown', look);
   root.addEventListener('pointerleave', leave);
 }
 

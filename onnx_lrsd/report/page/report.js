@@ -573,11 +573,16 @@ function newMarks() {
       if (!marked.delete(layer)) marked.add(layer);
       for (const watcher of watchers) watcher();
     },
+    set(layers) {
+      marked.clear();
+      for (const layer of layers) marked.add(layer);
+      for (const watcher of watchers) watcher();
+    },
     watch(watcher) { watchers.push(watcher); },
   };
 }
 
-function sensitivities(report, layers) {
+function sensitivities(report, layers, marks) {
   const known = layers.filter((layer) => layer.sensitivity > 0);
   const shares = known.filter((layer) => layer.share > 0).sort((a, b) => b.share - a.share);
   if (!shares.length) return null;
@@ -592,10 +597,23 @@ function sensitivities(report, layers) {
       html('td', { class: 'number' }, format.share(layer.share / total)),
       html('td', { class: 'number' }, format.error(layer.error)),
       html('td', { class: 'number' }, String(Number(layer.sensitivity.toPrecision(2))))))));
+  const worst = half(shares, total);
+  const exclude = html('button', { type: 'button' }, worst.length > 1 ? `Exclude the ${worst.length} layers that bring half of it` : 'Exclude the layer that brings half of it');
+  exclude.addEventListener('click', () => marks.set(worst));
   const more = shares.length > 12 ? html('p', { class: 'small soft' }, `and ${shares.length - 12} more, ${format.share(shares.slice(12).reduce((sum, layer) => sum + layer.share, 0) / total)} together`) : null;
   return section('Where the error comes from',
     'The share of the predicted output error that each layer brings: its own error times its sensitivity, which is how much of an error in this layer reaches the outputs.',
-    html('div', { class: 'scroll' }, table), more);
+    html('div', { class: 'scroll' }, table), more, html('p', { class: 'act' }, exclude));
+}
+
+/** The fewest layers that bring half of the error; ``shares`` are in descending order. */
+function half(shares, total) {
+  let sum = 0;
+  return shares.filter((layer) => {
+    const wanted = sum < total / 2;
+    sum += layer.share;
+    return wanted;
+  });
 }
 
 function leftAlone(report, layers) {
@@ -748,7 +766,7 @@ function reportPage(report) {
   const layers = joined(report);
   const marks = newMarks();
   return [
-    head(report), figures(report), tradeOff(report), layersSection(report, layers, marks), sensitivities(report, layers),
+    head(report), figures(report), tradeOff(report), layersSection(report, layers, marks), sensitivities(report, layers, marks),
     outputsSection(report), int8Section(report), leftAlone(report, layers), engineSection(report), again(report, marks), runSection(report),
     html('footer', {}, 'Every number here is in the report\u2019s JSON, which this file holds.'),
   ];
