@@ -123,6 +123,22 @@ def test_a_rectifier_left_to_the_range_of_a_quantiser_is_no_difference() -> None
     assert found["product1"] < 1e-3
 
 
+@pytest.mark.parametrize("mask", [-10_000.0, np.finfo(np.float32).min, -np.inf])
+def test_a_mask_does_not_hide_an_error_of_the_scores(mask: float) -> None:
+    def masked(changed: int | None) -> Model:
+        model = chain(changed=changed)
+        graph = model.proto.graph
+        hidden = np.where(np.arange(WIDTH) < WIDTH // 2, mask, 0).astype(np.float32)
+        graph.initializer.append(numpy_helper.from_array(hidden, "mask"))
+        graph.node[-1].CopyFrom(helper.make_node("Softmax", ["scores"], ["y"]))
+        graph.node.insert(len(graph.node) - 1, helper.make_node("Add", ["product2", "mask"], ["scores"]))
+        return model
+
+    model = masked(None)
+    found = {tensor.name: tensor for tensor in drift(model, masked(2), samples_for(model)).tensors}
+    assert found["product2"].error / 5 < found["scores"].error < found["product2"].error * 5
+
+
 def test_names_that_only_one_model_has_are_passed_over() -> None:
     model = chain()
     found = drift(model, chain(changed=0, prefix="other_"), samples_for(model))

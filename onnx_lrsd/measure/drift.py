@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import onnx
 
 from onnx_lrsd.data.samples import Samples, as_fed
@@ -19,6 +20,8 @@ from onnx_lrsd.types import Feed, Progress, Values
 
 MOST_SAMPLES = 64
 """Samples that tensors are compared on: where two models part is seen on few."""
+NEGLIGIBLE = 16.0
+"""A score so far below the largest one has a share of 1e-7 of it after a Softmax: rounding."""
 FETCHED_BYTES = 128 << 20
 """Tensors of both models that are held at a time."""
 
@@ -37,7 +40,8 @@ def drift(before: Model, after: Model, samples: Samples, *, progress: Progress |
             "The two models share no name of a tensor: compare them without --layers, or a model with what "
             "was made of it."
         )
-    found = {name: _Tensor() for name in shared}
+    axes = _softmax_axes(before.proto)
+    found = {name: _Tensor(axes.get(name)) for name in shared}
     samples = samples.some(MOST_SAMPLES)
     done = 0
     for old, new, real, size in paired_runs(before, after, samples, shared):
@@ -117,17 +121,40 @@ def _as_read(proto: onnx.ModelProto) -> dict[str, str]:
 
 
 class _Tensor:
-    """One tensor, batch by batch."""
+    """One tensor, batch by batch; ``softmax`` is the axis along which a Softmax reads it, if one does."""
 
-    def __init__(self) -> None:
+    def __init__(self, softmax: int | None) -> None:
+        self.softmax = softmax
         self.divergence, self.likeness = Divergence(), Likeness()
         self.floating = False
 
     def add(self, old: Values, new: Values, real: Values | None, size: int) -> None:
         self.floating = old.dtype.kind == new.dtype.kind == "f"
         if self.floating:
+            if self.softmax is not None:
+                old, new = (_as_softmax_sees(values, self.softmax) for values in (old, new))
             self.divergence.add(old, new, real, size)
             self.likeness.add(positions_first(old, real, ()), positions_first(new, real, ()), size)
+
+
+def _softmax_axes(proto: onnx.ModelProto) -> dict[str, int]:
+    """Tensors that a Softmax reads -> the axis along which it does."""
+    return {
+        node.input[0]: next((attribute.i for attribute in node.attribute if attribute.name == "axis"), -1)
+        for node in proto.graph.node
+        if node.op_type in ("Softmax", "LogSoftmax")
+    }
+
+
+def _as_softmax_sees(values: Values, axis: int) -> Values:
+    """``values``, none further than NEGLIGIBLE below the largest one along ``axis``.
+
+    Masks of attention hold numbers such as -65504, beside which no error of a score would count.
+    """
+    if not values.ndim or not values.size:
+        return values
+    seen: Values = np.maximum(values, values.max(axis=axis, keepdims=True) - NEGLIGIBLE)
+    return seen
 
 
 def _shared(
