@@ -29,7 +29,7 @@ function svg(tag, attributes = {}, ...children) {
 
 // ---- numbers, as in the terminal: ratios are rounded down and errors up
 
-const THIN = '\u2009';
+const THIN = '\u202f'; // a number and its unit stay together
 
 function scaled(value, steps) {
   for (const [unit, size] of steps) {
@@ -173,7 +173,12 @@ function picture(spec, width, host) {
   const toX = scale(x.domain, [left, right], x.log), toY = scale(y.domain, [bottom, top], y.log);
   const most = Math.max(2, Math.floor((right - left) / 62));
   let xTicks = x.ticks ?? (x.log ? logTicks(...x.domain, most) : linearTicks(...x.domain, most));
-  while (xTicks.length > most + 1) xTicks = xTicks.filter((_, index) => index % 2 === 0);
+  let last = -Infinity;
+  xTicks = xTicks.filter((tick) => {
+    const clear = toX(tick) - last >= 8 + 7 * x.format(tick).length;
+    if (clear) last = toX(tick);
+    return clear;
+  });
   const root = svg('svg', { viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': spec.label });
   for (const tick of yTicks) {
     const at = toY(tick);

@@ -168,7 +168,7 @@ function figures(report) {
   if (outputs.length) {
     const parts = outputs.flatMap(partsOf);
     const worst = parts.reduce((a, b) => ((b.relative_error ?? Infinity) > (a.relative_error ?? Infinity) ? b : a));
-    const where = parts.length > 1 ? `${shorten(worst.name, 24)}, the worst of ${parts.length}` : shorten(worst.name, 24);
+    const where = parts.length > 1 ? `${shorten(worst.name, 26)}, the worst of ${parts.length}` : shorten(worst.name, 26);
     const sure = worst.interval && worst.relative_error > 0 ? `${format.error(worst.interval[0])} to ${format.error(worst.interval[1])} at 95${THIN}%` : null;
     list.append(figure('Output error', format.error(worst.relative_error), where, null, sure, report.data ? 'of its variance' : 'of its variance, on samples kept apart'));
   }
@@ -193,12 +193,13 @@ function tradeOff(report) {
   const promise = report.promise;
   const limit = promise?.kind === 'max_error' ? promise.asked : null;
   const aim = promise?.kind === 'ratio' ? promise.asked : null;
+  const ratios = [1, ...every.map((p) => p.ratio), ...(aim ? [aim] : [])];
   const says = (p, what) => `${format.times(p.ratio)} fewer ${cost}\n${format.error(p.error)} output error, ${what}`;
   const others = tried.filter((p) => !(chosen && p.ratio === chosen.ratio && p.error === chosen.error) && p.error > 0);
   const chart = plot((width) => ({
     height: Math.min(340, Math.max(240, width * 0.42)),
     label: `Output error over how many times fewer ${cost} the model has: predicted, measured and chosen`,
-    x: { domain: domain([1, ...every.map((p) => p.ratio), ...(aim ? [aim] : [])], true, 0.02), log: true, format: (v) => format.tick(v) + THIN + '\u00d7', title: `times fewer ${cost}`, ticks: niceRatios(Math.max(...every.map((p) => p.ratio)), width) },
+    x: { domain: [Math.min(...ratios) / 1.04, Math.max(...ratios) * 1.04], log: true, format: (v) => format.tick(v) + THIN + '\u00d7', title: `times fewer ${cost}`, ticks: niceRatios(Math.max(...ratios), width) },
     y: { domain: domain([...every.map((p) => p.error), ...(limit ? [limit] : [])], true), log: true, format: format.percentTick, title: 'output error, share of its variance' },
     marks: [
       limit ? { kind: 'rule', y: limit, text: `asked: at most ${Number((100 * limit).toPrecision(4))}${THIN}%` } : null,
@@ -227,7 +228,7 @@ function tradeOff(report) {
 }
 
 function niceRatios(most, width) {
-  const all = width < 420 ? [1, 1.5, 2, 3, 5, 8, 12, 20] : [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30];
+  const all = width < 420 ? [1, 1.5, 2, 3, 5, 8, 12, 20] : [1, 1.1, 1.2, 1.35, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30];
   return all.filter((tick) => tick <= Math.max(most, 1.5) * 1.02);
 }
 
