@@ -269,7 +269,10 @@ class LayerDetails:
 
 @dataclass(frozen=True, order=True)
 class Trial:
-    """How many times cheaper a model is, and the relative error of its outputs."""
+    """How many times cheaper a model is, and the relative error of its outputs.
+
+    Of a measured model that is the upper end of the error's interval, which promises are held by.
+    """
 
     ratio: float
     error: float

@@ -204,7 +204,7 @@ def test_the_trade_off_holds_what_was_predicted_tried_and_chosen(result: Result)
     assert trade_off.tried, "a search measures what it tries"
     assert trade_off.chosen is not None
     assert trade_off.chosen.ratio == pytest.approx(found.before.bytes / found.after.bytes, rel=1e-3)
-    assert trade_off.chosen.error == pytest.approx(found.error, rel=1e-3)
+    assert trade_off.chosen.error == pytest.approx(found.error_bound, rel=1e-3)
 
 
 def test_the_json_holds_the_details_and_is_read_as_json(result: Result) -> None:

@@ -110,7 +110,7 @@ def trade_off(
     chosen = None
     if found is not None:
         ratio = found.latency_ratio if cost == "latency" else _ratio(found, cost)
-        chosen = Trial(_rounded(ratio or nan), _rounded(found.error))
+        chosen = Trial(_rounded(ratio or nan), _rounded(found.error_bound))
     return TradeOff(cost=cost, predicted=tuple(predicted), tried=tuple(tried), chosen=chosen)
 
 
