@@ -1,7 +1,7 @@
 """The command line: options in, one table out, errors as one sentence and an exit code.
 
-Exit codes: 0 done, 1 error, 2 usage, 3 promise not kept, 130 interrupted. stdout carries only what
-was asked for with ``--json -`` or ``--save-plan -``; everything else goes to stderr.
+Exit codes: 0 done, 1 error, 2 usage, 3 promise not kept or nothing gained, 130 interrupted. stdout carries
+only what was asked for with ``--json -`` or ``--save-plan -``; everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.readers import script_function
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import LrsdError, OptionError
+from onnx_lrsd.facts import Promise
 from onnx_lrsd.graph.model import load, save, size_on_disk
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
@@ -292,12 +293,7 @@ def optimize_command(
     if html_path is not None:
         _write(html_path, report_page(report_to_json(report)))
     if report.promise is not None and not report.promise.kept:
-        promise = report.promise
-        click.echo(
-            f"Promise not kept: {promise.kind} {promise.asked:g} was asked, {promise.got:g} was reached"
-            + (f"; {report.output} was written all the same." if report.output else "."),
-            err=True,
-        )
+        _say(_broken(report.promise, report.output))
         ctx.exit(BROKEN_PROMISE)
 
 
@@ -362,7 +358,7 @@ def compare_command(
         _say(comparison_table(found, str(before), str(after), colour=_colour()))
         if apart is not None:
             _say("\n" + drift_table(apart, colour=_colour(), every=verbose))
-        for note in samples.notes:
+        for note in (*samples.notes, *found.warnings):
             _say(f"Warning: {note}")
         if data is None:
             _say("Warning: outputs were compared on made-up data, their errors mean little: give --data.")
@@ -450,6 +446,13 @@ def _typed(option: str, value: object) -> str:
     if isinstance(value, tuple):
         return f"{_flag(option)} {','.join(value)}"
     return f"{_flag(option)} {value}"
+
+
+def _broken(promise: Promise, output: str) -> str:
+    if not promise.gained:
+        return f"Nothing gained: {output or 'the result'} is the model as it came."
+    said = f"Promise not kept: {promise.kind} {promise.asked:g} was asked, {promise.got:g} was reached"
+    return said + (f"; {output} was written all the same." if output else ".")
 
 
 def _check_writable(path: Path | None) -> None:

@@ -98,12 +98,18 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class Promise:
-    """What was asked for, what came out, and whether it holds."""
+    """What was asked for, what came out, and whether it holds.
+
+    ``gained`` is False where the original was handed back: nothing is kept by that. ``confidence`` is the
+    probability that it holds on other samples as well, None where that is in ``got`` or needs no samples.
+    """
 
     kind: str
     asked: float
     got: float
     kept: bool
+    gained: bool = True
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)

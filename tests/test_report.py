@@ -192,7 +192,8 @@ def test_the_json_has_every_key_of_schema_1() -> None:
         }
     ]
     assert facts["metric"]["interval"] == [-0.0094, 0.0044]
-    assert facts["promise"] == {"kind": "ratio", "asked": 2.0, "got": 1.9999995, "kept": False}
+    promise = {"kind": "ratio", "asked": 2.0, "got": 1.9999995, "kept": False}
+    assert facts["promise"] == promise | {"gained": True, "confidence": None}
     assert tuple(facts["layers"][0]) == LAYER_KEYS
     assert set(facts["seconds"]) >= {"load", "calibrate", "decompose", "plan", "rewrite", "verify"}
 

@@ -27,7 +27,7 @@ from onnx_lrsd.fit.calibrate import (
     locate,
     what_was_left_out,
 )
-from onnx_lrsd.fit.fitter import Fitted, Fitter, KeepingFitter, LowRankFitter
+from onnx_lrsd.fit.fitter import ORIGINAL, Fitted, Fitter, KeepingFitter, LowRankFitter
 from onnx_lrsd.fit.reconstruct import biases_added
 from onnx_lrsd.fit.sensitivity import sensitivities
 from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, save
@@ -43,7 +43,7 @@ from onnx_lrsd.plan.replay import forms_of, make_plan
 from onnx_lrsd.plan.search import Forms, Once, Proposals
 from onnx_lrsd.report.build import Delivered, make_report
 from onnx_lrsd.report.details import RATIOS, collect, spectra, trade_off
-from onnx_lrsd.run import Options, Run, start
+from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start
 from onnx_lrsd.targets import price
 from onnx_lrsd.targets.tensorrt import TENSORRT
 from onnx_lrsd.targets.trtexec import engine
@@ -124,7 +124,7 @@ def optimize(
     run = start(options if plan is not None else options.with_goal(), plan, progress)
     with run.journal.clock("load"):
         original = load(model)
-        if output is not None and not dry_run:
+        if output is not None:
             ensure_writable(output, original.path)
         source = raised(original, run.target.opset, f"The target {run.target.name}")
         graph = source.graph()
@@ -137,30 +137,27 @@ def optimize(
         run.journal.warn(what_was_left_out(known))
     fitter = _fitter(run, original, source, replace(known, moments={}), weight_of, fit_on)
     search: Proposals
-    curves, whole, planner = list[ErrorCurve](), None, None
+    planner, curves, whole = None, list[ErrorCurve](), None
     if plan is None:
-        curves, total = _curves(run, source, known, weight_of)
-        whole = total.seconds
+        planner, curves, whole = _planner(run, source, known, weight_of, weighed=fit_on is not None)
         with run.journal.clock("plan"):
-            planner = Planner(run, source, curves, total, known.shapes, known.samples)
-            if fit_on is not None:
-                planner.weigh(partial(_sensitivities, run, source, known, weight_of))
             search, check_on = planner.search(fitter, check_on)
     else:
         search = Once(forms_of(plan, known.layers))
     spectrum = _spectra(run, known, weight_of) if details else {}
     known = replace(known, moments={})  # they may be large, and a fit takes its own
-    chosen = _next(run, search)
-    delivered = None
+    chosen = _next(run, search) or {}
+    rewritten, delivered, build = original, None, None
     if not dry_run:
         chosen, delivered = _deliver(run, original, known.layers, search, chosen, fitter, check_on)
+        rewritten = delivered.model
         run.journal.warn(biases_added(known.layers, delivered.factors, weight_of))
+        if run.target.name == TENSORRT.name:
+            build = engine(rewritten, check_on if fit_on is None else fit_on, output)
+    if not chosen:
+        _explain(run, search, known.layers)
     if plan is None:
         plan = make_plan(run, curves, chosen)
-    rewritten = original if delivered is None else delivered.model
-    build = None
-    if run.target.name == TENSORRT.name and not dry_run:
-        build = engine(rewritten, check_on if fit_on is None else fit_on, output)
     if output is not None:
         save(rewritten, output)
     drawn = (
@@ -284,6 +281,21 @@ def _calibrate(
     )
 
 
+def _planner(
+    run: Run, source: Model, known: Calibration, weight_of: WeightOf, *, weighed: bool
+) -> tuple[Planner, list[ErrorCurve], float | None]:
+    """A planner, the curves it plans with, and the measured seconds of the model where times count.
+
+    ``weighed``: layers are weighed by their sensitivities, which takes samples.
+    """
+    curves, total = _curves(run, source, known, weight_of)
+    with run.journal.clock("plan"):
+        planner = Planner(run, source, curves, total, known.shapes, known.samples)
+        if weighed:
+            planner.weigh(partial(_sensitivities, run, source, known, weight_of))
+    return planner, curves, total.seconds
+
+
 def _sensitivities(
     run: Run, source: Model, known: Calibration, weight_of: WeightOf, forms: Forms
 ) -> dict[str, float]:
@@ -336,13 +348,17 @@ def _fitter(
     return KeepingFitter(Int8Fitter(run, plain, known.samples) if run.options.int8 else plain)
 
 
-def _next(run: Run, search: Proposals) -> Forms:
-    """The next forms to fit; none, with the reason, where the original is what is left."""
+def _next(run: Run, search: Proposals) -> Forms | None:
+    """The next forms to fit; None where the search is at its end."""
     with run.journal.clock("plan"):
-        forms = search.propose()
-    if forms is None:
-        run.journal.warn(search.why_nothing())
-    return forms or {}
+        return search.propose()
+
+
+def _explain(run: Run, search: Proposals, layers: Sequence[Layer]) -> None:
+    """Note why the search ended without forms."""
+    if why := search.why_nothing():
+        run.journal.warn(why)
+        run.journal.leave((layer.output for layer in layers), OUT_OF_REACH, unless_known=True)
 
 
 def _deliver(
@@ -354,7 +370,11 @@ def _deliver(
     fitter: Fitter,
     check_on: Samples,
 ) -> tuple[Forms, Delivered]:
-    """Fit, measure and judge what is proposed, from ``chosen`` on, until it is not refused."""
+    """Fit, measure and judge what is proposed, from ``chosen`` on, until it is not refused.
+
+    At the end of a search the last resort is handed out: for a ratio the nearest model, for other promises
+    the original, with int8 alone if that was asked for and keeps the promise.
+    """
     while True:
         fitted = fitter.fit(chosen)
         with run.journal.clock("verify"):
@@ -363,19 +383,25 @@ def _deliver(
                 name: _measured(run, original, layers, step, check_on) for name, step in steps.items()
             }
         outcome = judge(measured, run.options, run.target, run.cost)
-        run.journal.warn(*outcome.warnings)
-        if not outcome.refused or not chosen:
+        best = outcome.kept
+        if not outcome.refused:
             break
+        run.journal.warn(outcome.refusal)
         search.refuse(measured[outcome.kept])
-        chosen = _next(run, search)
+        following = _next(run, search) if chosen else None
+        if following is None and (not chosen or outcome.last_resort != ORIGINAL):
+            best = outcome.last_resort
+            break
+        chosen = following or {}
+    run.journal.warn(*outcome.warnings)
     if outcome.reason:
         run.journal.leave(fitted.factors, outcome.reason)
-    kept = steps.get(outcome.kept)
-    if kept is None or outcome.refused:
+    kept = steps.get(best)
+    if kept is None:
         found = _unchanged(run, original, check_on, measured[fitted.step])
         promise = promised(None, run.options, run.cost)
         return chosen, Delivered(model=original, factors={}, verification=found, promise=promise)
-    run.journal.warn(*kept.notes)
+    run.journal.warn(*kept.notes, *measured[kept.step].warnings)
     int8 = Int8(kept.step, kept.nodes, kept.left, measured) if run.options.int8 else None
     return chosen, Delivered(
         model=kept.model,

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import log
 from statistics import median
 
 from onnx_lrsd.data.holdout import search_and_confirm
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import BudgetError
-from onnx_lrsd.facts import Trial
+from onnx_lrsd.facts import Trial, Verification
 from onnx_lrsd.fit.fitter import Fitter
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.measure.judge import FEW
 from onnx_lrsd.measure.speedup import CLEARLY, speedups, speedups_within, whole_speedup
 from onnx_lrsd.passes.post_dominators import count_post_dominators
 from onnx_lrsd.plan.allocate import allocate, by_time, spend
-from onnx_lrsd.plan.search import DropLimit, ErrorLimit, Forms, Once, Proposals, Search
-from onnx_lrsd.run import OUT_OF_REACH, Run
+from onnx_lrsd.plan.promise import ratio_of
+from onnx_lrsd.plan.search import DropLimit, ErrorLimit, Forms, Proposals, RatioSearch, Search
+from onnx_lrsd.run import Run
 from onnx_lrsd.targets import price
 from onnx_lrsd.types import COSTS, DENSE, N_OF_M, UNSTRUCTURED, ErrorCurve, Form, Layer, Point, Price
 
@@ -33,6 +36,7 @@ REPAIRED = 0.1
 """Share of the error it inherits that the fit of a rewritten layer makes good (results/parts.md)."""
 SPARE, LAVISH = 1.01, 1.05
 """A plan for latency is measured to be faster than asked by between these factors, so that it stays so."""
+
 WHOLE_SECONDS = 3.0
 """How long the whole model is timed in a trial of a plan for latency."""
 
@@ -138,23 +142,39 @@ class Planner:
         return {name: form for name, form in chosen.items() if name not in slow}
 
     def search(self, fitter: Fitter, check_on: Samples) -> tuple[Proposals, Samples]:
-        """Proposals for what was asked, and the samples that are left to check them on."""
-        options = self.run.options
+        """Proposals for what was asked, and the samples that are left to check them on.
+
+        An output error is searched on one half of the samples and checked on the other, where both are large
+        enough; otherwise on all of them, by the upper end of its interval. A score has few labels: it is
+        searched by cross-fitting and checked on all of them.
+        """
+        run, options = self.run, self.run.options
         if options.ratio is not None:
-            return self._once(options.ratio), check_on
-        search_on, check_on = search_and_confirm(check_on)
-        limit: ErrorLimit | DropLimit = ErrorLimit(options.max_error or 0.0)
+            return RatioSearch(options.ratio, self.for_ratio, partial(ratio_of, cost=run.cost)), check_on
+        hint = "" if options.int8 or not run.target.timed_here else ", or try --int8"
+        one, other = search_and_confirm(check_on)
         if options.max_drop is not None:
-            limit = DropLimit(options.max_drop)
+            drop_limit = DropLimit(options.max_drop, hint)
 
-        def error(forms: Forms) -> float:
-            model = fitter.fit(forms).model
-            found = compare(self.source, model, search_on, latency=False, metric=self.run.metric)
-            limit.searched(found)
-            return found.error_bound
+            def error(forms: Forms) -> float:
+                model = fitter.fit(forms).model
+                halves = [self._compared(model, half) for half in (one, other)]
+                drop_limit.searched(*halves)
+                return sum(found.error for found in halves) / len(halves)
 
-        first = self.run.target.first_ratio
-        return Search(first, self.for_ratio, error, limit), check_on
+            return Search(run.target.first_ratio, self.for_ratio, error, drop_limit), check_on
+
+        if check_on.count < 2 * FEW:
+            one = other = check_on
+
+        def bound(forms: Forms) -> float:
+            return self._compared(fitter.fit(forms).model, one).error_bound
+
+        error_limit = ErrorLimit(options.max_error or 0.0, hint)
+        return Search(run.target.first_ratio, self.for_ratio, bound, error_limit), other
+
+    def _compared(self, model: Model, samples: Samples) -> Verification:
+        return compare(self.source, model, samples, latency=False, metric=self.run.metric)
 
     def frontier(self, ratios: Iterable[float]) -> list[Trial]:
         """What a plan for each of ``ratios`` (ascending) is predicted to lose, as far as the layers bear it.
@@ -169,14 +189,6 @@ class Planner:
                 break
             found.append(Trial(ratio, sum(self.sensitivity[name] * p.error for name, p in points.items())))
         return found
-
-    def _once(self, ratio: float) -> Once:
-        """Forms for ``ratio``, or none where it is out of reach."""
-        try:
-            return Once(self.for_ratio(ratio))
-        except BudgetError as error:
-            self.run.journal.leave(self.sensitivity, OUT_OF_REACH, unless_known=True)
-            return Once(None, f"{error} The original is handed back.")
 
     def _allocate(self, ratio: float) -> dict[str, Point]:
         points = allocate(self.curves, self.whole / ratio, self.rest, self.cost, self.sensitivity)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 from onnx_lrsd.facts import ModelCost, Promise, Verification
 from onnx_lrsd.fit.fitter import BOTH, INT8, LOW_RANK, ORIGINAL
@@ -14,24 +15,31 @@ from onnx_lrsd.types import COSTS, DENSE, Form, Point, Price
 
 MUCH = 0.1
 """Output error from which a result that only met its ratio carries a warning."""
+NEAR = 0.97
+"""Share of a ratio from which another fit, aimed higher, is expected to meet it."""
 PAYS = 0.25
 """Of the time that fewer MACs should save, what a result with much error must save at least."""
+ROUNDING = 1e-9
+"""What differences and ratios of floats are off by: a promise is kept exactly but for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What becomes of a fitted model.
 
-    ``kept`` is the step that is handed out, of the model itself, one of its alternatives or the original;
-    ``reason`` says of layers that were fitted in vain why. ``refused``: the promise is broken and a smaller
-    gain may keep it.
+    ``kept`` is the step that is handed out: of the model itself, one of its alternatives or the original;
+    ``reason`` says of layers that were fitted in vain why. ``refused``: the promise is broken and another
+    model may keep it, ``refusal`` says so to the user; ``last_resort`` is the step that is handed out where
+    there is no other model.
     """
 
     kept: str
     promise: Promise | None
-    refused: bool = False
     reason: str = ""
     warnings: tuple[str, ...] = ()
+    refused: bool = False
+    refusal: str = ""
+    last_resort: str = ORIGINAL
 
 
 def judge(measured: Mapping[str, Verification], options: Options, target: Target, cost: str) -> Outcome:
@@ -60,36 +68,60 @@ def judge(measured: Mapping[str, Verification], options: Options, target: Target
             f"{options.ratio:g} x; ask for less, or name what may be lost with --max-error."
         )
     promise = promised(found, options, cost)
-    refused = promise is not None and promise.kind == "max_drop" and not promise.kept
-    if promise is not None and refused:
-        warnings.append(
-            f"A model that kept the score where it was searched lost {promise.got:.2f} "
-            "points on the samples that confirm: a larger one was taken."
+    outcome = Outcome(kept=best, promise=promise, reason=reason, warnings=tuple(warnings))
+    if promise is None or promise.kept:
+        return outcome
+    if promise.kind == "ratio":
+        near = best == fitted and promise.got >= NEAR * promise.asked
+        return replace(outcome, refused=near, last_resort=best)
+    return replace(outcome, refused=True, refusal=_refusal(promise, found))
+
+
+def _refusal(promise: Promise, found: Verification) -> str:
+    if promise.kind == "max_drop":
+        return (
+            f"A model that was expected to keep the score lost {promise.got:.2f} points on all "
+            f"{found.samples} labelled samples: a smaller gain was looked for."
         )
-    return Outcome(kept=best, promise=promise, refused=refused, reason=reason, warnings=tuple(warnings))
+    return (
+        f"A model within {100 * promise.asked:g} % where it was searched changed the outputs by up to "
+        f"{100 * promise.got:.2g} % on the samples that confirm: a smaller gain was looked for."
+    )
 
 
 def promised(found: Verification | None, options: Options, cost: str) -> Promise | None:
-    """What was asked for and what a model ``found`` so has of it; None is the original.
-
-    A drop that only the original itself keeps is a promise that could not be kept.
-    """
+    """What was asked for and what a model ``found`` so has of it; None stands for the original."""
+    gained = found is not None
     if options.ratio is not None:
-        got = 1.0 if found is None else _ratio(found, cost)
-        return Promise("ratio", options.ratio, got, got >= options.ratio * 0.995)
+        got = 1.0 if found is None else ratio_of(found, cost)
+        return Promise("ratio", options.ratio, got, got >= options.ratio * (1 - ROUNDING), gained)
     if options.max_drop is not None:
-        got = (
-            0.0 if found is None or found.metric is None else 100 * (found.metric.before - found.metric.after)
-        )
-        return Promise("max_drop", options.max_drop, got, found is not None and got <= options.max_drop)
+        got, sure = 0.0, None
+        if found is not None and found.metric is not None:
+            got = 100 * (found.metric.before - found.metric.after)
+            low, high = found.metric.interval
+            sure = _confidence(options.max_drop - got, 100 * (high - low))
+        kept = gained and got <= options.max_drop + ROUNDING
+        return Promise("max_drop", options.max_drop, got, kept, gained, sure)
     if options.max_error is not None:
         got = 0.0 if found is None else found.error_bound
-        return Promise("max_error", options.max_error, got, got <= options.max_error)
+        return Promise("max_error", options.max_error, got, gained and got <= options.max_error, gained)
     return None
 
 
-def _ratio(found: Verification, cost: str) -> float:
-    """How many times cheaper the model is, as measured."""
+def _confidence(spare: float, width: float) -> float:
+    """The probability that the fall on other samples spares something too.
+
+    ``spare`` is what was left of the allowance, ``width`` that of the 95 % interval of the fall, whose
+    distribution is taken for normal.
+    """
+    if width <= 0:
+        return float(spare >= 0)
+    return NormalDist(0, width / (2 * 1.96)).cdf(spare)
+
+
+def ratio_of(found: Verification, cost: str) -> float:
+    """How many times cheaper the model is, as measured, in the unit ``cost``."""
     if cost == "latency":
         return found.latency_ratio or 0.0
     return _cost(found.before, cost) / max(_cost(found.after, cost), 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, log
+from math import inf, isfinite, log
 from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from onnx_lrsd.errors import BudgetError
@@ -19,9 +19,12 @@ STEP, NEAR = 1.5, 1.05
 """By how much a search raises a ratio that is kept, and how near it comes to the best."""
 AIM = 0.9
 """The share of its limit that an error is aimed at: plans scatter, and half of what is aimed at it misses."""
-
 MARGIN = 0.9
 """What a search for an output error aims at, as a share of what was asked: other samples must confirm it."""
+HAIR = 1.002
+"""By how much more than a ratio is planned for, so that it is met exactly."""
+CORRECTIONS = 3
+"""Fits that a ratio may take: what a plan costs is known exactly only once it is written."""
 
 Found = TypeVar("Found")
 Forms: TypeAlias = Mapping[str, Form]
@@ -51,22 +54,60 @@ class Proposals(Protocol):
 class Once:
     """The forms of a plan that is settled; nothing is promised of them, so nothing is refused."""
 
-    forms: Forms | None
-    why: str = ""
+    forms: Forms
 
     def propose(self) -> Forms | None:
         """The forms."""
         return self.forms
 
     def refuse(self, found: Verification) -> None:
-        """There are no others: the forms are proposed again."""
+        """There are no others."""
 
     def why_nothing(self) -> str:
-        """What was given to say."""
-        return self.why
+        """There is always something."""
+        return ""
 
     def tried(self) -> Sequence[Trial]:
         """None: the forms were settled."""
+        return ()
+
+
+class RatioSearch:
+    """Forms for ``ratio``, made by ``make`` a hair above it; refused, further above it.
+
+    ``reached`` is the ratio that a model was found to have.
+    """
+
+    def __init__(
+        self, ratio: float, make: Callable[[float], Forms], reached: Callable[[Verification], float]
+    ) -> None:
+        self._ratio, self._make, self._reached = ratio, make, reached
+        self._aim, self._left = ratio * HAIR, CORRECTIONS
+        self._beyond: BudgetError | None = None
+
+    def propose(self) -> Forms | None:
+        """Forms for the present aim; None where it is out of reach or was corrected often enough."""
+        first = self._left == CORRECTIONS
+        self._left -= 1
+        if self._left < 0:
+            return None
+        for aim in (self._aim, self._ratio) if first else (self._aim,):
+            try:
+                return self._make(aim)
+            except BudgetError as error:
+                self._beyond = error
+        return None
+
+    def refuse(self, found: Verification) -> None:
+        """Aim higher by what was missed."""
+        self._aim *= HAIR * self._ratio / max(self._reached(found), 1.0)
+
+    def why_nothing(self) -> str:
+        """That the ratio is out of reach, and which one is not."""
+        return f"{self._beyond} The original is handed back." if self._beyond else ""
+
+    def tried(self) -> Sequence[Trial]:
+        """None: a ratio needs no trial of its error."""
         return ()
 
 
@@ -77,12 +118,12 @@ class Limit(Protocol):
         """The present limit."""
         ...
 
-    def refused(self, found: Verification) -> None:
-        """Take in what others found of a model that was within the limit and broke the promise."""
+    def refused(self, searched: float, found: Verification) -> None:
+        """Take in a model that the search found to have the error ``searched`` and that broke the promise."""
         ...
 
-    def why_nothing(self) -> str:
-        """A sentence for the user where nothing was within the limit; it may be empty."""
+    def why_nothing(self, ratio: float, error: float) -> str:
+        """A sentence for the user where nothing is within the limit: the least ``ratio`` has ``error``."""
         ...
 
 
@@ -103,7 +144,8 @@ class Search(Generic[Found]):
         self._limit = limit
         self._tried: list[tuple[float, float, Found]] = []  # ratio, output error, what was made
         self._beyond = self._refused = inf  # the least ratio out of reach, and the least that was refused
-        self._proposed = inf
+        self._proposed = inf, inf
+        self._out_of_reach = ""
         self._rounds = [SEARCHES, *[AGAIN] * REFUSALS]
 
     def propose(self) -> Found | None:
@@ -115,8 +157,8 @@ class Search(Generic[Found]):
                 break
             try:
                 made = self._make(ratio)
-            except BudgetError:
-                self._beyond = ratio
+            except BudgetError as nearest:
+                self._beyond, self._out_of_reach = ratio, str(nearest)
             else:
                 self._tried.append((ratio, self._error(made), made))
         most = self._limit.value()
@@ -124,17 +166,21 @@ class Search(Generic[Found]):
         if not kept:
             self._rounds = []
             return None
-        self._proposed, _, found = max(kept, key=lambda entry: entry[0])
+        ratio, error, found = max(kept, key=lambda entry: entry[0])
+        self._proposed = ratio, error
         return found
 
     def refuse(self, found: Verification) -> None:
         """What was proposed last broke the promise, as ``found``: the next proposal gains less."""
-        self._refused = self._proposed
-        self._limit.refused(found)
+        self._refused, error = self._proposed
+        self._limit.refused(error, found)
 
     def why_nothing(self) -> str:
-        """Why nothing was within the limit, for the user; empty where something was."""
-        return self._limit.why_nothing() if self._proposed == inf else ""
+        """Why nothing is within the limit, for the user, and what might gain."""
+        if not self._tried:
+            return self._out_of_reach
+        ratio, error, _ = min(self._tried, key=lambda entry: entry[0])
+        return self._limit.why_nothing(ratio, error)
 
     def tried(self) -> Sequence[Trial]:
         """Ratio and output error of all that was made, in the order of the ratios."""
@@ -169,24 +215,27 @@ def next_ratio(tried: Sequence[tuple[float, float]], beyond: float, limit: float
 
 
 class ErrorLimit:
-    """The output error that ``max_error`` allows, less a margin."""
+    """The output error that ``most`` allows, less a margin; ``hint`` says what else might gain."""
 
-    def __init__(self, most: float) -> None:
-        self._most = most
+    def __init__(self, most: float, hint: str) -> None:
+        self._most, self._hint = most, hint
+        self._limit = MARGIN * most
 
     def value(self) -> float:
         """The present limit."""
-        return MARGIN * self._most
+        return self._limit
 
-    def searched(self, found: Verification) -> None:
-        """The error itself is what is limited: there is nothing to learn."""
+    def refused(self, searched: float, found: Verification) -> None:
+        """Take it that other models change other samples by as much more as this one did."""
+        share = searched / found.error_bound if isfinite(found.error_bound) else 0.0
+        self._limit = min(self._limit, MARGIN * self._most * share)
 
-    def refused(self, found: Verification) -> None:
-        """Nothing is refused."""
-
-    def why_nothing(self) -> str:
-        """Nothing to say."""
-        return ""
+    def why_nothing(self, ratio: float, error: float) -> str:
+        """What the least gain that was tried costs."""
+        return (
+            f"No gain by low rank within {100 * self._most:g} %: at {ratio:.2f} x the output error is up to "
+            f"{100 * error:.2g} %; allow more with --max-error{self._hint}."
+        )
 
 
 class Drop(NamedTuple):
@@ -222,34 +271,56 @@ def bearable(drops: Sequence[Drop], most: float) -> float:
 
 
 class DropLimit:
-    """The output error up to which the score is expected to fall by at most ``most`` points."""
+    """The output error up to which the score is expected to fall by at most ``most`` points.
 
-    def __init__(self, most: float) -> None:
-        self._most = most / 100
-        self._searched: list[Drop] = []
+    Every model is scored on both halves of the labelled samples. One factor from errors to falls is fitted
+    to all of them. What a choice by one half loses on the other, pooled, is what choosing costs on samples
+    that were not seen: where that is more than was allowed, the limit shrinks by as much.
+    """
+
+    def __init__(self, most: float, hint: str) -> None:
+        self._most, self._hint = most / 100, hint
+        self._halves: tuple[list[Drop], list[Drop]] = [], []
         self._refused: list[Drop] = []
         self._samples = 0
 
     def value(self) -> float:
-        """The least limit that the models of the search, and each that was refused, leave."""
-        alone = (bearable([drop], self._most) for drop in self._refused)
-        return min([bearable(self._searched, self._most), *alone])
+        """The least limit that the models of the search, cross-fitting and each that was refused leave."""
+        limit = bearable([*self._halves[0], *self._halves[1]], self._most)
+        lost = cross_fitted(*self._halves, self._most)
+        if lost > self._most:
+            limit *= self._most / lost
+        return min([limit, *(bearable([drop], self._most) for drop in self._refused)])
 
-    def searched(self, found: Verification) -> None:
-        """Take in the drop of a model on the samples of the search."""
-        self._searched.append(drop_of(found))
-        self._samples = found.samples
+    def searched(self, *halves: Verification) -> None:
+        """Take in a model, as found on each half of the labelled samples."""
+        for drops, found in zip(self._halves, halves, strict=True):
+            drops.append(drop_of(found))
+        self._samples = sum(found.samples for found in halves)
 
-    def refused(self, found: Verification) -> None:
-        """Take in the drop of a model on the samples that confirm."""
+    def refused(self, searched: float, found: Verification) -> None:
+        """Take in the drop of a model on all samples."""
         self._refused.append(drop_of(found))
 
-    def why_nothing(self) -> str:
+    def why_nothing(self, ratio: float, error: float) -> str:
         """How much the best of the models tried lost."""
-        if not self._searched:
-            return ""
+        least = min((one.drop + two.drop) / 2 for one, two in zip(*self._halves, strict=True))
         return (
             "No smaller model was sure to keep the score: the best one lost "
-            f"{100 * min(drop.drop for drop in self._searched):.2f} points on {self._samples} samples; "
-            "allow more with --max-drop, or give more samples."
+            f"{100 * least:.2f} points on {self._samples} samples, at {ratio:.2f} x or more; "
+            f"allow more with --max-drop, or give more samples{self._hint}."
         )
+
+
+def cross_fitted(one: Sequence[Drop], other: Sequence[Drop], most: float) -> float:
+    """The mean fall, on the half it was not chosen by, of the model that each half alone would choose.
+
+    ``one`` and ``other`` are the same models on two halves of the samples, ``most`` is the fall allowed.
+    """
+    lost = 0.0
+    for chosen_by, judged_by in ((one, other), (other, one)):
+        limit = bearable(chosen_by, most)
+        within = [i for i, drop in enumerate(chosen_by) if drop.error <= limit]
+        if within:
+            lost += judged_by[max(within, key=lambda i: chosen_by[i].error)].drop / 2
+    return lost

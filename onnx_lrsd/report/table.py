@@ -304,7 +304,12 @@ def _metric(metric: ScoreChange) -> Row:
 
 
 def _promise(promise: Promise, cost: str) -> str:
-    verdict = "kept" if promise.kept else "NOT KEPT"
+    if not promise.gained:
+        verdict = "NO GAIN, the original is handed back"
+    else:
+        verdict = "kept" if promise.kept else "NOT KEPT"
+    if promise.confidence is not None:
+        verdict += f" ({int(100 * promise.confidence)} % sure)"
     if promise.kind == "ratio":
         less = "less time" if cost == "latency" else f"fewer {_UNIT_NAMES.get(cost, cost)}"
         said = f"{promise.asked:g} x {less} asked, {_down(promise.got):.2f} x got"
