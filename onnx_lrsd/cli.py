@@ -358,7 +358,7 @@ def compare_command(
         _say(comparison_table(found, str(before), str(after), colour=_colour()))
         if apart is not None:
             _say("\n" + drift_table(apart, colour=_colour(), every=verbose))
-        for note in (*samples.notes, *found.warnings):
+        for note in samples.notes:
             _say(f"Warning: {note}")
         if data is None:
             _say("Warning: outputs were compared on made-up data, their errors mean little: give --data.")
