@@ -186,7 +186,9 @@ def _start(
         values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
         options.add_external_initializers(list(weights), values)
     try:
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers))
+        return ort.InferenceSession(
+            proto.SerializeToString(), options, providers=list(providers), enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime has no public base class for its errors
         raise ModelError(
             f"ONNX Runtime does not open the model ({gist(error)}): "

@@ -29,6 +29,8 @@ NOT_INT8 = ""
 
 def read(node: gs.Node, weight: Values, side: int, working: WorkingGraph) -> Layer | str:
     """The layer, with a BatchNormalization behind it; its C must be a bias."""
+    if weight.ndim != 2:
+        return "its weight is no matrix"
     n, m = weight.shape if node.attrs.get("transB", 0) else weight.shape[::-1]
     norm = foldable_batchnorm(node, working)
     if (reason := why_no_bias(node, working)) is not None:
