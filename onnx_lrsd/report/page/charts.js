@@ -233,10 +233,12 @@ function draw(mark, root, { toX, toY, left, right, top, bottom, spots, width }) 
     const [a, b] = [toX(mark.x), inside(toY(mark.y))];
     root.append(svg('circle', { class: 'ring', cx: a, cy: b, r: 8 }));
     if (!mark.text) return;
-    const late = a > left + (right - left) * 0.6;
-    root.append(svg('text', {
-      class: 'strong halo', x: a + (late ? -13 : 13), y: Math.max(b - 7, top + 8), 'text-anchor': late ? 'end' : 'start',
-    }, mark.text));
+    // A falling curve leaves room above to the right, a rising one above to the left.
+    const fits = a + 13 + 7.5 * mark.text.length < right;
+    const late = mark.falling ? !fits : a > left + (right - left) * 0.6;
+    const x = mark.falling && late ? right : a + (late ? -13 : 13);
+    const y = Math.max(b - (mark.falling && late ? 15 : 7), top + 8);
+    root.append(svg('text', { class: 'strong halo', x, y, 'text-anchor': late ? 'end' : 'start' }, mark.text));
   }
 }
 

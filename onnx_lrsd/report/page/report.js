@@ -414,7 +414,7 @@ function layerDetail(layer, unit, report) {
   };
   const fact = (name, text) => html('div', {}, html('dt', {}, name), html('dd', {}, text));
   const facts = html('dl', { class: 'facts' }, ['time', 'macs', 'bytes', 'parameters'].map(change),
-    layer.error > 0 ? fact('layer error', format.error(layer.error)) : null,
+    layer.error > 0 ? errorFact(layer, fact) : null,
     layer.network_error > 0 ? fact('in the network', format.error(layer.network_error)) : null,
     layer.sensitivity ? fact('sensitivity', String(Number(layer.sensitivity.toPrecision(2)))) : null,
     layer.share > 0 ? fact('adds to output error', format.error(layer.share)) : null);
@@ -425,6 +425,13 @@ function layerDetail(layer, unit, report) {
     facts,
     panels.length ? html('div', { class: 'panels' }, panels) : null,
   ].filter(Boolean);
+}
+
+/** The layer's own error: as its curve had it, and as it was fitted. */
+function errorFact(layer, fact) {
+  const planned = layer.left ? undefined : layer.curve?.errors[layer.curve.forms.indexOf(layer.planned)];
+  if (!planned) return fact('layer error', format.error(layer.error));
+  return fact('layer error, planned and got', `${format.error(planned)} \u2192 ${format.error(layer.error)}`);
 }
 
 function panel(title, classes, ...children) {
@@ -465,7 +472,7 @@ function curvePanel(layer, unit) {
             points: own.map((p) => ({ x: p.x, y: p.y, text: `${p.form}\n${format.share(p.x)} of the ${UNITS[unit].name}, ${format.error(p.y)} error` })) },
         ];
       }),
-      chosen ? { kind: 'ring', x: chosen.x, y: chosen.y, text: chosen.form } : null,
+      chosen ? { kind: 'ring', x: chosen.x, y: chosen.y, text: chosen.form, falling: true } : null,
     ].filter(Boolean),
   }));
   const keys = html('ul', { class: 'legend', 'aria-label': 'Forms' }, groups.map((group) => {
