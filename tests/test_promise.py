@@ -243,6 +243,17 @@ def test_the_fastest_step_is_taken(fastest: str) -> None:
     assert outcome.kept == fastest and bool(outcome.reason) is (fastest == INT8)
 
 
+@pytest.mark.parametrize("options", [Options(ratio=2), Options(max_error=1), Options(max_drop=100)])
+def test_outputs_that_are_not_finite_where_the_original_has_finite_ones_are_never_handed_out(
+    options: Options,
+) -> None:
+    target = TARGETS["onnxruntime"]
+    outcome = judge({LOW_RANK: measured(float("inf"), 50)}, options, target, "macs")
+    assert outcome.kept == ORIGINAL and "not finite" in outcome.warnings[-1]
+    steps = {BOTH: measured(float("inf"), 50), INT8: measured(0.01, 50), LOW_RANK: measured(float("inf"), 50)}
+    assert judge(steps, options, target, "macs").kept == INT8
+
+
 def test_the_choice_of_one_half_is_judged_by_the_other() -> None:
     harmless = [Drop(e, 0.0, 0.001) for e in (0.01, 0.02)]
     harmful = [Drop(e, 2 * e, 0.001) for e in (0.01, 0.02)]

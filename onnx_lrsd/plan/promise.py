@@ -45,11 +45,12 @@ class Outcome:
 def judge(measured: Mapping[str, Verification], options: Options, target: Target, cost: str) -> Outcome:
     """What becomes of a model that was ``measured`` against the original, itself first, then alternatives.
 
-    The fastest step is taken, and the original in its place where that gains nothing; then the promise is
+    The fastest step whose outputs are finite is taken, and the original in its place where that gains nothing; then the promise is
     looked at. ``cost`` is what a ratio is of.
     """
     fitted = next(iter(measured))
-    best = max(measured, key=lambda step: measured[step].latency_ratio or 0.0)
+    sound = [step for step, found in measured.items() if found.finite] or [fitted]
+    best = max(sound, key=lambda step: measured[step].latency_ratio or 0.0)
     found, warnings, reason = measured[best], list[str](), ""
     if fitted == BOTH and best == INT8:
         warnings.append("Int8 alone is faster than with low rank: it is handed back alone.")
@@ -137,6 +138,8 @@ def no_gain(found: Verification, options: Options, target: Target, cost: str) ->
     Where time is what counts it must be clearly gained, and more of it where the outputs suffered; elsewhere
     none may be lost beyond what the measurement leaves open.
     """
+    if not found.finite:
+        return "gives values that are not finite where the original's are"
     if found.after.bytes > found.before.bytes:
         return "is larger as a whole"
     if not target.timed_here or found.latency_ratio is None or found.latency_interval is None:
