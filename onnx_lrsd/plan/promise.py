@@ -45,8 +45,8 @@ class Outcome:
 def judge(measured: Mapping[str, Verification], options: Options, target: Target, cost: str) -> Outcome:
     """What becomes of a model that was ``measured`` against the original, itself first, then alternatives.
 
-    The fastest step whose outputs are finite is taken, and the original in its place where that gains nothing; then the promise is
-    looked at. ``cost`` is what a ratio is of.
+    The fastest step whose outputs are finite is taken, and the original in its place where that gains
+    nothing; then the promise is looked at. ``cost`` is what a ratio is of.
     """
     fitted = next(iter(measured))
     sound = [step for step, found in measured.items() if found.finite] or [fitted]
