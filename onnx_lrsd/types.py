@@ -64,6 +64,10 @@ class Layer:
     a ConvTranspose, whose n is output channels x kernel positions; 1 for every other operator.
     ``stored_bytes`` is what one number of the weight takes in the file, where a Cast stands between (0: as
     ``dtype`` has it).
+
+    ``shares`` names the layer, by output, that stores the weight which this one applies too; empty where it
+    stores its own. ``also_read`` says what else reads the stored tensor, which then stays beside any other
+    form; empty where nothing does.
     """
 
     output: str
@@ -85,6 +89,8 @@ class Layer:
     output_shape: tuple[int, ...] = ()
     rows_per_bias: int = 1
     stored_bytes: int = 0
+    shares: str = ""
+    also_read: str = ""
     positions: int = 0
     size: tuple[int, ...] = ()
 
@@ -106,7 +112,7 @@ class Layer:
     @property
     def unnamed(self) -> Layer:
         """The layer without names: layers alike are equal in it, and whatever depends on no weight is too."""
-        return replace(self, output="", name="", input="", weight="")
+        return replace(self, output="", name="", input="", weight="", shares="", also_read="")
 
 
 @dataclass(frozen=True)
@@ -327,10 +333,19 @@ COSTS: Mapping[str, CostOf] = {
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """The error of one layer in each form it may take; the first point is dense, with error 0."""
+    """The error of one layer in each form it may take; the first point is dense, with error 0.
+
+    ``others`` are layers that apply the same weight: errors and prices are of all together.
+    """
 
     layer: Layer
     points: tuple[Point, ...]
+    others: tuple[Layer, ...] = ()
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers that take one form; the first stores it."""
+        return (self.layer, *self.others)
 
 
 @dataclass(frozen=True)

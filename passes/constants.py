@@ -71,11 +71,21 @@ def stored_values(tensor: gs.Constant) -> Values:
     return np.asarray(values.load())
 
 
+def is_view(node: gs.Node) -> bool:
+    """Whether ``node`` gives the values of its first input in another shape, order or type."""
+    return is_op(node, *_FOLDS)
+
+
+def stored_tensor(tensor: gs.Tensor) -> gs.Tensor:
+    """The tensor that is stored, of which the constant ``tensor`` is a view or which it is itself."""
+    while not isinstance(tensor, gs.Constant) and is_view(tensor.inputs[0]):
+        tensor = tensor.inputs[0].inputs[0]
+    return tensor
+
+
 def stored_bytes(tensor: gs.Tensor) -> int:
     """Bytes that each number of the constant ``tensor`` takes where it is stored, before any Cast."""
-    while not isinstance(tensor, gs.Constant) and is_op(tensor.inputs[0], *_FOLDS):
-        tensor = tensor.inputs[0].inputs[0]
-    value = constant_value(tensor)
+    value = constant_value(stored_tensor(tensor))
     assert value is not None
     return value.itemsize
 

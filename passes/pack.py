@@ -31,7 +31,7 @@ def pack(write: Writer, layer: Layer, source: gs.Tensor, factors: Factors) -> gs
     """
     if write.opset < OPSET:
         raise ValueError(f"codes need opset {OPSET}, the graph has {write.opset}")
-    weight = _Decoder(write).weight(layer, factors)
+    weight = write.once("weight", lambda: _Decoder(write).weight(layer, factors))
     return operator_of(layer).write_dense(write, layer, source, weight, factors.bias)
 
 

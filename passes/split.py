@@ -7,15 +7,16 @@ from onnx_lrsd.passes.find_layers import producer
 from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.passes.pack import pack
 from onnx_lrsd.passes.tidy import remove_node, remove_orphans
-from onnx_lrsd.passes.writer import Writer
+from onnx_lrsd.passes.writer import Stored, Writer
 from onnx_lrsd.types import Factors, Layer
 
 
-def split(working: WorkingGraph, layer: Layer, factors: Factors) -> None:
+def split(working: WorkingGraph, layer: Layer, factors: Factors, stored: Stored | None = None) -> None:
     """Replace ``layer`` by ``factors`` in ``working``. The tensor ``layer.output`` keeps its name.
 
     A BatchNormalization or Add that the layer absorbed goes with it; so does what computed a weight
-    that nothing reads any more.
+    that nothing reads any more. Layers that share their factors are given one dictionary ``stored``, in the
+    order of the graph: what they have in common is then written once.
 
     >>> import numpy as np, onnx, onnx_lrsd
     >>> from onnx_lrsd.types import Factors, Form
@@ -35,7 +36,7 @@ def split(working: WorkingGraph, layer: Layer, factors: Factors) -> None:
     tensors = working.tensors()
     target, source = tensors[layer.output], tensors[layer.input]
     last = target.inputs[0]
-    write = Writer(working, layer)
+    write = Writer(working, layer, stored)
     writer = operator_of(layer).write_factors if factors.packed is None else pack
     result = writer(write, layer, source, factors)
     place = next(i for i, other in enumerate(working.nodes) if other is last)

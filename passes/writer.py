@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,41 @@ PART = "/lrsd/"
 """Stands between the name of a layer and the part of it that a new node is."""
 
 
-class Writer:
-    """Collects the new nodes of one layer; names are ``NODE/lrsd/PART``, unique in the graph."""
+Stored = dict[Any, gs.Tensor]
+"""Tensors that layers which apply one weight have in common, by what is in them."""
 
-    def __init__(self, working: WorkingGraph, layer: Layer) -> None:
+
+class Writer:
+    """Collects the new nodes of one layer; names are ``NODE/lrsd/PART``, unique in the graph.
+
+    What is ``stored`` already is taken from there, and what is new is put there.
+    """
+
+    def __init__(self, working: WorkingGraph, layer: Layer, stored: Stored | None = None) -> None:
         self.nodes: list[gs.Node] = []
         self.opset = working.opset
+        self._stored = stored
         self._working, self._layer = working, layer
         self._taken = set(working.tensors()) | {node.name for node in working.nodes}
         self._dtype = np.dtype(layer.dtype)
 
     def constant(self, part: str, values: np.ndarray) -> gs.Constant:
         """``values`` in the layer's dtype, as an initializer."""
-        return gs.Constant(self._name(f"{part}_weight"), np.ascontiguousarray(values).astype(self._dtype))
+        values = np.ascontiguousarray(values).astype(self._dtype)
+        if self._stored is None:
+            return gs.Constant(self._name(f"{part}_weight"), values)
+        key = values.shape, sha256(values.tobytes()).digest()
+        if key not in self._stored:
+            self._stored[key] = gs.Constant(self._name(f"{part}_weight"), values)
+        return self._stored[key]
+
+    def once(self, part: str, write: Callable[[], gs.Tensor]) -> gs.Tensor:
+        """What ``write`` gives, written by the first of the layers that share it."""
+        if self._stored is None:
+            return write()
+        if part not in self._stored:
+            self._stored[part] = write()
+        return self._stored[part]
 
     def node(
         self,

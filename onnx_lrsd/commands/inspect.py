@@ -12,6 +12,7 @@ from onnx_lrsd.fit.calibrate import input_shapes, locate
 from onnx_lrsd.graph.model import load
 from onnx_lrsd.measure.compare import total_price
 from onnx_lrsd.passes.find_layers import find_layers
+from onnx_lrsd.passes.shared_weights import share_weights
 from onnx_lrsd.run import DEFAULT_TARGET, NO_FORM
 from onnx_lrsd.targets import TARGETS, price
 from onnx_lrsd.types import DENSE, KINDS, Declined, Form
@@ -24,7 +25,9 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
     run on made-up data.
     """
     source = load(model)
-    layers, declined = find_layers(source.graph())
+    graph = source.graph()
+    layers, declined = find_layers(graph)
+    layers = share_weights(graph, layers)
     samples = made_up_samples(source)
     located = locate(layers, input_shapes(source, layers, samples), samples)
     forms = TARGETS[DEFAULT_TARGET].forms

@@ -36,6 +36,7 @@ from onnx_lrsd.measure.compare import compare, total_price
 from onnx_lrsd.measure.layer_times import time_layers
 from onnx_lrsd.measure.load_cost import opening_cost
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.shared_weights import groups, share_weights
 from onnx_lrsd.plan.curves import error_curves, with_seconds
 from onnx_lrsd.plan.planner import Planner
 from onnx_lrsd.plan.promise import judge, promised
@@ -129,6 +130,7 @@ def optimize(
         source = raised(original, run.target.opset, f"The target {run.target.name}")
         graph = source.graph()
         layers, declined = _select(*find_layers(graph), options)
+        layers = share_weights(graph, layers)
     weight_of = partial(read_weight, graph)
     fit_on, check_on, notes = fit_and_check(source, calibration, evaluation, limit=samples, seed=seed)
     run.journal.warn(*notes)
@@ -149,7 +151,9 @@ def optimize(
     chosen = _next(run, search) or {}
     rewritten, delivered, build = original, None, None
     if not dry_run:
-        chosen, delivered = _deliver(run, original, known.layers, search, chosen, fitter, check_on)
+        chosen, delivered = _deliver(
+            run, original, known.layers, search, chosen, fitter, check_on, planned=plan is not None
+        )
         rewritten = delivered.model
         run.journal.warn(biases_added(known.layers, delivered.factors, weight_of))
         if run.target.name == TENSORRT.name:
@@ -270,12 +274,14 @@ def _calibrate(
         )
     kinds = run.options.forms or KINDS
     planned = {name for name, choice in plan.choices.items() if not choice.form.dense} if plan else set()
+    # Of layers that apply one weight all are asked for: only the one that stores it would gain bytes.
+    together = {layer.output for group in groups(layers) if len(group) > 1 for layer in group}
     return calibrate(
         source,
         layers,
         fit_on,
         weight_of,
-        asked=lambda layer: layer.output in planned or bool(run.target.forms(layer, kinds)),
+        asked=lambda layer: layer.output in planned | together or bool(run.target.forms(layer, kinds)),
         seed=run.options.seed,
         progress=run.progress,
     )
@@ -321,7 +327,7 @@ def _curves(
         total = total_price(source, known.samples)
         if not run.target.times:
             return curves, total
-        able = [curve.layer for curve in curves if len(curve.points) > 1]
+        able = [layer for curve in curves if len(curve.points) > 1 for layer in curve.layers]
         measured = time_layers(source, able, known.shapes, known.samples)
         return with_seconds(curves, measured), replace(total, seconds=measured.whole)
 
@@ -369,11 +375,14 @@ def _deliver(
     chosen: Forms,
     fitter: Fitter,
     check_on: Samples,
+    *,
+    planned: bool,
 ) -> tuple[Forms, Delivered]:
     """Fit, measure and judge what is proposed, from ``chosen`` on, until it is not refused.
 
     At the end of a search the last resort is handed out: for a ratio the nearest model, for other promises
-    the original, with int8 alone if that was asked for and keeps the promise.
+    the original, with int8 alone if that was asked for and keeps the promise. What the user ``planned`` is
+    handed out whatever it gains.
     """
     while True:
         fitted = fitter.fit(chosen)
@@ -382,7 +391,7 @@ def _deliver(
             measured = {
                 name: _measured(run, original, layers, step, check_on) for name, step in steps.items()
             }
-        outcome = judge(measured, run.options, run.target, run.cost)
+        outcome = judge(measured, run.options, run.target, run.cost, planned=planned)
         best = outcome.kept
         if not outcome.refused:
             break

@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_lrsd.arrays import to_device
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf, recalibrate
+from onnx_lrsd.fit.shared import fit_shared
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.consumers import Reading, consumers
@@ -25,6 +26,7 @@ from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.passes.order_sums import order_sums
 from onnx_lrsd.passes.rectifiers import rectifiers
 from onnx_lrsd.passes.split import split
+from onnx_lrsd.passes.writer import Stored
 from onnx_lrsd.runtime.activation_cache import Relay
 from onnx_lrsd.solver.decompose import decompose, refit
 from onnx_lrsd.solver.problem import output_metric, pose
@@ -56,7 +58,8 @@ def reconstruct(
     """The model with every layer in ``forms`` rewritten, and the factors by layer name.
 
     ``layers`` are in graph order. Without ``calibration`` the weights alone decide. A layer that was
-    refitted alone has factors of a dense form.
+    refitted alone has factors of a dense form. Layers that apply one weight in one form are fitted once, to
+    the inputs of all, where the first of them stands; what they have in common is stored once.
     """
     working = model.graph()
     chosen = [layer for layer in layers if layer.output in forms]
@@ -65,34 +68,49 @@ def reconstruct(
     read = consumers(working, chosen, layers)
     if calibration is not None:
         chosen = _with_dense(working, layers, forms, weight_of, calibration)
+
+    def fit_alone(
+        layer: Layer, moments: Mapping[str, Moments], pairs: Mapping[str, tuple[Rows, Rows]]
+    ) -> dict[str, Factors]:
+        """Factors of the layer by its output; none where it stays dense and nothing reaches it."""
+        weight, bias = weight_of(layer)
+        known, form = moments.get(layer.output), forms.get(layer.output)
+        if form is None:
+            problem = pose(layer, weight, bias, known, device, pull=PULL)
+            touched = problem.error(to_device(weight, device)) > TOUCHED
+            return {layer.output: refit(problem)} if touched else {}
+        outputs = _output_metric(layer, read.get(layer.output, ()), weight_of)
+        problem = pose(layer, weight, bias, known, device, outputs, form.pattern.kind == UNSTRUCTURED)
+        seen = None
+        if layer.output in pairs:
+            low, high = (problem.scale * limit for limit in limits[layer.output])
+            seen = Rectified(*pairs[layer.output], low, high)
+        return {layer.output: decompose(problem, form, rectified=seen)}
+
     fitted: dict[str, Factors] = {}
     rewritten, done = model, 0
     relay = Relay()
-    for stage in _stages(chosen):
+    units = _units(chosen, forms)
+    waiting = [layer for unit in units for layer in unit]
+    for stage in _stages(units):
         moments, pairs = dict[str, Moments](), dict[str, tuple[Rows, Rows]]()
         if calibration is not None:
-            behind = [layer.output for layer in stage if layer.output in limits]
-            later = chosen[done:]
-            moments, pairs = recalibrate(rewritten, stage, calibration, weight_of, behind, relay, later)
-        for layer in stage:
-            weight, bias = weight_of(layer)
-            known, form = moments.get(layer.output), forms.get(layer.output)
-            if form is None:
-                problem = pose(layer, weight, bias, known, device, pull=PULL)
-                factors = refit(problem) if problem.error(to_device(weight, device)) > TOUCHED else None
+            alone = [unit[0].output for unit in stage if len(unit) == 1]
+            behind = [name for name in alone if name in limits]
+            here = [layer for unit in stage for layer in unit]
+            later = waiting[done:]
+            moments, pairs = recalibrate(rewritten, here, calibration, weight_of, behind, relay, later)
+        for unit in stage:
+            if len(unit) > 1:
+                found = fit_shared(unit, forms[unit[0].output], weight_of, moments, device)
             else:
-                outputs = _output_metric(layer, read.get(layer.output, ()), weight_of)
-                entries = form.pattern.kind == UNSTRUCTURED
-                problem = pose(layer, weight, bias, known, device, outputs, entries)
-                seen = None
-                if layer.output in pairs:
-                    low, high = (problem.scale * limit for limit in limits[layer.output])
-                    seen = Rectified(*pairs[layer.output], low, high)
-                factors = decompose(problem, form, rectified=seen)
-            if factors is not None:
-                fitted[layer.output] = factors
-                split(working, layer, factors)
-            done += 1
+                found = fit_alone(unit[0], moments, pairs)
+            stored: Stored | None = {} if len(unit) > 1 else None
+            for layer in unit:
+                if layer.output in found:
+                    split(working, layer, found[layer.output], stored)
+            fitted |= found
+            done += len(unit)
             if progress is not None:
                 progress("decompose", done, len(chosen))
         rewritten = model.splice(working)
@@ -165,14 +183,27 @@ def _branched(factors: Factors) -> bool:
     return factors.sparse is not None and bool(factors.kernels)
 
 
-def _stages(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Consecutive layers in at most STAGES groups of like size; layers of one input stay together."""
-    size = ceil(len(layers) / STAGES)
-    stages: list[list[Layer]] = []
+def _units(layers: Sequence[Layer], forms: Mapping[str, Form]) -> list[tuple[Layer, ...]]:
+    """``layers``, those together that apply one weight in one form: where the first of them stands.
+
+    There the inputs of all are known as the layers before the first one leave them.
+    """
+    units = dict[object, list[Layer]]()
     for layer in layers:
-        together = stages and stages[-1][-1].input == layer.input
+        form = forms.get(layer.output)
+        key = layer.output if form is None else (layer.shares or layer.output, form)
+        units.setdefault(key, []).append(layer)
+    return [tuple(unit) for unit in units.values()]
+
+
+def _stages(units: Sequence[tuple[Layer, ...]]) -> list[list[tuple[Layer, ...]]]:
+    """Consecutive units in at most STAGES groups of like size; layers of one input stay together."""
+    size = ceil(len(units) / STAGES)
+    stages: list[list[tuple[Layer, ...]]] = []
+    for unit in units:
+        together = stages and stages[-1][-1][0].input == unit[0].input
         if stages and (together or len(stages[-1]) < size):
-            stages[-1].append(layer)
+            stages[-1].append(unit)
         else:
-            stages.append([layer])
+            stages.append([unit])
     return stages

@@ -13,8 +13,10 @@ import numpy as np
 
 from onnx_lrsd.data.samples import Samples, batch_to_run, position_axes
 from onnx_lrsd.fit.calibrate import WeightOf
+from onnx_lrsd.fit.shared import fit_shared
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.judge import OutputGroup, output_groups
+from onnx_lrsd.passes.shared_weights import groups
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.divergence import (
     Divergence,
@@ -25,9 +27,7 @@ from onnx_lrsd.runtime.divergence import (
     row_axes,
 )
 from onnx_lrsd.runtime.session import open_session
-from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.effort import BRIEF
-from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.storage import INT3
 from onnx_lrsd.types import DENSE, N_OF_M, UNSTRUCTURED, Form, Layer, Moments, Progress, Values
 
@@ -61,21 +61,25 @@ def sensitivities(
     a floating number, or nothing was lost. Layers whose form has single entries are left out, which take too
     long to fit, but for those of few rows.
     """
-    probes = [(layer, _probe(layer, forms.get(layer.output), moments.get(layer.output))) for layer in layers]
-    chosen = [(layer, form) for layer, form in probes if form is not None]
+    probes = [
+        (unit, _probe(unit[0], forms.get(unit[0].output), moments.get(unit[0].output)))
+        for unit in groups(layers)
+    ]
+    chosen = [(unit, form) for unit, form in probes if form is not None]
     wanted = max(_FEWEST, min(_MOST_SAMPLES, _RUNS * samples.count // max(len(chosen), 1)))
     if samples.count >= wanted + 2 * samples.smallest_batch:
         samples = samples.split(wanted, 0)[1]
     reference = Reference(model, samples)
     found = {}
-    for done, (layer, form) in enumerate(chosen):
-        problem = pose(layer, *weight_of(layer), moments.get(layer.output), device)
-        factors = decompose(problem, form, effort=BRIEF)
+    for done, (unit, form) in enumerate(chosen):
+        fitted = fit_shared(unit, form, weight_of, moments, device, BRIEF)
         working = model.graph()
-        split(working, layer, factors)
+        for layer in unit:
+            split(working, layer, fitted[layer.output])
+        error = sum(factors.error for factors in fitted.values()) / len(unit)
         moved = reference.movement(model.splice(working))
-        if factors.error > 0 and moved > 0:
-            found[layer.output] = moved / factors.error
+        if error > 0 and moved > 0:
+            found[unit[0].output] = moved / error
         if progress is not None:
             progress("sensitivity", done + 1, len(chosen))
     middle = float(np.median(list(found.values()))) if found else 0.0

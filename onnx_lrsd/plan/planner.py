@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import log
 from statistics import median
@@ -113,7 +114,7 @@ class Planner:
     def _for_latency(self, ratio: float) -> Forms:
         """Predictions allocate, measurement decides: the aim is corrected until the whole model meets it."""
         aim, tried = ratio * SPARE, list[tuple[float, Forms]]()
-        layers = [curve.layer for curve in self.curves]
+        layers = self._layers()
         for _ in range(ROUNDS):
             try:
                 chosen = self._planned(aim)
@@ -139,7 +140,32 @@ class Planner:
             slow = self._drop_slow(chosen)
             if not slow:
                 break
-        return {name: form for name, form in chosen.items() if name not in slow}
+        return self._of_all({name: form for name, form in chosen.items() if name not in slow})
+
+    def _layers(self) -> list[Layer]:
+        return [layer for curve in self.curves for layer in curve.layers]
+
+    def _of_all(self, chosen: Forms) -> dict[str, Form]:
+        """The forms of all layers, of those that apply one weight the same one."""
+        return {
+            layer.output: chosen[curve.layer.output]
+            for curve in self.curves
+            for layer in curve.layers
+            if curve.layer.output in chosen
+        }
+
+    def _together(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """How many times faster the layers of each curve get, of what was ``measured`` of each layer."""
+        found = dict[str, float]()
+        for curve in self.curves:
+            known = [layer for layer in curve.layers if layer.output in measured]
+            if len(known) == 1:
+                found[curve.layer.output] = measured[known[0].output]
+            elif known:
+                before = [float(price(layer, Form()).macs) for layer in known]
+                after = [macs / measured[layer.output] for macs, layer in zip(before, known, strict=True)]
+                found[curve.layer.output] = sum(before) / sum(after)
+        return found
 
     def search(self, fitter: Fitter, check_on: Samples) -> tuple[Proposals, Samples]:
         """Proposals for what was asked, and the samples that are left to check them on.
@@ -223,8 +249,9 @@ class Planner:
         """
         if not chosen or not self.run.target.timed_here:
             return set()
-        layers = [curve.layer for curve in self.curves]
-        measured = speedups(self.source, layers, chosen, self.shapes, self.times, self.run.progress)
+        layers, forms = self._layers(), self._of_all(chosen)
+        alone = speedups(self.source, layers, forms, self.shapes, self.times, self.run.progress)
+        measured = self._together(alone)
         slow, where = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}, ""
         if not slow:
             slow, where = self._slow_within(layers, chosen), " within the model"
@@ -233,8 +260,8 @@ class Planner:
             if name in slow:
                 form = chosen[name]
                 ran = f"as {form} it ran {slow[name]:.2f} times as fast as before{where}"
-                self.run.journal.leave([name], ran)
-                self.curves[index] = ErrorCurve(curve.layer, _without(curve, form))
+                self.run.journal.leave([layer.output for layer in curve.layers], ran)
+                self.curves[index] = replace(curve, points=_without(curve, form))
         return set(slow)
 
     def _slow_within(self, layers: Sequence[Layer], chosen: Forms) -> dict[str, float]:
@@ -246,12 +273,15 @@ class Planner:
         slow = dict.fromkeys(chosen, 0.0)
         for _ in range(2):
             if slow:
-                measured = speedups_within(self.source, layers, chosen, self.samples)
+                measured = self._together(
+                    speedups_within(self.source, layers, self._of_all(chosen), self.samples)
+                )
                 slow = {name: measured[name] for name in slow if measured.get(name, 1.0) < 1}
         if not slow:
             return {}
         others = {name: form for name, form in chosen.items() if name not in slow}
-        without = whole_speedup(self.source, layers, others, self.samples, WHOLE_SECONDS, over=chosen)
+        pair = self._of_all(others), self._of_all(chosen)
+        without = whole_speedup(self.source, layers, pair[0], self.samples, WHOLE_SECONDS, over=pair[1])
         return slow if without > 1 else {}
 
 
@@ -266,7 +296,7 @@ def _first(entry: tuple[float, *tuple[object, ...]]) -> float:
 
 def _without(curve: ErrorCurve, slow: Form) -> tuple[Point, ...]:
     """The points of ``curve`` but those of the kind of ``slow`` that save hardly more than it does."""
-    least = price(curve.layer, slow).macs * MUCH_CHEAPER
+    least = sum(price(layer, slow).macs for layer in curve.layers) * MUCH_CHEAPER
 
     def stays(point: Point) -> bool:
         alike = point.form.kind == slow.kind and point.form.pattern.kind == slow.pattern.kind

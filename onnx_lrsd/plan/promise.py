@@ -17,6 +17,9 @@ MUCH = 0.1
 """Output error from which a result that only met its ratio carries a warning."""
 NEAR = 0.97
 """Share of a ratio from which another fit, aimed higher, is expected to meet it."""
+LARGER = "is larger as a whole"
+STORED = ("bytes", "parameters")
+"""Costs for which a larger file is no gain; where MACs or time were asked it is a warning."""
 PAYS = 0.25
 """Of the time that fewer MACs should save, what a result with much error must save at least."""
 ROUNDING = 1e-9
@@ -42,11 +45,19 @@ class Outcome:
     last_resort: str = ORIGINAL
 
 
-def judge(measured: Mapping[str, Verification], options: Options, target: Target, cost: str) -> Outcome:
+def judge(
+    measured: Mapping[str, Verification],
+    options: Options,
+    target: Target,
+    cost: str,
+    *,
+    planned: bool = False,
+) -> Outcome:
     """What becomes of a model that was ``measured`` against the original, itself first, then alternatives.
 
     The fastest step whose outputs are finite is taken, and the original in its place where that gains
-    nothing; then the promise is looked at. ``cost`` is what a ratio is of.
+    nothing; then the promise is looked at. ``cost`` is what a ratio is of. A model that the user ``planned``
+    is handed out whatever it gains, with a warning, if its outputs are finite.
     """
     fitted = next(iter(measured))
     sound = [step for step, found in measured.items() if found.finite] or [fitted]
@@ -57,7 +68,10 @@ def judge(measured: Mapping[str, Verification], options: Options, target: Target
         reason = "int8 alone is faster"
     elif fitted == BOTH and best == LOW_RANK:
         warnings.append("Int8 is not faster on this machine: it was left out.")
-    if best != ORIGINAL and (said := no_gain(found, options, target, cost)):
+    said = no_gain(found, options, target, cost) if best != ORIGINAL else ""
+    if said and planned and found.finite:
+        warnings.append(f"The rewritten model {said}: it is as planned, make a plan anew to gain something.")
+    elif said:
         warnings.append(f"The rewritten model {said}: the original is handed back.")
         best, reason = ORIGINAL, "the whole model gained nothing by it"
     if best == ORIGINAL:
@@ -67,6 +81,12 @@ def judge(measured: Mapping[str, Verification], options: Options, target: Target
         warnings.append(
             f"The outputs changed by {found.error:.0%} of their variance: this model does not bear "
             f"{options.ratio:g} x; ask for less, or name what may be lost with --max-error."
+        )
+    if found.after.bytes > found.before.bytes and LARGER not in said:
+        times = found.after.bytes / found.before.bytes
+        warnings.append(
+            f"The rewritten model {LARGER} ({times:.2f} x), since weights that it no longer applies are read "
+            "elsewhere: where the file must not grow, ask with --cost bytes."
         )
     promise = promised(found, options, cost)
     outcome = Outcome(kept=best, promise=promise, reason=reason, warnings=tuple(warnings))
@@ -140,8 +160,8 @@ def no_gain(found: Verification, options: Options, target: Target, cost: str) ->
     """
     if not found.finite:
         return "gives values that are not finite where the original's are"
-    if found.after.bytes > found.before.bytes:
-        return "is larger as a whole"
+    if cost in STORED and found.after.bytes > found.before.bytes:
+        return LARGER
     if not target.timed_here or found.latency_ratio is None or found.latency_interval is None:
         return ""
     ratio, (low, high) = found.latency_ratio, found.latency_interval

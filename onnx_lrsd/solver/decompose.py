@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple
@@ -94,6 +95,37 @@ def decompose(
     >>> v.shape, u.shape, bool(np.allclose(u @ v, weight)), factors.error < 1e-9
     ((1, 6), (8, 1), True, True)
     """
+    return _decomposed(problem, form, effort, seed, resolvent, rectified).factors
+
+
+def decompose_shared(
+    problem: Problem, own: Sequence[Problem], form: Form, *, effort: Effort = STANDARD, seed: int = 0
+) -> list[Factors]:
+    """Fit ``form`` once for the layers of the problems ``own``, which apply one weight.
+
+    ``problem`` is that of all together. Each layer has the same factors, the bias that is best for its own
+    inputs, and its own error.
+    """
+    found = _decomposed(problem, form, effort, seed, None, None)
+    each = [_bias_and_error(one, found.weight, None) for one in own]
+    return [replace(found.factors, bias=to_numpy(bias), error=error) for bias, error in each]
+
+
+class _Decomposed(NamedTuple):
+    """Factors and the weight (n, m) that they give."""
+
+    factors: Factors
+    weight: Array
+
+
+def _decomposed(
+    problem: Problem,
+    form: Form,
+    effort: Effort,
+    seed: int,
+    resolvent: Resolvent | None,
+    rectified: Rectified | None,
+) -> _Decomposed:
     layer, weight = problem.layer, problem.weight
     check_form(layer, form)
     xp = namespace(weight)
@@ -117,7 +149,7 @@ def decompose(
         wide = np.reshape(to_numpy(parts.sparse), (layer.n, layer.channels, *layer.kernel))
         sparse = wide[:, list(channels)]
     bias, error = _bias_and_error(problem, approximation, parts.shift)
-    return Factors(
+    fitted = Factors(
         form=form,
         kernels=tuple(to_numpy(kernel) for kernel in kernels),
         bias=to_numpy(bias),
@@ -126,6 +158,7 @@ def decompose(
         error=error,
         converged=parts.converged and bool(xp.all(xp.isfinite(approximation))),
     )
+    return _Decomposed(fitted, approximation)
 
 
 def refit(problem: Problem) -> Factors:
@@ -150,7 +183,7 @@ def _coded(
     seed: int,
     resolvent: Resolvent | None,
     rectified: Rectified | None,
-) -> Factors:
+) -> _Decomposed:
     """A fit in floating point, then its codes.
 
     Codes aim at the original weight; behind a refinement for the rectifier, at the refined one.
@@ -164,7 +197,8 @@ def _coded(
         aim = weight if shift is None else parts.product
         coded = code_factors(problem, form, parts.v, parts.h, parts.sparse, aim)
     bias, error = _bias_and_error(problem, coded.weight, shift)
-    return Factors(form=form, kernels=(), bias=to_numpy(bias), error=error, packed=coded.packed)
+    fitted = Factors(form=form, kernels=(), bias=to_numpy(bias), error=error, packed=coded.packed)
+    return _Decomposed(fitted, coded.weight)
 
 
 def _bias_and_error(problem: Problem, weight: Array, shift: Array | None) -> tuple[Array, float]:

@@ -213,6 +213,7 @@ def pose(
     outputs: np.ndarray | None = None,
     entries: bool = False,
     pull: float = 1.0,
+    regressed: bool = True,
 ) -> Problem:
     """The problem of one layer: ``weight`` (n, m), ``bias`` (n,), and the moments of its inputs.
 
@@ -221,8 +222,9 @@ def pose(
 
     With ``moments.cross`` the weight to aim at is (cross + lambda W)(C + lambda I)^-1, which gives
     the original outputs on the new inputs (Zhang, Zou, He, Sun, TPAMI 2016, asymmetric
-    reconstruction, with ridge towards W, ``pull`` times as strong as the damping). Without moments
-    weights alone decide. A layer without a bias whose inputs were zero in some rows still gives zeros there.
+    reconstruction, with ridge towards W, ``pull`` times as strong as the damping); W itself stands where it
+    is not to be ``regressed``, for errors and biases do not depend on it. Without moments weights alone
+    decide. A layer without a bias whose inputs were zero in some rows still gives zeros there.
     Raises ValueError where shapes do not fit.
     """
     if weight.shape != (layer.n, layer.m) or bias.shape != (layer.n,):
@@ -276,9 +278,58 @@ def pose(
         cross = cross + part * (middle - b)[:, None] * mean[None, :]
         energy += part * float(xp.sum(xp.square(middle - b)))
     ridge = replace(metric, damping=pull * metric.damping)
-    best = regress(cross + ridge.damping * w, ridge)
+    best = regress(cross + ridge.damping * w, ridge) if regressed else w
     found = posed(weight=best, output_mean=middle, energy=energy, cross=cross)
     return replace(found, energy=energy + found._mean_missed(middle))
+
+
+def add_moments(parts: Sequence[Moments], *, biased: bool) -> Moments | None:
+    """The moments of one weight that several layers apply, each of which takes up its own mean by its bias.
+
+    Layers count alike, however many rows they have. Where they are not ``biased`` and some rows were zeros,
+    moments are about zero. None where nothing is known of any.
+    """
+    parts = [part for part in parts if part.count] or list(parts[:1])
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    silent = 0 if biased else sum(part.silent for part in parts)
+    if silent:
+        parts = [about_zero(part) for part in parts]
+    share, first = 1 / len(parts), parts[0]
+    scales = [first.scale / part.scale for part in parts]
+    count = sum(part.count for part in parts)
+
+    def mean(values: Sequence[Array | None], power: int) -> Array | None:
+        known = [
+            scale**power * value for scale, value in zip(scales, values, strict=True) if value is not None
+        ]
+        return share * sum(known[1:], known[0]) if len(known) == len(parts) else None
+
+    rows = None
+    if all(part.rows is not None for part in parts):
+        # Each layer's rows weigh as much as any other's in the mean over all of them.
+        weights = [scale * (share * count / p.count) ** 0.5 for scale, p in zip(scales, parts, strict=True)]
+        each = [weight * np.asarray(part.rows) for weight, part in zip(weights, parts, strict=True)]
+        rows = np.concatenate(each).astype(np.float32)
+    energy = mean([part.output_energy for part in parts], 2)
+    return replace(
+        first,
+        count=count,
+        mean=mean([part.mean for part in parts], 1),
+        second=None if rows is not None else mean([second_moment(part) for part in parts], 2),
+        rows=rows,
+        cross=mean([part.cross for part in parts], 2),
+        output_mean=mean([part.output_mean for part in parts], 1),
+        output_energy=None if energy is None else float(energy),
+        silent=silent,
+    )
+
+
+def second_moment(moments: Moments) -> Array:
+    """The second moment (m, m), from rows where these stand in its place."""
+    if moments.rows is None:
+        return moments.second
+    return moments.rows.T @ moments.rows / max(moments.count, 1)
 
 
 def about_zero(moments: Moments) -> Moments:

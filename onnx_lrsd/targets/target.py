@@ -6,7 +6,7 @@ Adding a target is adding a row to ``TARGETS`` and, where its storage differs, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
@@ -111,8 +111,20 @@ def price(layer: Layer, form: Form) -> Price:
 
     N:M is stored dense and its MACs are those of a dense weight: what an engine makes of its zeros is in
     the target's predicted time. Codes are decoded once, so that a form in codes has the MACs of the dense
-    layer.
+    layer. A weight that several layers apply is paid for by the one that stores it; where something else
+    reads the stored tensor too, it is paid for beside any other form.
     """
+    alone = _price_alone(layer, form)
+    if layer.shares:
+        return replace(alone, parameters=0, bytes=0)
+    if not layer.also_read or form.dense:
+        return alone
+    kept, each = layer.n * layer.m, layer.stored_bytes or BYTES[layer.dtype]
+    return replace(alone, parameters=alone.parameters + kept, bytes=alone.bytes + kept * each)
+
+
+def _price_alone(layer: Layer, form: Form) -> Price:
+    """What ``form`` costs where the layer alone reads its weight."""
     dense = layer.n * layer.m * max(layer.positions, 1)
     nodes = node_shapes(layer, form)
     parameters = sum(out * inner for out, inner, _ in nodes) + layer.output_channels
