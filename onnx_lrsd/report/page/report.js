@@ -221,7 +221,7 @@ function tradeOff(report) {
   const key = html('ul', { class: 'legend' },
     html('li', {}, html('span', { class: 'key' }, legendGlyph('circle', 'hollow'), 'predicted')),
     others.length ? html('li', {}, html('span', { class: 'key' }, legendGlyph('circle', 'accent hollow'), 'measured in the search')) : null,
-    html('li', {}, html('span', { class: 'key' }, legendGlyph('circle', 'accent'), 'measured, this model')));
+    chosen?.error > 0 ? html('li', {}, html('span', { class: 'key' }, legendGlyph('circle', 'accent'), 'measured, this model')) : null);
   return section('What more or less would cost',
     'Predicted: what the plan of each size is expected to lose, by the sensitivities of its layers, before the refit wins some of it back. Measured: on samples that were not fitted to, the upper end of the 95\u202f% interval, which promises are held by.',
     rows.length > 1 ? html('div', { class: 'two' }, html('div', {}, key, chart), html('div', { class: 'scroll' }, table)) : html('div', {}, key, chart));
