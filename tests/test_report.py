@@ -34,6 +34,7 @@ from onnx_lrsd.report import (
     report_table,
     report_to_json,
 )
+from onnx_lrsd.report.names import LEAST_WIDTH, shortened
 from onnx_lrsd.types import (
     CHANNELS,
     KINDS,
@@ -261,7 +262,7 @@ def test_the_table_fits_a_terminal_and_groups_what_was_left() -> None:
         replace(LEFT, name=f"a/very/long/{'and/deep/' * 9}name/{i}/MatMul", reason="too thin")
         for i in range(90)
     ]
-    many = [replace(SPLIT, name=f"block{i}/{'x' * 90}/conv") for i in range(90)]
+    many = [replace(SPLIT, name=f"block{i}/{'x' * 90}/conv", shape=(64, i + 1, 3, 3)) for i in range(90)]
     report = replace(REPORT, layers=(*many, *long), warnings=("word " * 60,))
     for every in (False, True):
         lines = report_table(report, every=every).splitlines()
@@ -318,6 +319,78 @@ def test_an_inspection_says_what_can_be_worked_on() -> None:
     table = inspection_table(found, "net.onnx")
     assert "90.0 % of the MACs" in table
     assert "1 x inside If: gate" in table
+
+
+NAMES = st.lists(
+    st.text("/.0123abconv", min_size=1, max_size=30)
+    | st.builds("/encoder/layer.{}/attention/{}/query/MatMul".format, st.integers(0, 30), st.text("ab")),
+    max_size=40,
+)
+
+
+@given(NAMES, st.integers(LEAST_WIDTH, 60))
+def test_no_two_names_are_shortened_to_one_and_all_fit(names: list[str], width: int) -> None:
+    found = shortened(names, width)
+    assert found.keys() == {*names}
+    assert len({*found.values()}) == len(found)
+    assert all(len(text) <= width for text in found.values())
+    assert all(found[name] == name for name in names if len(name) <= width)
+    assert shortened(reversed(names), width) == found
+
+
+@pytest.mark.parametrize("width", [22, 27, 60])
+def test_shortened_names_keep_what_tells_them_apart(width: int) -> None:
+    heads = [
+        f"/model.22/cv{part}.{level}/cv{part}.{level}.{k}/conv/Conv"
+        for part in (2, 3)
+        for level in range(3)
+        for k in range(2)
+    ]
+    found = shortened(heads, width)
+    for head in heads:
+        assert head.split("/")[3].removeprefix("cv") in found[head]
+    deep = [f"{'outer/' * 9}block{index}/{'inner/' * 9}conv" for index in range(3)]
+    assert all(name[59] in shortened(deep, width)[name] for name in deep)
+
+
+def test_the_names_of_one_table_differ() -> None:
+    names = [f"/model.22/cv{n}.{k}/cv{n}.{k}.0/{'deep/' * 12}Conv" for n in (2, 3) for k in range(3)]
+    rows = [replace(SPLIT, name=name, shape=(64, k + 1, 3, 3)) for k, name in enumerate(names)]
+    report = report_table(replace(REPORT, layers=(*rows, LEFT)))
+    shown = [line.split()[0] for line in report.splitlines() if line.startswith("/model")]
+    assert len(shown) == len({*shown}) == len(names)
+    left = [replace(LEFT, name=name) for name in names]
+    report = report_table(replace(REPORT, layers=(SPLIT, *left)), every=True)
+    shown = re.findall(r"/mode\S*Conv", report)
+    assert len(shown) == len({*shown}) == len(names)
+
+
+def test_many_equal_layers_share_a_row_unless_each_is_asked_for() -> None:
+    linear = replace(SPLIT, op="MatMul", shape=(384, 1536), form="channel")
+    equal = [
+        replace(linear, name=f"/layer.{k}/MatMul", rank=16 + k, macs_after=10**6 * (k + 1), error=0.001 * k)
+        for k in range(4)
+    ]
+    report = replace(REPORT, layers=(SPLIT, *equal, LEFT))
+    table = report_table(report)
+    (row,) = [line for line in table.splitlines() if "384x1536" in line]
+    assert row.startswith("4 x 384x1536  MatMul")
+    for said in ("channel 16 to 19", "40.00 M", "10.00 M", "2.50 to 10.00 x", "0 to 0.30 %"):
+        assert said in row
+    assert "-v lists each" in table and "conv1" in table
+    every = report_table(report, every=True)
+    assert all(layer.name in every for layer in equal) and "4 x 384x1536" not in every
+    few = report_table(replace(report, layers=(SPLIT, *equal[:3])))
+    assert all(layer.name in few for layer in equal[:3]) and "-v lists each" not in few
+
+
+def test_one_and_many_agree_with_their_words() -> None:
+    one = Inspection((), (Declined("gate", "MatMul", "inside If"),), Price(1000, 12, 48))
+    assert "\n1 node left as it is:" in inspection_table(one, "net.onnx")
+    two = replace(one, declined=2 * one.declined)
+    assert "\n2 nodes left as they are:" in inspection_table(two, "net.onnx")
+    lone = replace(REPORT, calibration_samples=1, verification=replace(VERIFIED, samples=1))
+    assert "calibrated on 1 sample of" in report_table(lone) and "over 1 sample\n" in report_table(lone)
 
 
 @given(plans)

@@ -24,6 +24,7 @@ from numpy.lib import format as npy
 
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.types import Values
+from onnx_lrsd.wording import counted
 
 RawFeed: TypeAlias = Mapping[str, Any]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -93,7 +94,8 @@ def _one_by_one(feed: RawFeed) -> Iterator[RawFeed]:
 
 def _label_each(labels: Any, count: int) -> Any:
     if len(labels) != count:
-        raise DataError(f"There are {len(labels)} labels for {count} samples: give one for each.")
+        given = f"{counted(len(labels), 'label')} for {counted(count, 'sample')}"
+        raise DataError(f"The data has {given}: give one for each.")
     return labels
 
 

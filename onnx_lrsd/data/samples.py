@@ -19,6 +19,7 @@ from onnx_lrsd.data.input_layout import Slot, check_values, input_layout_of
 from onnx_lrsd.data.readers import LABELS, UNNAMED, RawFeed, Shapes, read_feeds
 from onnx_lrsd.errors import DataError, LrsdError
 from onnx_lrsd.types import Feed, InputSpec, Values
+from onnx_lrsd.wording import counted
 
 MOST_IN_BATCH = 32
 BATCH_BYTES = 256 << 20
@@ -203,7 +204,7 @@ class Samples:
         blocks = self.count // each
         if blocks < 2:
             raise DataError(
-                f"{self.source} holds {_counted(self.count)}; at least {2 * each} are needed, "
+                f"{self.source} holds {counted(self.count, 'sample')}; at least {2 * each} are needed, "
                 "to calibrate on some and verify on others: give more samples."
             )
         wanted = share / each if isinstance(share, int) else blocks * share
@@ -442,8 +443,9 @@ class _Gathered:
         if len(labels) > 1 and self.count % len(labels) == 0:
             labelled = self.count // len(labels)
             return labels[: -(-count // labelled)], labelled
-        said = f"There are {len(labels)} labels for {_counted(self.count)}: they were not used."
-        self.notes.append(said)
+        be, they = ("is", "it was") if len(labels) == 1 else ("are", "they were")
+        given = f"{counted(len(labels), 'label')} for {counted(self.count, 'sample')}"
+        self.notes.append(f"There {be} {given}: {they} not used.")
         return None, 1
 
     def _constants(self) -> dict[str, Values]:
@@ -513,11 +515,12 @@ class _Gathered:
             kept = samples
         if kept.count < 2:
             why = f"the model takes batches of {fixed}" if fixed > 1 else "one is needed to verify on"
-            raise DataError(f"{self.source} holds {_counted(count)} but {why}: give at least {2 * fixed}.")
+            held = counted(count, "sample")
+            raise DataError(f"{self.source} holds {held} but {why}: give at least {2 * fixed}.")
         if kept.count < count:
             why = f"The model takes batches of {fixed}" if fixed > 1 else f"{labelled} samples share a label"
             each = " of one shape" if len(samples.groups) > 1 else ""
-            self.notes.append(f"{why}{each}: {_counted(count - kept.count)} left out.")
+            self.notes.append(f"{why}{each}: {counted(count - kept.count, 'sample')} left out.")
         return kept
 
 
@@ -572,7 +575,3 @@ def _wants(inputs: Sequence[InputSpec]) -> str:
         return ", ".join("?" if d is None else str(d) for d in spec.shape) if spec.ranked else "..."
 
     return ", ".join(f"{spec.name} {spec.dtype}[{dims(spec)}]" for spec in inputs) or "no inputs"
-
-
-def _counted(count: int) -> str:
-    return f"{count} sample{'s' * (count != 1)}"

@@ -26,6 +26,7 @@ from onnx_lrsd.runtime.activation_cache import Relay
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.moments import MomentAccumulator, sample_positions
 from onnx_lrsd.types import Feed, Layer, Moments, Progress, Rows, Values
+from onnx_lrsd.wording import counted
 
 ROWS_PER_INPUT = 8
 FEWEST_ROWS, MOST_ROWS = 4096, 20_000
@@ -206,7 +207,7 @@ def what_was_left_out(known: Calibration) -> str:
     worst = max(known.left_out, key=lambda output: known.left_out[output].rows)
     rows, of = known.left_out[worst]
     others = len(known.left_out) - 1
-    more = f", and of {others} other layer{'s' if others > 1 else ''}" if others else ""
+    more = f", and of {counted(others, 'other layer')}" if others else ""
     return (
         f"{rows} of {of} sampled rows of the inputs of {names[worst]}{more} hold NaN, infinite or huge "
         "values and were left out: check the samples, or name layers to leave alone with --exclude."

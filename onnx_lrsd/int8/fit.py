@@ -14,6 +14,7 @@ from onnx_lrsd.int8.quantise import Quantised, quantise
 from onnx_lrsd.run import Run
 from onnx_lrsd.runtime.quantiser import saturates
 from onnx_lrsd.types import Form
+from onnx_lrsd.wording import counted
 
 TOLERANCE = 0.01
 """Output error that int8 may add, where the user names none for the whole."""
@@ -71,5 +72,4 @@ class Int8Fitter:
 
 
 def _in_float(count: int, reason: str) -> str:
-    said = "1 node stays" if count == 1 else f"{count} nodes stay"
-    return f"{said} in float: {reason}."
+    return f"{counted(count, 'node stays', 'nodes stay')} in float: {reason}."

@@ -31,6 +31,7 @@ from onnx_lrsd.runtime.divergence import (
 from onnx_lrsd.runtime.likeness import Likeness
 from onnx_lrsd.runtime.session import shapes
 from onnx_lrsd.types import Feed, Values
+from onnx_lrsd.wording import counted
 
 UNLIKE = 10.0
 """Ratio of standard deviations from which channels are of unlike scale, if none lies between."""
@@ -137,7 +138,7 @@ class OutputJudge:
         said = []
         if self.samples < FEW:
             said.append(
-                f"The output error was measured on {self.samples} sample{'s' if self.samples != 1 else ''} "
+                f"The output error was measured on {counted(self.samples, 'sample')} "
                 f"only, so it is not well known: give at least {FEW} to check on."
             )
         poor = {name: stream.sameness for name, stream in self._streams.items() if stream.sameness}

@@ -12,6 +12,7 @@ from onnx_lrsd.measure.speedup import CLEARLY
 from onnx_lrsd.run import Options
 from onnx_lrsd.targets import Target
 from onnx_lrsd.types import COSTS, DENSE, Form, Point, Price
+from onnx_lrsd.wording import counted
 
 MUCH = 0.1
 """Output error from which a result that only met its ratio carries a warning."""
@@ -102,7 +103,7 @@ def _refusal(promise: Promise, found: Verification) -> str:
     if promise.kind == "max_drop":
         return (
             f"A model that was expected to keep the score lost {promise.got:.2f} points on all "
-            f"{found.samples} labelled samples: a smaller gain was looked for."
+            f"{counted(found.samples, 'labelled sample')}: a smaller gain was looked for."
         )
     return (
         f"A model within {100 * promise.asked:g} % where it was searched changed the outputs by up to "

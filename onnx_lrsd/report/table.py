@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from onnx_lrsd.facts import (
     Drift,
@@ -26,23 +26,34 @@ from onnx_lrsd.facts import (
     TensorDrift,
     Verification,
 )
+from onnx_lrsd.report.names import LEAST_WIDTH, common_pattern, shortened
 from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets.machine import MATRIX, Machine
+from onnx_lrsd.wording import counted
 
 WIDTH = 100
 NAMES_SHOWN = 3
 """Names shown of the layers that share a reason."""
+NAME_WIDTH = 40
+"""Columns of a name in running text."""
+GROUP_WIDTH = 26
+"""The same of a group of channels, whose error has an interval."""
+MANY = 4
+"""Layers of one shape that share a row unless all are asked for."""
+FORMS_SHOWN = 2
+"""Kinds of forms shown of the layers in one row."""
 ROWS_SHOWN = 60
 """Rows of layers shown unless all are asked for."""
 _UNIT_NAMES = {"macs": "MACs", "parameters": "parameters", "bytes": "bytes"}
 
 Row: TypeAlias = Sequence[str]
+Entry = TypeVar("Entry")
 
 
 def report_table(report: Report, *, colour: bool = False, every: bool = False) -> str:
     """The report of one run; ``every`` lists each layer that was left alone, with its reason."""
     ink = _Ink(colour)
-    samples = f"{report.calibration_samples} samples" if report.calibration_samples else "no samples"
+    samples = counted(report.calibration_samples, "sample") if report.calibration_samples else "no samples"
     where = f" of {Path(report.calibration_source).name}" if report.calibration_source else ""
     title = (
         f"{Path(report.input).name} -> {Path(report.output).name}"
@@ -105,11 +116,11 @@ def drift_table(found: Drift, *, colour: bool = False, every: bool = False) -> s
     ink = _Ink(colour)
     first, most = found.first, found.most
     if first is None or most is None:
-        return f"None of {_plural(len(found.tensors), 'tensor')} differs by more than rounding."
+        return f"None of {counted(len(found.tensors), 'tensor')} differs by more than rounding."
+    names = shortened([first.name, most.name], NAME_WIDTH)
     said = [
-        f"first apart   {_shorten(first.name, 40)} ({first.op}): {_percent(first.error)}",
-        f"rises most    {_shorten(most.name, 40)} ({most.op}): "
-        f"{_percent(most.inherited)} -> {_percent(most.error)}",
+        f"first apart   {names[first.name]} ({first.op}): {_percent(first.error)}",
+        f"rises most    {names[most.name]} ({most.op}): {_percent(most.inherited)} -> {_percent(most.error)}",
     ]
 
     def rise(tensor: TensorDrift) -> float:
@@ -145,28 +156,34 @@ def inspection_table(found: Inspection, model: str, *, colour: bool = False, eve
         + ink.faint(
             f"   {_size(total.bytes)}, {total.parameters:,} parameters, {_count(total.macs)} MACs a sample"
         ),
-        f"{_plural(len(found.layers), 'layer')} can be worked on: {_share(covered, total.macs)} of the MACs.",
+        f"{counted(len(found.layers), 'layer')} can be worked on: {_share(covered, total.macs)} of the MACs.",
     ]
-    shown = found.layers if every else found.layers[:ROWS_SHOWN]
-    rows: list[Row] = [
-        (
-            layer.name,
-            layer.op,
-            "x".join(map(str, layer.shape)),
-            _count(price.macs),
-            _share(price.macs, total.macs),
-            f"{price.parameters:,}",
+    alike = _alike(found.layers, lambda entry: (entry[0].op, entry[0].shape, entry[1]), every)
+    shown = alike if every else alike[:ROWS_SHOWN]
+    rows: list[Row] = []
+    for group in shown:
+        layer, _ = group[0]
+        names = [entry.name for entry, _ in group]
+        count = sum(price.macs for _, price in group)
+        rows.append(
+            (
+                layer.name if len(group) == 1 else f"{len(group)} x {common_pattern(names)}",
+                layer.op,
+                _dims(layer.shape),
+                _count(count),
+                _share(count, total.macs),
+                f"{sum(price.parameters for _, price in group):,}",
+            )
         )
-        for layer, price in shown
-    ]
     if rows:
-        rows += _more(len(found.layers) - len(shown), 6)
+        rows += _more(sum(map(len, alike[len(shown) :])), 6)
         parts.append(_grid(("layer", "op", "weight", "MACs", "share", "parameters"), rows, "lllrrr", ink))
+        parts += _sums(alike)
     if found.declined:
         groups = defaultdict(list)
         for entry in found.declined:
             groups[entry.reason].append(entry.name)
-        title = f"{_plural(len(found.declined), 'node')} left as they are:"
+        title = f"{counted(len(found.declined), 'node left as it is', 'nodes left as they are')}:"
         parts.append("\n".join([title, *_grouped(groups, every)]))
     return "\n\n".join(parts)
 
@@ -246,25 +263,28 @@ def _facts(
     if found.metric is not None:
         rows.append(_metric(found.metric))
     grid = _grid(("", "before", "after", "ratio", ""), rows, "lrrrl", ink)
-    measured = f"over {_plural(found.samples, 'sample')}"
-    errors = [f"output error  {line}, {measured}" for output in found.outputs for line in _errors(output)]
+    measured = f"over {counted(found.samples, 'sample')}"
+    errors = [f"output error  {line}, {measured}" for line in _errors(found.outputs)]
     if len(errors) > ROWS_SHOWN:
-        errors = [*errors[:ROWS_SHOWN], f"and {len(errors) - ROWS_SHOWN} outputs more"]
+        errors = [*errors[:ROWS_SHOWN], f"and {counted(len(errors) - ROWS_SHOWN, 'error')} more"]
     parts = [grid, "", *errors]
     if promise is not None:
         parts.append(ink.verdict(_promise(promise, cost), promise.kept))
     return "\n".join(parts)
 
 
-def _errors(output: OutputError) -> list[str]:
-    """The error of an output, or of each group of its channels, and its interval."""
-    if not output.groups:
-        return [f"{_shorten(output.name, 40)}  {_percent(output.relative_error)} of its variance"]
+def _errors(outputs: Sequence[OutputError]) -> list[str]:
+    """The error of each output, or of each group of its channels, and its interval."""
+    whole = shortened([output.name for output in outputs if not output.groups], NAME_WIDTH)
+    parts = shortened([group.name for output in outputs for group in output.groups], GROUP_WIDTH)
     lines = []
-    for group in output.groups:
-        low, high = (_percent(end) for end in group.interval)
-        said = f"{_shorten(group.name, 26)}  {_percent(group.relative_error)} of its variance"
-        lines.append(f"{said} ({low.removesuffix(' %')} to {high})" if group.relative_error > 0 else said)
+    for output in outputs:
+        if not output.groups:
+            lines.append(f"{whole[output.name]}  {_percent(output.relative_error)} of its variance")
+        for group in output.groups:
+            low, high = (_percent(end) for end in group.interval)
+            said = f"{parts[group.name]}  {_percent(group.relative_error)} of its variance"
+            lines.append(f"{said} ({low.removesuffix(' %')} to {high})" if group.relative_error > 0 else said)
     return lines
 
 
@@ -278,10 +298,11 @@ def _int8(int8: Int8, ink: _Ink) -> str:
         rows.append((name, latency, _times(step.before.bytes, step.after.bytes), _percent(worst), score))
     metric = next((step.metric.name for step in int8.steps.values() if step.metric is not None), "")
     lines = [_grid(("step", "latency", "size", "output error", metric), rows, "lrrrr", ink)]
-    said = f"{_plural(int8.nodes, 'node')} in int8"
+    said = f"{counted(int8.nodes, 'node')} in int8"
     if int8.left:
         worst_first = sorted(int8.left, key=lambda name: -int8.left[name])
-        listed = ", ".join(f"{_shorten(n, 40)} ({_percent(int8.left[n])})" for n in worst_first[:NAMES_SHOWN])
+        names = shortened(int8.left, NAME_WIDTH)
+        listed = ", ".join(f"{names[n]} ({_percent(int8.left[n])})" for n in worst_first[:NAMES_SHOWN])
         more = f" and {len(int8.left) - NAMES_SHOWN} more" if len(int8.left) > NAMES_SHOWN else ""
         said += f", {len(int8.left)} in float for the output error of each in int8: {listed}{more}"
     return "\n".join([*lines, _paragraph(said)])
@@ -289,8 +310,9 @@ def _int8(int8: Int8, ink: _Ink) -> str:
 
 def _engine(engine: Engine, ink: _Ink) -> str:
     """The command on one line, for copying, and the nodes with 2:4 weights."""
-    names = ", ".join(_shorten(name, 40) for name in engine.sparse)
-    said = f"2:4, for sparse tensor cores: {names}" if names else "No weight is 2:4."
+    names = shortened(engine.sparse, NAME_WIDTH)
+    listed = ", ".join(names[name] for name in engine.sparse)
+    said = f"2:4, for sparse tensor cores: {listed}" if listed else "No weight is 2:4."
     lines = [ink.strong(engine.command), _paragraph(said)]
     return "\n".join([*lines, *map(_paragraph, engine.notes)])
 
@@ -298,7 +320,7 @@ def _engine(engine: Engine, ink: _Ink) -> str:
 def _metric(metric: ScoreChange) -> Row:
     low, high = (100 * bound for bound in metric.interval)
     points = 100 * (metric.after - metric.before)
-    note = f"{low:+.2f} to {high:+.2f} at 95 %, {_plural(metric.samples, 'sample')}"
+    note = f"{low:+.2f} to {high:+.2f} at 95 %, {counted(metric.samples, 'sample')}"
     before, after = (f"{100 * share:.2f} %" for share in (metric.before, metric.after))
     return metric.name, before, after, f"{points:+.2f} points", note
 
@@ -334,18 +356,74 @@ def _loading(costs: LoadCosts) -> str:
 
 
 def _split_layers(layers: Sequence[LayerReport], ink: _Ink, every: bool) -> str:
-    shown = layers if every else layers[:ROWS_SHOWN]
-    rows: list[Row] = []
     coded = any(layer.weights or layer.entries for layer in layers)
-    for layer in shown:
-        sizes = (layer.bytes_before, layer.bytes_after) if coded else (layer.macs_before, layer.macs_after)
-        before, after = map(_size if coded else _count, sizes)
+
+    def sizes(layer: LayerReport) -> tuple[int, int]:
+        return (layer.bytes_before, layer.bytes_after) if coded else (layer.macs_before, layer.macs_after)
+
+    groups = _alike(layers, lambda layer: (layer.op, layer.shape, sizes(layer)[0]), every)
+    shown = groups if every else groups[:ROWS_SHOWN]
+    rows: list[Row] = []
+    for group in shown:
+        before, after = (sum(side) for side in zip(*map(sizes, group), strict=True))
+        several = f"{len(group)} x {_dims(group[0].shape)}"
+        ratios = [_times(*sizes(layer)) for layer in sorted(group, key=lambda layer: -sizes(layer)[1])]
+        errors = [_percent(error) for error in sorted(layer.error for layer in group)]
         rows.append(
-            (layer.name, layer.op, _form(layer), before, after, _times(*sizes), _percent(layer.error))
+            (
+                several if len(group) > 1 else group[0].name,
+                group[0].op,
+                _forms(group),
+                *map(_size if coded else _count, (before, after)),
+                _range(ratios),
+                _range(errors),
+            )
         )
-    rows += _more(len(layers) - len(shown), 7)
+    rows += _more(sum(map(len, groups[len(shown) :])), 7)
     header = ("layer", "op", "form", "bytes" if coded else "MACs before", "after", "ratio", "layer error")
-    return _grid(header, rows, "lllrrrr", ink)
+    return "\n\n".join([_grid(header, rows, "lllrrrr", ink), *_sums(groups)])
+
+
+def _alike(entries: Sequence[Entry], key: Callable[[Entry], object], every: bool) -> list[list[Entry]]:
+    """``entries`` in groups of equal ``key`` where that are MANY, in the order of their first; else alone."""
+    alike = defaultdict[object, list[Entry]](list)
+    for entry in entries:
+        alike[key(entry)].append(entry)
+    groups = []
+    for entry in entries:
+        members = alike[key(entry)]
+        if every or len(members) < MANY:
+            groups.append([entry])
+        elif entry is members[0]:
+            groups.append(members)
+    return groups
+
+
+def _sums(groups: Sequence[Sequence[object]]) -> list[str]:
+    several = any(len(group) > 1 for group in groups)
+    return ["Layers of one shape stand in one row, with their sums; -v lists each."] if several else []
+
+
+def _range(sorted_texts: Sequence[str]) -> str:
+    """The first and the last, or one where they read the same; a unit is written once."""
+    first, last = sorted_texts[0], sorted_texts[-1]
+    if first == last:
+        return first
+    unit = last.rpartition(" ")[2]
+    return f"{first.removesuffix(f' {unit}')} to {last}"
+
+
+def _forms(group: Sequence[LayerReport]) -> str:
+    """The form of all, or the kinds there are with the ranges of their ranks."""
+    forms = {*map(_form, group)}
+    if len(forms) == 1:
+        return forms.pop()
+    said = []
+    for kind in dict.fromkeys(layer.form for layer in group):
+        ranks = sorted(layer.rank for layer in group if layer.form == kind)
+        said.append(f"{kind} {_range([str(rank) for rank in ranks])}")
+    sparse = " + S" if any(layer.nonzeros for layer in group) else ""
+    return ", ".join(said[:FORMS_SHOWN]) + (", ..." if len(said) > FORMS_SHOWN else "") + sparse
 
 
 def _form(layer: LayerReport) -> str:
@@ -380,15 +458,16 @@ def _left_alone(layers: Sequence[LayerReport], share: str, ink: _Ink, every: boo
     groups = defaultdict(list)
     for layer in layers:
         groups[layer.reason or "no reason given"].append(layer.name)
-    title = f"{_plural(len(layers), 'layer')} left dense{share}:"
+    title = f"{counted(len(layers), 'layer')} left dense{share}:"
     return "\n".join([title, *_grouped(groups, every)])
 
 
 def _grouped(groups: dict[str, list[str]], every: bool) -> Iterable[str]:
+    short = shortened((name for names in groups.values() for name in names), NAME_WIDTH)
     for reason, names in sorted(groups.items(), key=lambda group: -len(group[1])):
         listed = names if every else names[:NAMES_SHOWN]
         more = f" and {len(names) - len(listed)} more" if len(names) > len(listed) else ""
-        text = f"{reason}: {', '.join(_shorten(name, 40) for name in listed)}{more}"
+        text = f"{reason}: {', '.join(short[name] for name in listed)}{more}"
         yield textwrap.fill(
             text,
             WIDTH,
@@ -401,12 +480,13 @@ def _grouped(groups: dict[str, list[str]], every: bool) -> Iterable[str]:
 def _grid(header: Row, rows: Sequence[Row], align: str, ink: _Ink) -> str:
     """Columns as wide as their cells, the first cut to the space left; ``align`` has l or r for each."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))
+    widths[0] = min(widths[0], max(WIDTH - sum(widths[1:]) - 2 * len(widths[1:]), LEAST_WIDTH))
+    first = shortened((row[0] for row in (header, *rows)), widths[0])
 
     def line(row: Row) -> str:
         cells = (
-            _shorten(cell, width).ljust(width) if side == "l" else cell.rjust(width)
-            for cell, width, side in zip(row, widths, align, strict=True)
+            cell.ljust(width) if side == "l" else cell.rjust(width)
+            for cell, width, side in zip((first[row[0]], *row[1:]), widths, align, strict=True)
         )
         return "  ".join(cells).rstrip()
 
@@ -421,16 +501,8 @@ def _paragraph(text: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
-def _shorten(name: str, width: int) -> str:
-    """``name``, cut in its middle to ``width``: names of layers differ at both ends."""
-    if len(name) <= width:
-        return name
-    head = (width - 3) // 2
-    return f"{name[:head]}...{name[len(name) - (width - 3 - head) :]}"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def _dims(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _size(count: int) -> str:
