@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from onnx_lrsd.commands.inspect import inspect
 from onnx_lrsd.commands.optimize import optimize
 from onnx_lrsd.commands.profile import measure
 from onnx_lrsd.commands.unpack import unpack
-from onnx_lrsd.data.made_up import made_up_samples
+from onnx_lrsd.data.made_up import made_up_samples, spelled_shapes
 from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.readers import script_function
 from onnx_lrsd.data.samples import read_samples
@@ -63,7 +64,7 @@ STDOUT = Path("-")
 SUFFIX, PLAIN = ".lrsd.onnx", ".plain.onnx"
 COST_NAMES = {"macs": "macs", "params": "parameters", "bytes": "bytes", "latency": "latency"}
 """What --cost is called here, and in the API."""
-FLAGS = {"evaluation": "--eval", "calibration": "--calib"}
+FLAGS = {"evaluation": "--eval", "calibration": "--calib", "shapes": "--shape"}
 """Options whose flag is not their name."""
 VERBOSE, ARGUMENTS = "onnx_lrsd.verbose", "onnx_lrsd.arguments"
 
@@ -137,6 +138,21 @@ def _metric(ctx: click.Context, parameter: click.Parameter, value: str | None) -
 
 def _listed(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     return None if value is None else tuple(part.strip() for part in value.split(","))
+
+
+def _shapes(
+    ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes by input, of ``NAME:1x3x224x224`` each; what stands before the last colon is the name."""
+    found: dict[str, tuple[int, ...]] = {}
+    for value in values:
+        name, _, sizes = value.rpartition(":")
+        if not name or not re.fullmatch(r"[0-9]+(x[0-9]+)*", sizes):
+            raise click.BadParameter(f"{value!r} is not NAME:SIZExSIZE...: write NAME:1x3x224x224.")
+        if name in found:
+            raise click.BadParameter(f"{name} is given twice: give one shape for each input.")
+        found[name] = tuple(map(int, sizes.split("x")))
+    return found
 
 
 def _cost(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -299,15 +315,35 @@ def optimize_command(
 
 @main.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
+@click.option("--calib", metavar="PATH", help="Count MACs with inputs of the shape of the first sample here.")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    callback=_shapes,
+    metavar="NAME:1x3x320x320",
+    help="Count MACs with this shape of an input; may be given for each.",
+)
 @JSON_OPTION
 @_loudness
-def inspect_command(model: Path, json_path: Path | None, verbose: bool, quiet: bool) -> None:
+@click.pass_context
+def inspect_command(
+    ctx: click.Context,
+    /,
+    model: Path,
+    calib: str | None,
+    shapes: dict[str, tuple[int, ...]],
+    json_path: Path | None,
+    verbose: bool,
+    quiet: bool,
+) -> None:
     """List the layers of a model.
 
     Those that can be worked on with their share of the MACs, and why the others are left alone.
     """
-    _check_writable(json_path)
-    found = inspect(model)
+    _check_apart([json_path], [model, calib])
+    with _usage(ctx):
+        found = inspect(model, calib, shapes=shapes)
     if not quiet:
         _say(inspection_table(found, str(model), colour=_colour(), every=verbose))
     if json_path is not None:
@@ -445,6 +481,8 @@ def _typed(option: str, value: object) -> str:
         return _flag(option)
     if isinstance(value, tuple):
         return f"{_flag(option)} {','.join(value)}"
+    if isinstance(value, dict):
+        return f"{_flag(option)} {spelled_shapes(value)}"
     return f"{_flag(option)} {value}"
 
 

@@ -337,11 +337,18 @@ class Report:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found in a model: layers with their dense price, what was declined, and the whole."""
+    """What was found in a model: layers with their dense price, what was declined, and the whole.
+
+    MACs were counted with inputs of ``shapes``: of the first sample of ``source``, or of made-up data where
+    that is empty. Open axes of the inputs in ``assumed`` were guessed.
+    """
 
     layers: tuple[tuple[Layer, Price], ...]
     declined: tuple[Declined, ...]
     total: Price
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    source: str = ""
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

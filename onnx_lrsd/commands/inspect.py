@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 
-from onnx_lrsd.data.made_up import made_up_samples
+from onnx_lrsd.data.input_layout import input_layout_of
+from onnx_lrsd.data.made_up import InputShapes, check_shapes, made_up_samples, named_sizes
+from onnx_lrsd.data.samples import Samples, read_samples
+from onnx_lrsd.errors import OptionError
 from onnx_lrsd.facts import Inspection
 from onnx_lrsd.fit.calibrate import input_shapes, locate
-from onnx_lrsd.graph.model import load
+from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import total_price
 from onnx_lrsd.passes.find_layers import find_layers
 from onnx_lrsd.passes.shared_weights import share_weights
 from onnx_lrsd.run import DEFAULT_TARGET, NO_FORM
 from onnx_lrsd.targets import TARGETS, price
-from onnx_lrsd.types import DENSE, KINDS, Declined, Form
+from onnx_lrsd.types import DENSE, KINDS, Declined, Form, InputSpec
+
+_READ = 64
+"""Samples that are read to see the first: some may share a label."""
 
 
-def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
+def inspect(
+    model: str | Path | onnx.ModelProto, calibration: Any = None, *, shapes: InputShapes | None = None
+) -> Inspection:
     """The layers of ``model`` that a smaller form is predicted to speed up, with the price of each as it is.
 
-    Also the nodes that were declined, with the reason, and the price of the whole model. Shapes come from one
-    run on made-up data.
+    Also the nodes that were declined, with the reason, and the price of the whole model. MACs are those of
+    one run: on the first sample of ``calibration``, anything that ``read_samples`` takes, or on made-up data
+    with inputs of ``shapes``, batch and all. Sizes that neither gives are assumed, and the result says which.
+    Raises OptionError for shapes that the model does not take.
     """
+    if calibration is not None and shapes:
+        raise OptionError("{calibration} and {shapes} exclude each other: give one.")
     source = load(model)
     graph = source.graph()
     layers, declined = find_layers(graph)
     layers = share_weights(graph, layers)
-    samples = made_up_samples(source)
+    check_shapes(shapes or {}, inputs_of(source.proto))
+    samples = made_up_samples(source, shapes) if calibration is None else _first(calibration, source)
     located = locate(layers, input_shapes(source, layers, samples), samples)
     forms = TARGETS[DEFAULT_TARGET].forms
     useful = [layer for layer in located if forms(layer, KINDS)]
@@ -37,4 +52,29 @@ def inspect(model: str | Path | onnx.ModelProto) -> Inspection:
         tuple((layer, price(layer, Form(DENSE))) for layer in useful),
         (*declined, *useless),
         total_price(source, samples),
+        {name: value.shape for name, value in samples.example().items()},
+        "" if calibration is None else samples.source,
+        _assumed(source, shapes or {}) if calibration is None else (),
     )
+
+
+def _first(calibration: Any, model: Model) -> Samples:
+    """The first samples that fill a batch."""
+    inputs = inputs_of(model.proto)
+    batch = input_layout_of(inputs).fixed or 1
+    samples = read_samples(calibration, inputs, limit=max(_READ, 2 * batch))
+    return samples.take(slice(samples.smallest_batch))
+
+
+def _assumed(model: Model, given: InputShapes) -> tuple[str, ...]:
+    """The inputs with open axes beside the batch of which ``given`` says nothing."""
+    inputs = inputs_of(model.proto)
+    slots = input_layout_of(inputs).slots
+    named = named_sizes(given, inputs)
+
+    def guessed(spec: InputSpec) -> bool:
+        axis = slots[spec.name].axis
+        rest = [size for place, size in enumerate(spec.shape) if place != axis]
+        return any(not isinstance(size, int) and size not in named for size in rest)
+
+    return tuple(spec.name for spec in inputs if spec.name not in given and guessed(spec))

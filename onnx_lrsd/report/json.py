@@ -112,6 +112,11 @@ def inspection_to_json(found: Inspection, model: str) -> str:
     facts: Json = {
         **_head(),
         "model": {"input": model},
+        "inputs": {
+            "source": found.source or None,
+            "shapes": {name: list(shape) for name, shape in found.shapes.items()},
+            "assumed": list(found.assumed),
+        },
         "total": _price(found.total),
         "layers": [_inspected(layer, price) for layer, price in found.layers],
         "declined": [{"name": d.name, "op": d.op, "reason": d.reason} for d in found.declined],

@@ -156,6 +156,7 @@ def inspection_table(found: Inspection, model: str, *, colour: bool = False, eve
         + ink.faint(
             f"   {_size(total.bytes)}, {total.parameters:,} parameters, {_count(total.macs)} MACs a sample"
         ),
+        *_counted_with(found),
         f"{counted(len(found.layers), 'layer')} can be worked on: {_share(covered, total.macs)} of the MACs.",
     ]
     alike = _alike(found.layers, lambda entry: (entry[0].op, entry[0].shape, entry[1]), every)
@@ -186,6 +187,23 @@ def inspection_table(found: Inspection, model: str, *, colour: bool = False, eve
         title = f"{counted(len(found.declined), 'node left as it is', 'nodes left as they are')}:"
         parts.append("\n".join([title, *_grouped(groups, every)]))
     return "\n\n".join(parts)
+
+
+def _counted_with(found: Inspection) -> list[str]:
+    """The shapes of the inputs that MACs were counted with, and where they are from."""
+    if not found.shapes:
+        return []
+    shapes = [f"{name} {_dims(shape)}" for name, shape in found.shapes.items() if shape]
+    if not shapes:
+        return []
+    said = f"MACs are counted with {', '.join(shapes)}"
+    if found.assumed:
+        first = found.assumed[0]
+        option = f"--shape {first}:{_dims(found.shapes[first])}"
+        said += f". Sizes of open axes are assumed: give your own, as {option}, or samples with --calib"
+    elif found.source:
+        said += f", the shape of the first sample of {Path(found.source).name}"
+    return [_paragraph(f"{said}.")]
 
 
 def machine_table(machine: Machine, *, colour: bool = False) -> str:
