@@ -18,6 +18,8 @@ class LayerReport:
 
     ``kept`` of each ``of`` input channels are not zero where the pattern is N:M. ``weights`` and
     ``entries`` are the storages of a layer in codes, as in ``Form``. ``output`` is the tensor it gives.
+    ``gives`` and ``reads`` are (kept, of) channels, where some were cut; MACs, bytes and parameters after
+    are those of what is left.
     """
 
     name: str
@@ -40,11 +42,13 @@ class LayerReport:
     weights: Mapping[str, int] = field(default_factory=dict)
     entries: str = ""
     output: str = ""
+    gives: tuple[int, int] | None = None
+    reads: tuple[int, int] | None = None
 
     @property
     def left(self) -> bool:
-        """Whether the layer has the form it had."""
-        return self.form == DENSE and not self.weights
+        """Whether the layer has the form and the channels it had."""
+        return self.form == DENSE and not self.weights and self.gives is None and self.reads is None
 
 
 @dataclass(frozen=True, kw_only=True)

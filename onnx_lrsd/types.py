@@ -8,7 +8,7 @@ m = channels x kernel positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, TypeAlias
 
@@ -39,7 +39,8 @@ CHANNEL = "channel"
 CHANNEL_IN = "channel-in"
 SPATIAL = "spatial"
 TUCKER = "tucker"
-KINDS = (DENSE, CHANNEL, CHANNEL_IN, SPATIAL, TUCKER)
+WIDTH = "width"
+KINDS = (DENSE, CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, WIDTH)
 
 UNSTRUCTURED = "unstructured"
 N_OF_M = "n-of-m"
@@ -68,6 +69,9 @@ class Layer:
     ``shares`` names the layer, by output, that stores the weight which this one applies too; empty where it
     stores its own. ``also_read`` says what else reads the stored tensor, which then stays beside any other
     form; empty where nothing does.
+
+    ``full`` is (n, m) before some of its channels were cut, None where none were: the rows that it is
+    fitted to are drawn by it, so that they are those that the original layer gave.
     """
 
     output: str
@@ -93,6 +97,7 @@ class Layer:
     also_read: str = ""
     positions: int = 0
     size: tuple[int, ...] = ()
+    full: tuple[int, int] | None = None
 
     @property
     def channels(self) -> int:
@@ -112,7 +117,7 @@ class Layer:
     @property
     def unnamed(self) -> Layer:
         """The layer without names: layers alike are equal in it, and whatever depends on no weight is too."""
-        return replace(self, output="", name="", input="", weight="", shares="", also_read="")
+        return replace(self, output="", name="", input="", weight="", shares="", also_read="", full=None)
 
 
 @dataclass(frozen=True)
@@ -360,12 +365,26 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Width:
+    """How many ``of`` the channels between layers a plan keeps, and what those that read them lose by it."""
+
+    kept: int
+    of: int
+    error: float
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A choice for every layer that was found, by ``Layer.output``; it can be saved as JSON and replayed."""
+    """A choice for every layer that was found, by ``Layer.output``; it can be saved as JSON and replayed.
+
+    ``widths`` are those of the pairs of layers between which channels are cut, by the pair's key. Forms are
+    those of the layers as they are then.
+    """
 
     target: str
     cost: str
     choices: Mapping[str, Choice]
+    widths: Mapping[str, Width] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,8 @@ LAYER_KEYS = (
         "weights",
         "entries",
         "output",
+        "gives",
+        "reads",
     ),
 )
 PLAN = '{"schema": 1, "target": "onnxruntime", "cost": "macs", "layers": {"conv7": ENTRY}}'

@@ -18,6 +18,7 @@ from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.post_dominators import count_post_dominators
 from onnx_lrsd.plan.planner import Planner
+from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.run import Options, start
 from onnx_lrsd.types import CHANNEL, UNSTRUCTURED, ErrorCurve, Form, Layer, Moments, Pattern, Point, Price
 
@@ -139,7 +140,7 @@ def test_an_error_counts_less_the_more_layers_are_refitted_behind_it() -> None:
         for name in "aby"
     ]
     points = Point(Form(), 0.0, Price(4, 4, 16)), Point(Form(CHANNEL, 1), 0.03, Price(2, 2, 8))
-    curves = [ErrorCurve(layer, points) for layer in layers]
+    curves = Curves(tuple(ErrorCurve(layer, points) for layer in layers))
     samples = read_samples({"x": np.ones((8, 2), np.float32)}, inputs_of(model.proto))
     planner = Planner(start(Options(ratio=1.5)), model, curves, Price(12, 12, 48), {}, samples)
     planner.weigh(lambda forms: dict.fromkeys(forms, 1.0))

@@ -29,6 +29,7 @@ from onnx_lrsd.passes.split import split
 from onnx_lrsd.passes.two_of_four import two_of_four
 from onnx_lrsd.plan.allocate import spend
 from onnx_lrsd.plan.planner import Planner
+from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.run import Options, start
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.problem import pose
@@ -273,9 +274,10 @@ def test_2_4_takes_the_layers_where_it_saves_time_for_less_error_than_factors_do
             curve("narrow", {Form(SPATIAL, rank): 0.4 / rank for rank in ranks}),
             curve("full", {Form(CHANNEL, 0, TWO_OF_FOUR): lost} | {Form(SPATIAL, r): 100 / r for r in ranks}),
         ]
+        joined = Curves(tuple(curves))
         dense = curves[0].points[0].price
         run, model = start(Options(target="tensorrt")), network()
-        return Planner(run, model, curves, dense + dense, {}, samples_for(model)).for_ratio(1.5)
+        return Planner(run, model, joined, dense + dense, {}, samples_for(model)).for_ratio(1.5)
 
     assert chosen(1e-4)["full"] == Form(CHANNEL, 0, TWO_OF_FOUR) and chosen(1e-4)["narrow"].kind == SPATIAL
     assert set(chosen(0.1)) == {"narrow"}

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
 
 from onnx_lrsd.data.holdout import fit_and_check
@@ -28,27 +29,32 @@ from onnx_lrsd.fit.calibrate import (
     what_was_left_out,
 )
 from onnx_lrsd.fit.fitter import ORIGINAL, Fitted, Fitter, KeepingFitter, LowRankFitter
+from onnx_lrsd.fit.narrow import Narrower, drop_orders, plannable
 from onnx_lrsd.fit.reconstruct import biases_added
 from onnx_lrsd.fit.sensitivity import sensitivities
 from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, save
+from onnx_lrsd.graph.shapes import inferred_shapes
+from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.int8.fit import Int8Fitter
 from onnx_lrsd.measure.compare import compare, total_price
 from onnx_lrsd.measure.layer_times import time_layers
 from onnx_lrsd.measure.load_cost import opening_cost
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.pairs import Pair, find_pairs
 from onnx_lrsd.passes.shared_weights import groups, share_weights
-from onnx_lrsd.plan.curves import error_curves, with_seconds
+from onnx_lrsd.plan.curves import error_curves, pair_curves, with_seconds
 from onnx_lrsd.plan.planner import Planner
 from onnx_lrsd.plan.promise import judge, promised
 from onnx_lrsd.plan.replay import forms_of, make_plan
 from onnx_lrsd.plan.search import Forms, Once, Proposals
+from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.report.build import Delivered, make_report
 from onnx_lrsd.report.details import RATIOS, collect, spectra, trade_off
 from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start
 from onnx_lrsd.targets import price
 from onnx_lrsd.targets.tensorrt import TENSORRT
 from onnx_lrsd.targets.trtexec import engine
-from onnx_lrsd.types import KINDS, Declined, ErrorCurve, Factors, Form, Layer, Plan, Price, Progress, Score
+from onnx_lrsd.types import KINDS, WIDTH, Declined, Factors, Form, Layer, Plan, Price, Progress, Score
 
 
 class Result(NamedTuple):
@@ -134,18 +140,21 @@ def optimize(
     weight_of = partial(read_weight, graph)
     fit_on, check_on, notes = fit_and_check(source, calibration, evaluation, limit=samples, seed=seed)
     run.journal.warn(*notes)
+    pairs = _pairs(run, source, graph, layers, plan)
     with run.journal.clock("calibrate"):
-        known = _calibrate(run, source, layers, weight_of, fit_on, check_on, plan)
+        known = _calibrate(run, source, layers, pairs, weight_of, fit_on, check_on, plan)
         run.journal.warn(what_was_left_out(known))
-    fitter = _fitter(run, original, source, replace(known, moments={}), weight_of, fit_on)
+    with run.journal.clock("decompose"):
+        narrower = _narrower(run, source, known, weight_of, pairs)
+    fitter = _fitter(run, original, narrower, replace(known, moments={}), fit_on)
     search: Proposals
-    planner, curves, whole = None, list[ErrorCurve](), None
+    planner, curves, whole = None, Curves(()), None
     if plan is None:
-        planner, curves, whole = _planner(run, source, known, weight_of, weighed=fit_on is not None)
+        planner, curves, whole = _planner(run, source, known, weight_of, narrower, weighed=fit_on is not None)
         with run.journal.clock("plan"):
             search, check_on = planner.search(fitter, check_on)
     else:
-        search = Once(forms_of(plan, known.layers))
+        search = Once(forms_of(plan, known.layers, pairs))
     spectrum = _spectra(run, known, weight_of) if details else {}
     known = replace(known, moments={})  # they may be large, and a fit takes its own
     chosen = _next(run, search) or {}
@@ -172,6 +181,7 @@ def optimize(
         source=source,
         output=output,
         layers=known.layers,
+        narrow=narrower.cut(chosen if delivered is None or delivered.factors else {})[1],
         declined=declined,
         plan=plan,
         fit_on=fit_on,
@@ -192,7 +202,7 @@ def _details(
     run: Run,
     source: Model,
     known: Calibration,
-    curves: Sequence[ErrorCurve],
+    curves: Curves,
     spectrum: Mapping[str, Spectrum],
     planner: Planner | None,
     search: Proposals,
@@ -204,7 +214,7 @@ def _details(
     with run.journal.clock("details"):
         unchanged = delivered is None or (not delivered.factors and delivered.int8 is None)
         return collect(
-            curves=curves,
+            curves=curves.layers,
             spectra=spectrum,
             sensitivity={} if weighed is None else weighed.sensitivity,
             trade_off=trade_off(
@@ -248,10 +258,52 @@ def _select(
     return tuple(kept), tuple(out)
 
 
+def _pairs(
+    run: Run, source: Model, graph: WorkingGraph, layers: Sequence[Layer], plan: Plan | None
+) -> dict[str, Pair]:
+    """The pairs whose channels may be cut, those that ``plan`` cuts if there is one."""
+    wanted = WIDTH in (run.options.forms or KINDS)
+    if plan is not None:
+        wanted = bool(plan.widths)
+    if not wanted:
+        return {}
+    every = find_layers(graph)[0]
+    found, _ = find_pairs(graph, every, inferred_shapes(source.proto))
+    # What else reads a weight would still read all of it.
+    own = {group[0].output for group in groups(layers) if len(group) == 1 and not group[0].also_read}
+    pairs = plannable(found, own, {layer.output for layer in every} - own)
+    return {key: pair for key, pair in pairs.items() if plan is None or key in plan.widths}
+
+
+def _narrower(
+    run: Run, source: Model, known: Calibration, weight_of: WeightOf, pairs: Mapping[str, Pair]
+) -> Narrower:
+    """What cuts ``pairs``, of which it keeps the moments of the layers that read their channels."""
+    readers = {end.output for pair in pairs.values() for end in pair.consumers}
+    plain = Narrower(
+        model=source,
+        layers=known.layers,
+        weight_of=weight_of,
+        moments={output: found for output, found in known.moments.items() if output in readers},
+        inner={},
+        device=run.options.device,
+    )
+    sound = {
+        key: pair
+        for key, pair in pairs.items()
+        if all(
+            end.output not in known.moments or np.isfinite(known.moments[end.output].mean).all()
+            for end in pair.consumers
+        )
+    }
+    return replace(plain, inner=drop_orders(sound, known.layers, plain.problem))
+
+
 def _calibrate(
     run: Run,
     source: Model,
     layers: Sequence[Layer],
+    pairs: Mapping[str, Pair],
     weight_of: WeightOf,
     fit_on: Samples | None,
     check_on: Samples,
@@ -265,6 +317,7 @@ def _calibrate(
             layers=located,
             moments={},
             kept={},
+            by_inputs=frozenset(),
             inputs={},
             every=1,
             shapes=shapes,
@@ -274,6 +327,7 @@ def _calibrate(
         )
     kinds = run.options.forms or KINDS
     planned = {name for name, choice in plan.choices.items() if not choice.form.dense} if plan else set()
+    planned |= {end.output for pair in pairs.values() for end in pair.consumers}
     # Of layers that apply one weight all are asked for: only the one that stores it would gain bytes.
     together = {layer.output for group in groups(layers) if len(group) > 1 for layer in group}
     return calibrate(
@@ -288,22 +342,28 @@ def _calibrate(
 
 
 def _planner(
-    run: Run, source: Model, known: Calibration, weight_of: WeightOf, *, weighed: bool
-) -> tuple[Planner, list[ErrorCurve], float | None]:
+    run: Run,
+    source: Model,
+    known: Calibration,
+    weight_of: WeightOf,
+    narrower: Narrower,
+    *,
+    weighed: bool,
+) -> tuple[Planner, Curves, float | None]:
     """A planner, the curves it plans with, and the measured seconds of the model where times count.
 
     ``weighed``: layers are weighed by their sensitivities, which takes samples.
     """
-    curves, total = _curves(run, source, known, weight_of)
+    curves, total = _curves(run, source, known, weight_of, narrower)
     with run.journal.clock("plan"):
-        planner = Planner(run, source, curves, total, known.shapes, known.samples)
+        planner = Planner(run, source, curves, total, known.shapes, known.samples, narrower)
         if weighed:
-            planner.weigh(partial(_sensitivities, run, source, known, weight_of))
+            planner.weigh(partial(_sensitivities, run, source, known, weight_of, narrower))
     return planner, curves, total.seconds
 
 
 def _sensitivities(
-    run: Run, source: Model, known: Calibration, weight_of: WeightOf, forms: Forms
+    run: Run, source: Model, known: Calibration, weight_of: WeightOf, narrower: Narrower, forms: Forms
 ) -> dict[str, float]:
     return sensitivities(
         source,
@@ -312,40 +372,45 @@ def _sensitivities(
         weight_of,
         known.moments,
         known.samples,
+        narrower=narrower,
         device=run.options.device,
         progress=run.progress,
     )
 
 
 def _curves(
-    run: Run, source: Model, known: Calibration, weight_of: WeightOf
-) -> tuple[list[ErrorCurve], Price]:
-    """The error curve of every layer and the price of the model, in measured seconds where times count."""
+    run: Run, source: Model, known: Calibration, weight_of: WeightOf, narrower: Narrower
+) -> tuple[Curves, Price]:
+    """The error curves of all layers and pairs, and the price of the model, in seconds where times count."""
     with run.journal.clock("decompose"):
         curves = error_curves(run, known, weight_of)
     with run.journal.clock("plan"):
         total = total_price(source, known.samples)
-        if not run.target.times:
-            return curves, total
-        able = [layer for curve in curves if len(curve.points) > 1 for layer in curve.layers]
-        measured = time_layers(source, able, known.shapes, known.samples)
-        return with_seconds(curves, measured), replace(total, seconds=measured.whole)
+        if run.target.times:
+            inner = narrower.outputs
+            able = [
+                layer
+                for curve in curves
+                if len(curve.points) > 1 or curve.layer.output in inner
+                for layer in curve.layers
+            ]
+            measured = time_layers(source, able, known.shapes, known.samples)
+            curves, total = with_seconds(curves, measured), replace(total, seconds=measured.whole)
+    with run.journal.clock("decompose"):
+        return pair_curves(run, curves, narrower), total
 
 
 def _fitter(
     run: Run,
     original: Model,
-    source: Model,
+    narrower: Narrower,
     known: Calibration,
-    weight_of: WeightOf,
     fit_on: Samples | None,
 ) -> Fitter:
     """What fits forms, with int8 behind it if asked; without samples to fit on the weights alone decide."""
     plain = LowRankFitter(
         original=original,
-        source=source,
-        layers=known.layers,
-        weight_of=weight_of,
+        narrower=narrower,
         calibration=None if fit_on is None else known,
         device=run.options.device,
         clock=run.journal.clock,

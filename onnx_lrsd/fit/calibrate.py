@@ -61,17 +61,18 @@ class Calibration:
 
     ``layers`` know their positions, those of a sample of middle size where samples differ in shape.
     ``moments`` and ``kept`` are by layer name, for the layers asked
-    for: of the sampled positions, either the original outputs (count, n) or, where that takes little
-    more memory, the original inputs (count, m), whose product with W is then left to a later run that
-    needs it. ``inputs`` are the original inputs of every ``every``-th position. ``shapes`` are those of
-    the layers' inputs in the example of the samples, by tensor. A later run with the same ``samples``,
-    ``batch``, ``seed`` and ``quotas`` sees the same positions. ``left_out`` says of how many rows how many
-    were not finite, where there were any, and ``silent`` how many were zero throughout.
+    for: of the sampled positions, either the original outputs (count, n) or, for those ``by_inputs``, the
+    original inputs (count, m), where that takes little more memory: their product with W is then left to a
+    later run that needs it. ``inputs`` are the original inputs of every ``every``-th position. ``shapes`` are
+    those of the layers' inputs in the example of the samples, by tensor. A later run with the same
+    ``samples``, ``batch``, ``seed`` and ``quotas`` sees the same positions. ``left_out`` says of how many
+    rows how many were not finite, where there were any, and ``silent`` how many were zero throughout.
     """
 
     layers: tuple[Layer, ...]
     moments: Mapping[str, Moments]
     kept: Mapping[str, Rows]
+    by_inputs: frozenset[str]
     inputs: Mapping[str, Rows]
     every: int
     shapes: Mapping[str, tuple[int, ...]]
@@ -187,6 +188,7 @@ def calibrate(
         layers=located,
         moments=moments,
         kept=kept,
+        by_inputs=frozenset(into),
         inputs=inputs,
         every=every,
         shapes=shapes,
@@ -237,11 +239,8 @@ def recalibrate(
     quotas = reference.quotas
     done = dict.fromkeys((layer.output for layer in layers), 0)
     for layer in layers:
-        if _keeps_inputs(layer):
-            rows = kept[layer.output]
-            outputs = np.empty((len(rows), layer.n), np.float32)
-            affine = _single(weight_of(layer), quotas[layer.output].scale)
-            kept[layer.output] = _outputs(rows, affine, outputs)
+        if layer.output in reference.by_inputs:
+            kept[layer.output] = original_outputs(layer, reference, weight_of)
     accumulators = {layer.output: MomentAccumulator(layer, quotas[layer.output].wanted) for layer in layers}
     fine = {layer.output: np.ones(len(kept[layer.output]), bool) for layer in layers}
     into = {
@@ -259,6 +258,15 @@ def recalibrate(
         done[layer.output] = stop
     pairs = {name: (_only(rows, fine[name]), _only(kept[name], fine[name])) for name, rows in into.items()}
     return _results(accumulators, samples, quotas, reference.silent), pairs
+
+
+def original_outputs(layer: Layer, reference: Calibration, weight_of: WeightOf) -> Rows:
+    """What the original layer gave at the sampled positions, (count, n)."""
+    rows = reference.kept[layer.output]
+    if layer.output not in reference.by_inputs:
+        return rows
+    affine = _single(weight_of(layer), reference.quotas[layer.output].scale)
+    return _outputs(rows, affine, np.empty((len(rows), layer.n), np.float32))
 
 
 class _Probe(NamedTuple):
@@ -461,7 +469,7 @@ def _positions(
     layer: Layer, shape: tuple[int, ...], real: Values | None, first: int, share: int, seed: int
 ) -> npt.NDArray[np.int64]:
     """``share`` positions in the batch that begins with sample ``first``, all if fewer, no padding."""
-    rng = np.random.default_rng((seed, first, layer.n, layer.m))
+    rng = np.random.default_rng((seed, first, *(layer.full or (layer.n, layer.m))))
     if real is None or layer.channels_first or not _of_tokens(shape, layer.axis, real):
         return sample_positions(operator_of(layer).count_rows(layer, shape), share, rng)
     positions = np.flatnonzero(real)

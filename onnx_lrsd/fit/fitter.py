@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from onnx_lrsd.fit.calibrate import Calibration, WeightOf
+from onnx_lrsd.fit.calibrate import Calibration
+from onnx_lrsd.fit.narrow import Narrower
 from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.graph.model import Model
-from onnx_lrsd.types import Factors, Form, Layer, Progress
+from onnx_lrsd.types import Factors, Form, Progress
 
 ORIGINAL, LOW_RANK, INT8, BOTH = "original", "low rank", "int8", "both"
 """What was done to a model."""
@@ -58,14 +59,12 @@ class Fitter(Protocol):
 class LowRankFitter:
     """Fits low rank and sparse weights, nothing else.
 
-    ``source`` is what forms are fitted in, ``original`` what comes back where there are none. Without
+    ``narrower`` holds what forms are fitted in, ``original`` is what comes back where there are none. Without
     ``calibration`` the weights alone decide.
     """
 
     original: Model
-    source: Model
-    layers: Sequence[Layer]
-    weight_of: WeightOf
+    narrower: Narrower
     calibration: Calibration | None
     device: str
     clock: Clock
@@ -76,12 +75,14 @@ class LowRankFitter:
         if not forms:
             return Fitted(step=ORIGINAL, model=self.original, factors={})
         with self.clock("decompose"):
+            narrowed = self.narrower.narrow(forms, self.calibration)
             model, factors = reconstruct(
-                self.source,
-                self.layers,
+                narrowed.model,
+                narrowed.layers,
                 forms,
-                self.weight_of,
-                self.calibration,
+                narrowed.weight_of,
+                narrowed.calibration,
+                refitted=narrowed.readers,
                 device=self.device,
                 progress=self.progress,
             )

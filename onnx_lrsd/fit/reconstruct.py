@@ -10,7 +10,8 @@ the rewritten network before each, which starts where what is settled ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from math import ceil
 
 import numpy as np
@@ -29,7 +30,7 @@ from onnx_lrsd.passes.split import split
 from onnx_lrsd.passes.writer import Stored
 from onnx_lrsd.runtime.activation_cache import Relay
 from onnx_lrsd.solver.decompose import decompose, refit
-from onnx_lrsd.solver.problem import output_metric, pose
+from onnx_lrsd.solver.problem import Problem, output_metric, pose
 from onnx_lrsd.solver.rectified import Rectified
 from onnx_lrsd.types import UNSTRUCTURED, Factors, Form, Layer, Moments, Progress, Rows, Values
 
@@ -52,22 +53,24 @@ def reconstruct(
     weight_of: WeightOf,
     calibration: Calibration | None,
     *,
+    refitted: Collection[str] = (),
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[Model, dict[str, Factors]]:
     """The model with every layer in ``forms`` rewritten, and the factors by layer name.
 
     ``layers`` are in graph order. Without ``calibration`` the weights alone decide. A layer that was
-    refitted alone has factors of a dense form. Layers that apply one weight in one form are fitted once, to
-    the inputs of all, where the first of them stands; what they have in common is stored once.
+    refitted alone has factors of a dense form; those in ``refitted`` are in any case, their bias alone where
+    the samples hold few rows. Layers that apply one weight in one form are fitted once, to the inputs of all,
+    where the first of them stands; what they have in common is stored once.
     """
     working = model.graph()
-    chosen = [layer for layer in layers if layer.output in forms]
+    chosen = [layer for layer in layers if layer.output in forms or layer.output in refitted]
     # Where outputs are sums of rows a rectifier does not act on rows.
     limits = rectifiers(working, [layer.output for layer in chosen if layer.rows_per_bias == 1])
     read = consumers(working, chosen, layers)
     if calibration is not None:
-        chosen = _with_dense(working, layers, forms, weight_of, calibration)
+        chosen = _with_dense(working, layers, {*forms, *refitted}, weight_of, calibration)
 
     def fit_alone(
         layer: Layer, moments: Mapping[str, Moments], pairs: Mapping[str, tuple[Rows, Rows]]
@@ -75,17 +78,18 @@ def reconstruct(
         """Factors of the layer by its output; none where it stays dense and nothing reaches it."""
         weight, bias = weight_of(layer)
         known, form = moments.get(layer.output), forms.get(layer.output)
+        if form is None and layer.output in refitted:
+            problem = pose(layer, weight, bias, known, device)
+            if calibration is None or not _rows_enough(layer, calibration):
+                return {layer.output: refit(replace(problem, weight=to_device(weight, device)))}
+            return {layer.output: refit(problem, _rectified(layer, problem, pairs, limits))}
         if form is None:
             problem = pose(layer, weight, bias, known, device, pull=PULL)
             touched = problem.error(to_device(weight, device)) > TOUCHED
             return {layer.output: refit(problem)} if touched else {}
         outputs = _output_metric(layer, read.get(layer.output, ()), weight_of)
         problem = pose(layer, weight, bias, known, device, outputs, form.pattern.kind == UNSTRUCTURED)
-        seen = None
-        if layer.output in pairs:
-            low, high = (problem.scale * limit for limit in limits[layer.output])
-            seen = Rectified(*pairs[layer.output], low, high)
-        return {layer.output: decompose(problem, form, rectified=seen)}
+        return {layer.output: decompose(problem, form, rectified=_rectified(layer, problem, pairs, limits))}
 
     fitted: dict[str, Factors] = {}
     rewritten, done = model, 0
@@ -135,14 +139,33 @@ def biases_added(layers: Sequence[Layer], factors: Mapping[str, Factors], weight
     )
 
 
+def _rectified(
+    layer: Layer,
+    problem: Problem,
+    pairs: Mapping[str, tuple[Rows, Rows]],
+    limits: Mapping[str, tuple[float, float]],
+) -> Rectified | None:
+    """What the rectifier behind ``layer`` lets pass, if there is one."""
+    if layer.output not in pairs:
+        return None
+    low, high = (problem.scale * limit for limit in limits[layer.output])
+    return Rectified(*pairs[layer.output], low, high)
+
+
+def _rows_enough(layer: Layer, calibration: Calibration) -> bool:
+    """Whether the samples hold rows enough for a dense weight; with fewer it fits these and no others."""
+    samples = calibration.samples
+    return layer.positions * samples.count * samples.filled >= ROWS_TO_REFIT * layer.m
+
+
 def _with_dense(
     working: WorkingGraph,
     layers: Sequence[Layer],
-    forms: Mapping[str, Form],
+    changed: Collection[str],
     weight_of: WeightOf,
     calibration: Calibration,
 ) -> list[Layer]:
-    """The layers in ``forms``, and those behind the first of them that stay dense and may be refitted.
+    """The layers that are ``changed``, and those behind the first of them that may be refitted.
 
     These have a weight of their own, for which the samples hold rows enough, and a place for a bias.
     """
@@ -152,15 +175,14 @@ def _with_dense(
         weight = tensors[layer.weight]
         if not isinstance(weight, gs.Constant) or len(weight.outputs) > 1:
             return False
-        samples = calibration.samples
-        if layer.positions * samples.count * samples.filled < ROWS_TO_REFIT * layer.m:
-            return False
-        return layer.output in calibration.kept and (
-            operator_of(layer).HAS_BIAS_INPUT or bool(weight_of(layer)[1].any())
+        return (
+            _rows_enough(layer, calibration)
+            and layer.output in calibration.kept
+            and (operator_of(layer).HAS_BIAS_INPUT or bool(weight_of(layer)[1].any()))
         )
 
     for layer in layers:
-        if layer.output in forms or (found and may_be_refitted(layer)):
+        if layer.output in changed or (found and may_be_refitted(layer)):
             found.append(layer)
     return found
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from onnx_lrsd.data.samples import Samples, batch_to_run, position_axes
 from onnx_lrsd.fit.calibrate import WeightOf
+from onnx_lrsd.fit.narrow import Narrower
 from onnx_lrsd.fit.shared import fit_shared
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.judge import OutputGroup, output_groups
@@ -29,7 +30,7 @@ from onnx_lrsd.runtime.divergence import (
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.effort import BRIEF
 from onnx_lrsd.storage import INT3
-from onnx_lrsd.types import DENSE, N_OF_M, UNSTRUCTURED, Form, Layer, Moments, Progress, Values
+from onnx_lrsd.types import DENSE, N_OF_M, UNSTRUCTURED, WIDTH, Form, Layer, Moments, Progress, Values
 
 _FEWEST, _MOST_SAMPLES = 8, 32
 """Samples that are run once for every layer: enough to know a sensitivity within a fourth or so."""
@@ -50,10 +51,13 @@ def sensitivities(
     moments: Mapping[str, Moments],
     samples: Samples,
     *,
+    narrower: Narrower | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Error of the model's outputs for each unit of relative error of a layer in ``forms``, by layer name.
+
+    For a pair, by its key, the errors of the layers that read fewer channels add up.
 
     A group of channels of an output counts relative to its variance, scores of classes as logits without
     their mean: a shift of all classes changes no probability, and saturated probabilities would leave a few
@@ -82,6 +86,12 @@ def sensitivities(
             found[unit[0].output] = moved / error
         if progress is not None:
             progress("sensitivity", done + 1, len(chosen))
+    for key, form in forms.items():
+        if form.kind == WIDTH and narrower is not None:
+            moved = reference.movement(narrower.narrow({key: form}, None).model)
+            error = float(narrower.inner[key].widths.errors[:, form.rank].sum())
+            if error > 0 and moved > 0:
+                found[key] = moved / error
     middle = float(np.median(list(found.values()))) if found else 0.0
     return {name: min(max(value, LEAST * middle), MOST * middle) for name, value in found.items()}
 

@@ -92,14 +92,16 @@ def whole_speedup(
     samples: Samples,
     seconds: float,
     over: Mapping[str, Form] | None = None,
+    rewritten_from: Model | None = None,
 ) -> float:
     """How many times faster the whole model gets with ``forms``, measured on one smallest batch.
 
-    Faster than with the forms ``over``, or than it came where none are given.
+    Faster than with the forms ``over``, or than it came where none are given. The forms are those of layers
+    in ``rewritten_from``, a narrower network, if that is not the model itself.
     """
     before, after = (
-        _rewritten(model, [layer for layer in layers if layer.output in each], each, whole=True)
-        for each in (over or {}, forms)
+        _rewritten(source, [layer for layer in layers if layer.output in each], each, whole=True)
+        for source, each in ((model, over or {}), (rewritten_from or model, forms))
     )
     pair = before.proto, after.proto
     return time_pair(*pair, samples.example(), folder=model.folder, seconds=seconds, restarts=STARTS).ratio

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf
+from onnx_lrsd.fit.narrow import Inner, Narrower, narrow_layer
 from onnx_lrsd.fit.shared import pose_shared
 from onnx_lrsd.measure.layer_times import LayerTimes
 from onnx_lrsd.passes.shared_weights import groups
+from onnx_lrsd.plan.units import Curves, PairCurve, Widths
 from onnx_lrsd.run import NO_FORM, NO_STORAGE, Run
+from onnx_lrsd.solver.width import narrowed
 from onnx_lrsd.targets import Target, price
-from onnx_lrsd.types import DENSE, KINDS, ErrorCurve, Form, Layer, Point
+from onnx_lrsd.targets.chains import RANK_MULTIPLE
+from onnx_lrsd.types import DENSE, KINDS, WIDTH, ErrorCurve, Form, Layer, Point, Price
 
 STORED = ("bytes", "parameters")
 """Costs of what is stored, not of what is computed."""
+NOTHING = Price(0, 0, 0, 0.0)
+SHARES = 16
+"""Widths are tried in steps of so many parts of the channels."""
 MOST_ERROR = 0.5
 """A form that loses half of a layer's output energy is no approximation and never planned."""
 
@@ -58,6 +66,88 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
 
 def _positions(layer: Layer) -> int:
     return layer.positions
+
+
+def pair_curves(run: Run, curves: Sequence[ErrorCurve], narrower: Narrower | None) -> Curves:
+    """The curves of the layers, joined by those of the pairs that may be cut between them."""
+    if narrower is None:
+        return Curves(tuple(curves))
+    pairs = {key: _pair_curve(key, inner) for key, inner in narrower.inner.items()}
+    narrow: dict[tuple[str, Widths], tuple[Point, ...]] = {}
+    for done, curve in enumerate(curves):
+        narrow |= _narrow_points(run, curve, pairs, narrower)
+        if run.progress is not None:
+            run.progress("widths", done + 1, len(curves))
+    return Curves(tuple(curves), tuple(pairs.values()), narrow)
+
+
+def _pair_curve(key: str, inner: Inner) -> PairCurve:
+    """What each width loses: the sum of what the layers that read the channels lose."""
+    pair, total = inner.pair, inner.pair.channels
+    errors = inner.widths.errors.sum(axis=0)
+    found = [Point(Form(DENSE), 0.0, NOTHING)]
+    for width in widths_to_try(inner):
+        if errors[width] <= MOST_ERROR * len(pair.consumers) and width < total:
+            found.append(Point(Form(WIDTH, width), float(errors[width]), NOTHING))
+    giving, reading = (tuple(end.output for end in ends) for ends in (pair.producers, pair.consumers))
+    return PairCurve(key=key, channels=total, producers=giving, consumers=reading, points=tuple(found))
+
+
+def widths_to_try(inner: Inner) -> list[int]:
+    """Sixteenths of the channels, rounded to what runtimes like, the largest first."""
+    total = inner.pair.channels
+    each = max(end.positions.shape[1] for end in inner.pair.producers)
+    block = max(RANK_MULTIPLE // each, 1)
+    shares = {max(round(total * part / SHARES / block), 1) * block for part in range(2, SHARES)}
+    return sorted((width for width in shares if width < total), reverse=True)
+
+
+def _narrow_points(
+    run: Run, curve: ErrorCurve, pairs: Mapping[str, PairCurve], narrower: Narrower
+) -> dict[tuple[str, Widths], tuple[Point, ...]]:
+    """The points of one layer for all widths on either side: dense, and with factors at a few of them."""
+    layer, output = curve.layer, curve.layer.output
+    giving = next((pair for pair in pairs.values() if output in pair.producers), None)
+    reading = next((pair for pair in pairs.values() if output in pair.consumers), None)
+    given, read = (
+        [0, *(p.form.rank for p in pair.points[1:])] if pair is not None else [0]
+        for pair in (giving, reading)
+    )
+    few = [_few(widths) for widths in (given, read)]
+    kinds = run.options.forms or KINDS
+    whole = curve.points[0]
+    rate = None if whole.price.seconds is None or not whole.time else whole.price.seconds / whole.time
+    found: dict[tuple[str, Widths], tuple[Point, ...]] = {}
+    for widths in product(given, read):
+        if not any(widths):
+            continue
+        ends = zip((giving, reading), widths, strict=True)
+        kept = {pair.key: width for pair, width in ends if pair is not None and width}
+        small = narrow_layer(layer, kept, {key: narrower.inner[key].pair for key in kept})
+        points = [_timed_by(_point(run.target, [small], Form(DENSE), 0.0), rate)]
+        if len(curve.points) > 1 and 0 in widths and (widths[0] in few[0] and widths[1] in few[1]):
+            outputs, inputs = narrower.left(layer, kept)
+            problem = narrowed(
+                narrower.problem(layer), small, outputs if widths[0] else None, inputs if widths[1] else None
+            )
+            for form, error in run.target.errors(problem, kinds, run.weights).items():
+                if error <= MOST_ERROR:
+                    points.append(_timed_by(_point(run.target, [small], form, error), rate))
+        found[output, widths] = tuple(points)
+    return found
+
+
+def _few(widths: Sequence[int]) -> set[int]:
+    """A few of the ``widths``, for which factors are tried as well; the first one is that of all channels."""
+    rest = widths[1:]
+    return {widths[0], *(rest[len(rest) * part // 4] for part in range(4) if rest)}
+
+
+def _timed_by(point: Point, rate: float | None) -> Point:
+    """``point`` with measured seconds for each unit of predicted time."""
+    if rate is None:
+        return point
+    return replace(point, price=replace(point.price, seconds=rate * point.time))
 
 
 def _point(target: Target, layers: Sequence[Layer], form: Form, error: float) -> Point:

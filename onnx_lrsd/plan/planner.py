@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from math import log
 from statistics import median
@@ -13,6 +12,7 @@ from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.facts import Trial, Verification
 from onnx_lrsd.fit.fitter import Fitter
+from onnx_lrsd.fit.narrow import Narrower
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.measure.judge import FEW
@@ -21,9 +21,10 @@ from onnx_lrsd.passes.post_dominators import count_post_dominators
 from onnx_lrsd.plan.allocate import allocate, by_time, spend
 from onnx_lrsd.plan.promise import ratio_of
 from onnx_lrsd.plan.search import DropLimit, ErrorLimit, Forms, Proposals, RatioSearch, Search
+from onnx_lrsd.plan.units import Curves, members_of
 from onnx_lrsd.run import Run
 from onnx_lrsd.targets import price
-from onnx_lrsd.types import COSTS, DENSE, N_OF_M, UNSTRUCTURED, ErrorCurve, Form, Layer, Point, Price
+from onnx_lrsd.types import COSTS, DENSE, N_OF_M, UNSTRUCTURED, WIDTH, ErrorCurve, Form, Layer, Point, Price
 
 MUCH_CHEAPER = 0.75
 """Share of a slow form's MACs below which another of its kind may still be fast."""
@@ -53,18 +54,20 @@ class Planner:
         self,
         run: Run,
         source: Model,
-        curves: Sequence[ErrorCurve],
+        curves: Curves,
         total: Price,
         shapes: Mapping[str, tuple[int, ...]],
         samples: Samples,
+        narrower: Narrower | None = None,
     ) -> None:
         self.run, self.source, self.shapes, self.samples = run, source, shapes, samples
-        self.curves = list(curves)
+        self.curves, self.narrower = curves, narrower
         self.cost = COSTS[run.cost]
         self.whole = self.cost(Point(Form(DENSE), 0.0, total))
-        self.rest = max(self.whole - sum(self.cost(curve.points[0]) for curve in curves), 0.0)
+        self.rest = max(self.whole - sum(self.cost(curve.points[0]) for curve in curves.layers), 0.0)
         self.times: dict[object, float] = {}
-        self.sensitivity = dict.fromkeys((curve.layer.output for curve in curves), 1.0)
+        keys = [*(curve.layer.output for curve in curves.layers), *(pair.key for pair in curves.pairs)]
+        self.sensitivity = dict.fromkeys(keys, 1.0)
         self.weighed = False
         """Whether sensitivities were measured; until then all layers count alike."""
 
@@ -76,12 +79,19 @@ class Planner:
         outputs takes its share off.
         """
         moderate = dict[str, Point]()
-        for curve in self.curves:
-            smaller = [point for point in curve.points if not point.form.dense and point.error > 0]
+        of_layers = ((curve.layer.output, curve.points) for curve in self.curves.layers)
+        for key, every in (*of_layers, *((pair.key, pair.points) for pair in self.curves.pairs)):
+            smaller = [point for point in every if not point.form.dense and point.error > 0]
             if smaller:
-                moderate[curve.layer.output] = min(smaller, key=_far_from_moderate)
-        able = [curve.layer for curve in self.curves if curve.layer.output in moderate]
+                moderate[key] = min(smaller, key=_far_from_moderate)
+        able = [curve.layer for curve in self.curves.layers if curve.layer.output in moderate]
+        able += [
+            curve.layer
+            for curve in self.curves.layers
+            if curve.layer.output in self.curves.reading and curve.layer.output not in moderate
+        ]
         behind = count_post_dominators(self.source.graph(), able)
+        behind |= {pair.key: behind[pair.consumers[0]] for pair in self.curves.pairs}
 
         def left(forms: Forms) -> dict[str, float]:
             return {name: s * (1 - REPAIRED) ** behind[name] for name, s in measure(forms).items()}
@@ -98,7 +108,7 @@ class Planner:
         other = {
             name: point.form
             for name, point in points.items()
-            if not point.form.dense and abs(log(max(point.error, 1e-12) / moderate[name].error)) > log(CLOSE)
+            if not point.form.dense and not _close(point, moderate.get(name))
         }
         if other:
             self.sensitivity |= left(other)
@@ -114,7 +124,6 @@ class Planner:
     def _for_latency(self, ratio: float) -> Forms:
         """Predictions allocate, measurement decides: the aim is corrected until the whole model meets it."""
         aim, tried = ratio * SPARE, list[tuple[float, Forms]]()
-        layers = self._layers()
         for _ in range(ROUNDS):
             try:
                 chosen = self._planned(aim)
@@ -124,7 +133,10 @@ class Planner:
                 break
             if not chosen:
                 return chosen
-            got = whole_speedup(self.source, layers, chosen, self.samples, WHOLE_SECONDS)
+            narrow, layers = self._narrow(chosen)
+            got = whole_speedup(
+                self.source, layers, chosen, self.samples, WHOLE_SECONDS, rewritten_from=narrow
+            )
             tried.append((got, chosen))
             if SPARE <= got / ratio <= LAVISH:
                 break
@@ -143,21 +155,22 @@ class Planner:
         return self._of_all({name: form for name, form in chosen.items() if name not in slow})
 
     def _layers(self) -> list[Layer]:
-        return [layer for curve in self.curves for layer in curve.layers]
+        return [layer for curve in self.curves.layers for layer in curve.layers]
 
     def _of_all(self, chosen: Forms) -> dict[str, Form]:
-        """The forms of all layers, of those that apply one weight the same one."""
-        return {
+        """The forms of all layers, of those that apply one weight the same one, and the widths."""
+        forms = {
             layer.output: chosen[curve.layer.output]
-            for curve in self.curves
+            for curve in self.curves.layers
             for layer in curve.layers
             if curve.layer.output in chosen
         }
+        return forms | {key: form for key, form in chosen.items() if form.kind == WIDTH}
 
     def _together(self, measured: Mapping[str, float]) -> dict[str, float]:
         """How many times faster the layers of each curve get, of what was ``measured`` of each layer."""
         found = dict[str, float]()
-        for curve in self.curves:
+        for curve in self.curves.layers:
             known = [layer for layer in curve.layers if layer.output in measured]
             if len(known) == 1:
                 found[curve.layer.output] = measured[known[0].output]
@@ -217,10 +230,20 @@ class Planner:
         return found
 
     def _allocate(self, ratio: float) -> dict[str, Point]:
-        points = allocate(self.curves, self.whole / ratio, self.rest, self.cost, self.sensitivity)
-        return self._by_time(points, self.whole / ratio) if self.run.cost == "macs" else points
+        by_macs = self.run.cost == "macs"
+        units, weights = self.curves.joint(self.sensitivity, [self.cost, by_time] if by_macs else [self.cost])
+        points = allocate(units, self.whole / ratio, self.rest, self.cost, weights)
+        if by_macs:
+            points = self._by_time(units, weights, points, self.whole / ratio)
+        return members_of(points)
 
-    def _by_time(self, points: dict[str, Point], most_macs: float) -> dict[str, Point]:
+    def _by_time(
+        self,
+        units: Sequence[ErrorCurve],
+        weights: Mapping[str, float],
+        points: dict[str, Point],
+        most_macs: float,
+    ) -> dict[str, Point]:
         """Points with the same MACs that are predicted to run faster, if there are any.
 
         MACs are what was asked for, time is what is wanted: allocate by predicted time and bisect its
@@ -231,7 +254,7 @@ class Planner:
         for _ in range(16):
             budget = (low + high) / 2
             try:
-                found = allocate(self.curves, budget, 0.0, by_time, self.sensitivity)
+                found = allocate(units, budget, 0.0, by_time, weights)
             except BudgetError:
                 low = budget
                 continue
@@ -240,7 +263,13 @@ class Planner:
                 best, slack, low = found, left, budget
             else:
                 high = budget
-        return spend(self.curves, best, slack, self.cost, self.sensitivity, by_time)
+        return spend(units, best, slack, self.cost, weights, by_time)
+
+    def _narrow(self, forms: Forms) -> tuple[Model, Sequence[Layer]]:
+        """The network with the widths in ``forms``, not fitted, and its layers."""
+        if self.narrower is None:
+            return self.source, self._layers()
+        return self.narrower.cut(forms)
 
     def _drop_slow(self, chosen: Forms) -> set[str]:
         """Names of the layers whose form is not faster here; it leaves their curves with others of its kind.
@@ -249,22 +278,25 @@ class Planner:
         """
         if not chosen or not self.run.target.timed_here:
             return set()
-        layers, forms = self._layers(), self._of_all(chosen)
-        alone = speedups(self.source, layers, forms, self.shapes, self.times, self.run.progress)
-        measured = self._together(alone)
+        model, layers = self._narrow(chosen)
+        forms = self._of_all(chosen)
+        shapes = {**self.shapes, **_input_shapes(layers, self.shapes)}
+        measured = self._together(speedups(model, layers, forms, shapes, self.times, self.run.progress))
         slow, where = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}, ""
         if not slow:
-            slow, where = self._slow_within(layers, chosen), " within the model"
-        for index, curve in enumerate(self.curves):
-            name = curve.layer.output
+            slow, where = self._slow_within(model, layers, chosen), " within the model"
+        for layer in layers:
+            name = layer.output
             if name in slow:
                 form = chosen[name]
                 ran = f"as {form} it ran {slow[name]:.2f} times as fast as before{where}"
-                self.run.journal.leave([layer.output for layer in curve.layers], ran)
-                self.curves[index] = replace(curve, points=_without(curve, form))
+                others = [other.output for other in self.curves.sharing(name)]
+                self.run.journal.leave([name, *others], ran)
+                stays = _stays([layer, *self.curves.sharing(name)], form)
+                self.curves = self.curves.where(name, stays, narrow=layer.full is not None)
         return set(slow)
 
-    def _slow_within(self, layers: Sequence[Layer], chosen: Forms) -> dict[str, float]:
+    def _slow_within(self, model: Model, layers: Sequence[Layer], chosen: Forms) -> dict[str, float]:
         """How many times faster, less than once, what is slower within the model, if it is so twice.
 
         Once may be another program's doing. Nor do a layer's kernels tell what its neighbours gain by it:
@@ -273,15 +305,13 @@ class Planner:
         slow = dict.fromkeys(chosen, 0.0)
         for _ in range(2):
             if slow:
-                measured = self._together(
-                    speedups_within(self.source, layers, self._of_all(chosen), self.samples)
-                )
+                measured = self._together(speedups_within(model, layers, self._of_all(chosen), self.samples))
                 slow = {name: measured[name] for name in slow if measured.get(name, 1.0) < 1}
         if not slow:
             return {}
         others = {name: form for name, form in chosen.items() if name not in slow}
         pair = self._of_all(others), self._of_all(chosen)
-        without = whole_speedup(self.source, layers, pair[0], self.samples, WHOLE_SECONDS, over=pair[1])
+        without = whole_speedup(model, layers, pair[0], self.samples, WHOLE_SECONDS, over=pair[1])
         return slow if without > 1 else {}
 
 
@@ -290,16 +320,39 @@ def _far_from_moderate(point: Point) -> tuple[bool, float]:
     return point.form.pattern.kind in (N_OF_M, UNSTRUCTURED), abs(log(point.error / MODERATE))
 
 
+def _close(one: Point, two: Point | None) -> bool:
+    """Whether two points err so much alike that a sensitivity measured at one does for the other."""
+    return two is not None and abs(log(max(one.error, 1e-12) / two.error)) <= log(CLOSE)
+
+
 def _first(entry: tuple[float, *tuple[object, ...]]) -> float:
     return entry[0]
 
 
 def _without(curve: ErrorCurve, slow: Form) -> tuple[Point, ...]:
     """The points of ``curve`` but those of the kind of ``slow`` that save hardly more than it does."""
-    least = sum(price(layer, slow).macs for layer in curve.layers) * MUCH_CHEAPER
+    return tuple(filter(_stays(curve.layers, slow), curve.points))
+
+
+def _stays(layers: Sequence[Layer], slow: Form) -> Callable[[Point], bool]:
+    """Whether a point is of another kind than ``slow``, or saves much more than it does in ``layers``."""
+    least = sum(price(layer, slow).macs for layer in layers) * MUCH_CHEAPER
 
     def stays(point: Point) -> bool:
         alike = point.form.kind == slow.kind and point.form.pattern.kind == slow.pattern.kind
         return not alike or point.price.macs < least
 
-    return tuple(point for point in curve.points if stays(point))
+    return stays
+
+
+def _input_shapes(
+    layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs of narrow layers, by tensor."""
+    found = {}
+    for layer in layers:
+        if layer.full is not None:
+            shape = list(shapes[layer.input])
+            shape[layer.axis] = layer.channels
+            found[layer.input] = tuple(shape)
+    return found

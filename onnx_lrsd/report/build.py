@@ -37,6 +37,7 @@ def make_report(
     source: Model,
     output: Path | None,
     layers: Sequence[Layer],
+    narrow: Sequence[Layer],
     declined: Sequence[Declined],
     plan: Plan,
     fit_on: Samples | None,
@@ -47,12 +48,19 @@ def make_report(
 ) -> Report:
     """Everything there is to say; ``delivered`` is None where there is only a plan.
 
-    ``whole`` is the measured time of the original in seconds, None where times were not predicted.
+    ``narrow`` are the ``layers`` with the channels that were not cut. ``whole`` is the measured time of the
+    original in seconds, None where times were not predicted.
     """
     factors: Mapping[str, Factors] = {} if delivered is None else delivered.factors
     measured = () if delivered is None else delivered.verification.warnings
     reasons = run.journal.reasons
-    rows = [_layer_report(layer, plan, factors.get(layer.output), reasons) for layer in layers]
+    changed = set(factors) | {layer.output for layer in narrow if layer.full is not None}
+    if delivered is None:
+        changed = set(plan.choices)
+    rows = [
+        _layer_report(layer, left, plan, factors.get(layer.output), reasons, delivered is not None)
+        for layer, left in zip(layers, narrow, strict=True)
+    ]
     rows += [_declined_report(entry) for entry in declined]
     versions = {}
     for package in ("onnx-lrsd", "onnx", "onnxruntime", "onnx-graphsurgeon", "numpy"):
@@ -77,7 +85,7 @@ def make_report(
         versions=versions,
         engine=engine,
         details=details,
-        predicted=_predicted(whole, plan, plan.choices if delivered is None else factors),
+        predicted=_predicted(whole, plan, changed),
         table="" if whole is None else run.table,
     )
 
@@ -94,19 +102,30 @@ def _predicted(whole: float | None, plan: Plan, changed: Iterable[str]) -> float
 
 
 def _layer_report(
-    layer: Layer, plan: Plan, factors: Factors | None, reasons: Mapping[str, str]
+    layer: Layer,
+    left: Layer,
+    plan: Plan,
+    factors: Factors | None,
+    reasons: Mapping[str, str],
+    delivered: bool,
 ) -> LayerReport:
+    """What became of ``layer``; ``left`` is the same layer with the channels that were not cut."""
     choice = plan.choices.get(layer.output)
     before = price(layer, Form(DENSE))
     form = Form(DENSE)
     error, reason = 0.0, reasons.get(layer.output) or (choice.reason if choice else "") or NOT_NEEDED
-    if factors is not None and factors.form.dense:
+    cut = left.full is not None
+    if factors is not None and factors.form.dense and cut:
+        error, reason = factors.error, ""
+    elif factors is not None and factors.form.dense:
         error, reason = factors.error, f"{reason}; {REFITTED}"
     elif factors is not None:
         form, error, reason = factors.form, factors.error, ""
     elif choice is not None and not choice.form.dense and layer.output not in reasons:
         form, error, reason = choice.form, choice.error, "planned"
-    after = price(layer, form)
+    elif cut:
+        reason = "" if delivered else "planned"
+    after = price(left, form)
     taps = layer.m // layer.channels
     return LayerReport(
         name=layer.name,
@@ -129,7 +148,14 @@ def _layer_report(
         weights=dict(form.weights),
         entries=form.entries,
         output=layer.output,
+        gives=_kept(left.output_channels, layer.output_channels),
+        reads=_kept(left.channels, layer.channels),
     )
+
+
+def _kept(left: int, of: int) -> tuple[int, int] | None:
+    """How many channels are left of how many, if some were cut."""
+    return None if left == of else (left, of)
 
 
 def _declined_report(entry: Declined) -> LayerReport:

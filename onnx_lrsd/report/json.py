@@ -40,6 +40,7 @@ from onnx_lrsd.types import (
     Pattern,
     Plan,
     Price,
+    Width,
 )
 
 SCHEMA = 1
@@ -125,13 +126,20 @@ def inspection_to_json(found: Inspection, model: str) -> str:
 
 
 def plan_to_json(plan: Plan) -> str:
-    """A plan to be read, edited and replayed: one line for each layer.
+    """A plan to be read, edited and replayed: one line for each layer, and for each width between layers.
 
-    A replay obeys ``kind`` and the fields of FORM_NUMBERS and STORED; the rest says why they were chosen.
+    A replay obeys ``kept`` of a width, and of a layer ``kind`` and the fields of FORM_NUMBERS and STORED; the
+    rest says why they were chosen.
     """
     head = _dump({**_head(), "target": plan.target, "cost": plan.cost})
-    lines = (f"    {json.dumps(name)}: {_dump(_choice(c), indent=None)}" for name, c in plan.choices.items())
-    return head.removesuffix("\n}") + ',\n  "layers": {\n' + ",\n".join(lines) + "\n  }\n}"
+    sections = {"layers": {name: _choice(choice) for name, choice in plan.choices.items()}}
+    if plan.widths:
+        sections["widths"] = {key: asdict(width) for key, width in plan.widths.items()}
+    text = head.removesuffix("\n}")
+    for title, entries in sections.items():
+        lines = (f"    {json.dumps(name)}: {_dump(entry, indent=None)}" for name, entry in entries.items())
+        text += f',\n  "{title}": {{\n' + ",\n".join(lines) + "\n  }"
+    return text + "\n}"
 
 
 def plan_from_json(text: str) -> Plan:
@@ -158,7 +166,15 @@ def plan_from_json(text: str) -> Plan:
         raise DataError('The plan names no "target": make one with --save-plan.')
     if cost not in COSTS:
         raise DataError(f'The "cost" of the plan is {cost!r}: write one of {", ".join(COSTS)}.')
-    return Plan(target, cost, {name: _read_choice(name, entry) for name, entry in layers.items()})
+    widths = facts.get("widths", {})
+    if not isinstance(widths, dict):
+        raise DataError('The "widths" of the plan are no object: make one with --save-plan.')
+    return Plan(
+        target,
+        cost,
+        {name: _read_choice(name, entry) for name, entry in layers.items()},
+        {key: _read_width(key, entry) for key, entry in widths.items()},
+    )
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> Json:
@@ -168,6 +184,16 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> Json:
             raise ValueError(f"{key} stands there twice")
         found[key] = value
     return found
+
+
+def _read_width(key: str, entry: Any) -> Width:
+    kept = entry.get("kept") if isinstance(entry, dict) else None
+    if type(kept) is not int or kept < 1:
+        raise DataError(f'Width {key} of the plan keeps no whole number of channels: write {{"kept": 64}}.')
+    of, error = entry.get("of", 0), entry.get("error", 0.0)
+    if type(of) is not int or isinstance(error, bool) or not isinstance(error, int | float):
+        raise DataError(f'Width {key} of the plan has an "of" or "error" that is no number: remove them.')
+    return Width(kept, of, float(error))
 
 
 def _read_choice(name: str, entry: Any) -> Choice:

@@ -9,6 +9,7 @@ import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -445,6 +446,19 @@ def _forms(group: Sequence[LayerReport]) -> str:
 
 
 def _form(layer: LayerReport) -> str:
+    """The form of the weight, and how many channels are left where some were cut."""
+    kept = layer.gives or layer.reads
+    width = f"width {kept[0]} of {kept[1]}" if kept is not None else ""
+    if layer.gives is not None and layer.reads is not None:
+        width += f", reads {layer.reads[0]} of {layer.reads[1]}"
+    if not width:
+        return _written(layer)
+    narrow = replace(layer, gives=None, reads=None).left
+    return width if narrow else f"{_written(layer)}, {width}"
+
+
+def _written(layer: LayerReport) -> str:
+    """The form of the weight."""
     if layer.weights or layer.entries:
         return _in_codes(layer)
     rank = f" {layer.rank}" if layer.rank else ""

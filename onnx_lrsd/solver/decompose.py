@@ -19,8 +19,8 @@ from onnx_lrsd.solver.layout import factor_kernels, group_metric, group_weight, 
 from onnx_lrsd.solver.lowrank import low_rank
 from onnx_lrsd.solver.parts import SharedFactors
 from onnx_lrsd.solver.pattern import check_pattern
-from onnx_lrsd.solver.problem import Metric, Problem
-from onnx_lrsd.solver.rectified import Rectified, refine, refine_entries
+from onnx_lrsd.solver.problem import Metric, Problem, regress
+from onnx_lrsd.solver.rectified import Rectified, refine, refine_entries, refine_weight
 from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.types import (
@@ -107,7 +107,7 @@ def decompose_shared(
     inputs, and its own error.
     """
     found = _decomposed(problem, form, effort, seed, None, None)
-    each = [_bias_and_error(one, found.weight, None) for one in own]
+    each = [bias_and_error(one, found.weight, None) for one in own]
     return [replace(found.factors, bias=to_numpy(bias), error=error) for bias, error in each]
 
 
@@ -148,7 +148,7 @@ def _decomposed(
     if parts.sparse is not None:
         wide = np.reshape(to_numpy(parts.sparse), (layer.n, layer.channels, *layer.kernel))
         sparse = wide[:, list(channels)]
-    bias, error = _bias_and_error(problem, approximation, parts.shift)
+    bias, error = bias_and_error(problem, approximation, parts.shift)
     fitted = Factors(
         form=form,
         kernels=tuple(to_numpy(kernel) for kernel in kernels),
@@ -161,11 +161,19 @@ def _decomposed(
     return _Decomposed(fitted, approximation)
 
 
-def refit(problem: Problem) -> Factors:
-    """The dense weight that ``problem`` aims at, with its best bias: a layer fitted to changed inputs."""
-    layer = problem.layer
-    bias, error = _bias_and_error(problem, problem.weight, None)
-    weight = np.reshape(to_numpy(problem.weight), (layer.n, layer.channels, *layer.kernel))
+def refit(problem: Problem, rectified: Rectified | None = None) -> Factors:
+    """The dense weight that ``problem`` aims at, with its best bias: a layer fitted to changed inputs.
+
+    With ``rectified`` it is refined for what the rectifier behind the layer lets pass.
+    """
+    layer, dense, shift = problem.layer, problem.weight, None
+    if rectified is not None and problem.error(dense) >= RECTIFIED_FROM:
+        aim = problem.metric.apply(dense)
+        dense, shift = refine_weight(
+            problem, dense, lambda moved: regress(aim + cast(moved, aim.dtype), problem.metric), rectified
+        )
+    bias, error = bias_and_error(problem, dense, shift)
+    weight = np.reshape(to_numpy(dense), (layer.n, layer.channels, *layer.kernel))
     return Factors(
         form=Form(DENSE),
         kernels=(),
@@ -196,12 +204,12 @@ def _coded(
         shift = parts.shift
         aim = weight if shift is None else parts.product
         coded = code_factors(problem, form, parts.v, parts.h, parts.sparse, aim)
-    bias, error = _bias_and_error(problem, coded.weight, shift)
+    bias, error = bias_and_error(problem, coded.weight, shift)
     fitted = Factors(form=form, kernels=(), bias=to_numpy(bias), error=error, packed=coded.packed)
     return _Decomposed(fitted, coded.weight)
 
 
-def _bias_and_error(problem: Problem, weight: Array, shift: Array | None) -> tuple[Array, float]:
+def bias_and_error(problem: Problem, weight: Array, shift: Array | None) -> tuple[Array, float]:
     """Bias and error of the approximation ``weight`` (n, m); ``shift`` (n,) is added to its best bias."""
     bias, error = problem.bias(weight), problem.error(weight)
     if shift is None:

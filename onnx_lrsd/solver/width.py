@@ -30,9 +30,10 @@ from onnx_lrsd.arrays import (
     to_numpy,
     zeros,
 )
+from onnx_lrsd.solver.decompose import bias_and_error
 from onnx_lrsd.solver.problem import Metric, Problem, regress
 from onnx_lrsd.solver.rectified import Rectified, refine_weight
-from onnx_lrsd.types import DENSE, Array, Factors, Form, whole_channels
+from onnx_lrsd.types import DENSE, Array, Factors, Form, Layer, whole_channels
 
 PENDING = 64
 """Columns that are dropped before their updates are carried out."""
@@ -292,6 +293,36 @@ def _restricted(metric: Metric, columns: Array) -> Metric:
     return metric
 
 
+def narrowed(problem: Problem, layer: Layer, outputs: Columns | None, inputs: Columns | None) -> Problem:
+    """The problem of ``layer``, which keeps these outputs and inputs (None: all), fitted to the latter.
+
+    Errors stay relative to the energy of all outputs, so that they add up with what the width itself loses.
+    For unchanged inputs.
+    """
+    xp = namespace(problem.weight)
+    weight, mean, metric, middle = problem.weight, problem.mean, problem.metric, problem.output_mean
+    offset = problem.offset
+    if inputs is not None:
+        at = indices(inputs, weight)
+        metric = _restricted(metric, at)
+        weight = regress(xp.take(problem.metric.apply(weight), at, axis=1), metric)
+        mean = xp.take(mean, at, axis=0)
+    if outputs is not None:
+        at = indices(outputs, weight)
+        weight, middle = xp.take(weight, at, axis=0), xp.take(middle, at, axis=0)
+        offset = None if offset is None else xp.take(offset, at, axis=0)
+    return replace(
+        problem,
+        layer=layer,
+        weight=weight,
+        mean=mean,
+        output_mean=middle,
+        metric=metric,
+        offset=offset,
+        outputs=None,
+    )
+
+
 def _spread(weight: Array, columns: Columns, inputs: int) -> Array:
     """``weight`` (n, columns) with zeros at the other ones of all ``inputs``, (n, inputs)."""
     xp = namespace(weight)
@@ -325,9 +356,7 @@ def fit_width(
     weight, shift = fitted(None), None
     if rectified is not None:
         weight, shift = refine_weight(problem, weight, fitted, rectified)
-    bias, error = problem.bias(weight), problem.error(weight)
-    if shift is not None:
-        bias, error = bias + shift, error + float(xp.sum(xp.square(shift))) / problem.energy
+    bias, error = bias_and_error(problem, weight, shift)
     return Factors(
         form=Form(DENSE, pattern=whole_channels(len(at))),
         kernels=(),

@@ -11,7 +11,7 @@ from math import prod
 
 import numpy as np
 
-from onnx_lrsd.types import CHANNEL, CHANNEL_IN, CHANNELS, DENSE, SPATIAL, TUCKER, Form, Layer, Pattern
+from onnx_lrsd.types import CHANNEL, CHANNEL_IN, CHANNELS, DENSE, SPATIAL, TUCKER, WIDTH, Form, Layer, Pattern
 
 WIDE = 64
 """Channels from which a layer is wide: a third factor, or a sparse branch beside factors, may pay."""
@@ -42,7 +42,7 @@ class Chains:
         taps = prod(layer.kernel)
         found: list[Form] = []
         for kind in kinds:
-            if kind == DENSE or (kind == CHANNEL_IN and taps == 1):
+            if kind in (DENSE, WIDTH) or (kind == CHANNEL_IN and taps == 1):
                 continue
             if kind in (SPATIAL, TUCKER) and not _square(layer):
                 continue

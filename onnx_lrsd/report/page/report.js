@@ -29,7 +29,8 @@ function joined(report) {
   const details = new Map((report.details?.layers ?? []).map((entry) => [entry.output, entry]));
   return report.layers.map((row, index) => {
     const extra = details.get(row.output) ?? {};
-    const left = row.form === 'dense' && !Object.keys(row.weights ?? {}).length;
+    const cut = row.gives || row.reads;
+    const left = row.form === 'dense' && !Object.keys(row.weights ?? {}).length && !cut;
     const layer = { ...row, ...extra, index, left, label: formOf(row) };
     if (left) layer.seconds_after = layer.seconds_before; // whatever was planned
     layer.share = layer.sensitivity && row.error ? layer.sensitivity * row.error : 0;
@@ -57,7 +58,16 @@ function shortName(name, op) {
   return parts.filter((part, index) => !(parts[index + 1] ?? '').startsWith(part + '.')).join('/');
 }
 
+/** The form of the weight, and how many channels are left where some were cut. */
 function formOf(row) {
+  const kept = row.gives ?? row.reads;
+  if (!kept) return writtenAs(row);
+  const width = `width ${kept[0]} of ${kept[1]}`;
+  const written = writtenAs(row);
+  return written === 'dense' ? width : `${written}, ${width}`;
+}
+
+function writtenAs(row) {
   const weights = Object.keys(row.weights ?? {});
   if (weights.length || row.entries) {
     const low = row.rank ? `${row.form} ${row.rank}` : '';

@@ -1,0 +1,270 @@
+"""Narrower networks: channels between layers are cut, and the layers that read them fitted to what is left.
+
+The channels are chosen in the original network, where their readers can do without them best; a narrower
+network is then fitted in graph order like any other, to the outputs of the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_lrsd.fit.calibrate import Calibration, WeightOf, original_outputs
+from onnx_lrsd.graph.model import Model
+from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.pairs import End, Pair, cut
+from onnx_lrsd.passes.split import split
+from onnx_lrsd.solver.problem import Problem, pose
+from onnx_lrsd.solver.width import Widths, fit_width, widths
+from onnx_lrsd.types import DENSE, WIDTH, Factors, Form, Layer, Moments
+
+Positions = npt.NDArray[np.int64]
+
+MOST_LAYERS = 6
+"""Layers that a pair has, at most: a stream that a whole network adds to is none."""
+FEWEST_CHANNELS = 32
+"""Channels that a pair must have before any of them are worth cutting."""
+LEAST = 8
+"""The least width that is tried is an eighth."""
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The channels of a pair, and in which order the layers that read them can do without them."""
+
+    pair: Pair
+    widths: Widths
+
+
+@dataclass(frozen=True, kw_only=True)
+class Narrowed:
+    """A narrower network; ``layers`` are in graph order, and those that are cut know what they were.
+
+    ``readers`` are the layers that read fewer channels, to be fitted to what these are; without
+    ``calibration`` the weights alone decide.
+    """
+
+    model: Model
+    layers: tuple[Layer, ...]
+    weight_of: WeightOf
+    calibration: Calibration | None
+    readers: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Narrower:
+    """Cuts the channels of pairs in ``model``; ``inner`` are those it may cut, by the pair's key."""
+
+    model: Model
+    layers: tuple[Layer, ...]
+    weight_of: WeightOf
+    moments: Mapping[str, Moments]
+    inner: Mapping[str, Inner]
+    device: str
+
+    @property
+    def outputs(self) -> set[str]:
+        """The layers that give or read channels that may be cut."""
+        pairs = [inner.pair for inner in self.inner.values()]
+        return {end.output for pair in pairs for end in (*pair.producers, *pair.consumers)}
+
+    def narrow(self, forms: Mapping[str, Form], calibration: Calibration | None) -> Narrowed:
+        """The network with the widths in ``forms``; the original one where there are none."""
+        cuts = self._cuts(forms)
+        if not cuts:
+            return Narrowed(
+                model=self.model, layers=self.layers, weight_of=self.weight_of, calibration=calibration
+            )
+        model, cut_layers = self.cut(forms)
+        left = {layer.output: _Left.of(layer, cuts) for layer in self.layers}
+        working = model.graph()
+        now = {layer.output: layer for layer in cut_layers}
+        by_output = {layer.output: layer for layer in self.layers}
+        for pair, kept in cuts:
+            for end in pair.consumers:
+                layer = by_output[end.output]
+                factors = fit_width(self.problem(layer), columns(layer, end), kept)
+                split(working, now[end.output], left[end.output].cut_outputs(layer, factors))
+        model = model.splice(working)
+        working = model.graph()
+        found = {layer.output: layer for layer in find_layers(working)[0]}  # weights have other names now
+        layers = tuple(left[layer.output].of_layer(layer, found[layer.output]) for layer in self.layers)
+        return Narrowed(
+            model=model,
+            layers=layers,
+            weight_of=partial(read_weight, working),
+            calibration=None if calibration is None else self._calibration(calibration, layers, left),
+            readers=frozenset(end.output for pair, _ in cuts for end in pair.consumers),
+        )
+
+    def cut(self, forms: Mapping[str, Form]) -> tuple[Model, tuple[Layer, ...]]:
+        """The network with the widths in ``forms``, with nothing refitted, and its layers."""
+        cuts = self._cuts(forms)
+        if not cuts:
+            return self.model, self.layers
+        working = self.model.graph()
+        cut(working, cuts)
+        model = self.model.splice(working)
+        found = {layer.output: layer for layer in find_layers(model.graph())[0]}
+        return model, tuple(_Left.of(la, cuts).of_layer(la, found[la.output]) for la in self.layers)
+
+    def _cuts(self, forms: Mapping[str, Form]) -> list[tuple[Pair, tuple[int, ...]]]:
+        """The pairs that ``forms`` cuts, and the channels that they keep."""
+        return [
+            (self.inner[key].pair, self.inner[key].widths.kept(form.rank))
+            for key, form in forms.items()
+            if form.kind == WIDTH
+        ]
+
+    def left(self, layer: Layer, widths: Mapping[str, int]) -> tuple[Positions, Positions]:
+        """The rows and columns of W that ``layer`` keeps where pairs have these widths."""
+        found = _Left.of(layer, self._cuts({key: Form(WIDTH, width) for key, width in widths.items()}))
+        return found.outputs, found.inputs
+
+    def problem(self, layer: Layer) -> Problem:
+        """The problem of ``layer`` in the original network."""
+        return pose(layer, *self.weight_of(layer), self.moments.get(layer.output), self.device)
+
+    def _calibration(
+        self, known: Calibration, layers: tuple[Layer, ...], left: Mapping[str, _Left]
+    ) -> Calibration:
+        """What the original network taught, of the outputs and inputs that the layers keep."""
+        kept, inputs = dict(known.kept), dict(known.inputs)
+        of_cut = {layer.output for layer in layers if layer.full is not None} & kept.keys()
+        for layer in self.layers:
+            if layer.output in of_cut:
+                own = left[layer.output]
+                kept[layer.output] = original_outputs(layer, known, self.weight_of)[:, own.outputs]
+                inputs[layer.output] = inputs[layer.output][:, own.inputs]
+        return replace(
+            known,
+            layers=layers,
+            kept=kept,
+            by_inputs=known.by_inputs - of_cut,
+            inputs={name: np.ascontiguousarray(rows) for name, rows in inputs.items()},
+        )
+
+
+@dataclass(frozen=True)
+class _Left:
+    """The rows ``outputs`` and the columns ``inputs`` of W that a layer keeps, ascending."""
+
+    outputs: Positions
+    inputs: Positions
+
+    @staticmethod
+    def of(layer: Layer, cuts: Sequence[tuple[Pair, Sequence[int]]]) -> _Left:
+        outputs, inputs = np.ones(layer.n, dtype=bool), np.ones(layer.m, dtype=bool)
+        for pair, kept in cuts:
+            gone = np.setdiff1d(np.arange(pair.channels), np.asarray(kept))
+            for end in pair.producers:
+                if end.output == layer.output:
+                    outputs[rows(layer, end)[gone]] = False
+            for end in pair.consumers:
+                if end.output == layer.output:
+                    inputs[columns(layer, end)[gone]] = False
+        return _Left(np.flatnonzero(outputs), np.flatnonzero(inputs))
+
+    def of_layer(self, layer: Layer, found: Layer) -> Layer:
+        """``found``, which is ``layer`` in the narrower network, with what is known of the original one."""
+        whole = (len(self.outputs), len(self.inputs)) == (layer.n, layer.m)
+        full = None if whole else (layer.n, layer.m)
+        return replace(
+            found,
+            name=layer.name,
+            shares=layer.shares,
+            also_read=layer.also_read,
+            positions=layer.positions,
+            size=layer.size,
+            full=full,
+        )
+
+    def cut_outputs(self, layer: Layer, factors: Factors) -> Factors:
+        """A dense weight of the kept inputs, without the outputs that are gone."""
+        assert factors.sparse is not None
+        channels = len(self.inputs) // prod(layer.kernel)
+        sparse = factors.sparse[self.outputs].reshape(len(self.outputs), channels, *layer.kernel)
+        bias = factors.bias[self.outputs]
+        return replace(factors, form=Form(DENSE), sparse=sparse, bias=bias, channels=tuple(range(channels)))
+
+
+def columns(layer: Layer, end: End) -> Positions:
+    """The columns (channels, k) of W that read each channel of a pair."""
+    taps = prod(layer.kernel)
+    wide = end.positions[:, :, None] * taps + np.arange(taps)
+    return wide.reshape(len(end.positions), -1)
+
+
+def rows(layer: Layer, end: End) -> Positions:
+    """The rows (channels, k) of W that give each channel of a pair."""
+    each = layer.rows_per_bias
+    wide = end.positions[:, :, None] * each + np.arange(each)
+    return wide.reshape(len(end.positions), -1)
+
+
+def narrow_layer(layer: Layer, widths: Mapping[str, int], pairs: Mapping[str, Pair]) -> Layer:
+    """``layer`` with the channels that are left where pairs keep so many, for what it costs."""
+    outputs, channels = layer.output_channels, layer.channels
+    for key, kept in widths.items():
+        pair = pairs[key]
+        gone = pair.channels - kept
+        outputs -= sum(gone * e.positions.shape[1] for e in pair.producers if e.output == layer.output)
+        channels -= sum(gone * e.positions.shape[1] for e in pair.consumers if e.output == layer.output)
+    if (outputs, channels) == (layer.output_channels, layer.channels):
+        return layer
+    taps = layer.m // layer.channels
+    return replace(layer, n=outputs * layer.rows_per_bias, m=channels * taps, full=(layer.n, layer.m))
+
+
+def plannable(pairs: Sequence[Pair], layers: set[str], excluded: set[str]) -> dict[str, Pair]:
+    """The pairs that are worth planning, by key: all that read them are layers, and there are few of these.
+
+    A layer gives the channels of one pair at most, and reads those of one. Those ``excluded`` stay as they
+    are.
+    """
+    found: dict[str, Pair] = {}
+    giving, reading = set[str](), set[str]()
+    for pair in pairs:
+        gives = {end.output for end in pair.producers}
+        reads = {end.output for end in pair.consumers}
+        if pair.channels < FEWEST_CHANNELS or len(gives | reads) > MOST_LAYERS or not reads <= layers:
+            continue
+        if gives & giving or reads & reading or not gives & layers or gives & excluded:
+            continue
+        giving |= gives
+        reading |= reads
+        found[key_of(pair)] = pair
+    return found
+
+
+def least_width(pair: Pair) -> int:
+    """The fewest channels that may be kept."""
+    return max(pair.channels // LEAST, 1)
+
+
+def key_of(pair: Pair) -> str:
+    """What identifies a pair in a plan: the tensors of the first layers that give and that read it."""
+    return f"{pair.producers[0].output} -> {pair.consumers[0].output}"
+
+
+def drop_orders(
+    pairs: Mapping[str, Pair],
+    layers: Sequence[Layer],
+    problem_of: Callable[[Layer], Problem],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Inner]:
+    """The order in which each pair's channels go, down to an eighth of them."""
+    by_output = {layer.output: layer for layer in layers}
+    found = {}
+    for done, (key, pair) in enumerate(pairs.items()):
+        readers = [by_output[end.output] for end in pair.consumers]
+        problems = [problem_of(layer) for layer in readers]
+        own = [columns(layer, end) for layer, end in zip(readers, pair.consumers, strict=True)]
+        found[key] = Inner(pair, widths(problems, own, least=least_width(pair)))
+        progress(done + 1, len(pairs))
+    return found
