@@ -92,12 +92,16 @@ class OutputError:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Measured facts of one model file: bytes of the file(s), parameters, MACs and latency of one run."""
+    """Measured facts of one model file: bytes of the file(s), parameters, MACs and latency of one run.
+
+    ``not_counted`` says in words what is missing in the MACs.
+    """
 
     bytes: int
     parameters: int
     macs: int
     latency_ms: float | None
+    not_counted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,11 @@ class Verification:
         """The upper end of what the error may be on other samples: promises are held by it."""
         ends = [output.error_interval or (0.0, output.worst) for output in self.outputs]
         return max((high for _, high in ends), default=0.0)
+
+    @property
+    def not_counted(self) -> tuple[str, ...]:
+        """What the MACs of the first model leave out, in words."""
+        return self.before.not_counted
 
     @property
     def finite(self) -> bool:
@@ -345,6 +354,7 @@ class Inspection:
 
     MACs were counted with inputs of ``shapes``: of the first sample of ``source``, or of made-up data where
     that is empty. Open axes of the inputs in ``assumed`` were guessed.
+    ``not_counted`` says what is missing in the MACs of the whole, ``notes`` what else is to be known.
     """
 
     layers: tuple[tuple[Layer, Price], ...]
@@ -353,6 +363,8 @@ class Inspection:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     source: str = ""
     assumed: tuple[str, ...] = ()
+    not_counted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,11 @@ import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.constants import constant_value, derived, overridable, quantised, stored_bytes
-from onnx_lrsd.passes.nodes import is_op, label
+from onnx_lrsd.passes.nodes import DOMAIN, domain_of, is_op, label
 from onnx_lrsd.passes.operators import OPERATORS, operator_at, operator_of
 from onnx_lrsd.passes.operators.operator import Matrix, Operator
 from onnx_lrsd.passes.pack import PREFIX
+from onnx_lrsd.passes.products import CONTRIB, NCHWC
 from onnx_lrsd.types import Declined, Layer
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -26,7 +27,17 @@ QUANTISED = (
     *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention"),
 )
 RECURRENT = ("LSTM", "GRU", "RNN")
-WEIGHTED = (*(op for _, op in OPERATORS), *QUANTISED, *RECURRENT)
+HIDDEN = {
+    (DOMAIN, "Einsum"): "its equation is no plain product with a matrix",
+    (DOMAIN, "DeformConv"): "deformable convolution: left as it is",
+    (CONTRIB, "FusedConv"): "fused by ONNX Runtime with what has no plain form",
+    (CONTRIB, "FusedGemm"): "fused by ONNX Runtime with what has no plain form",
+    (CONTRIB, "FusedMatMul"): "fused by ONNX Runtime with what has no plain form",
+    (CONTRIB, "Attention"): "attention fused by ONNX Runtime: give the model as it was before",
+    (NCHWC, "Conv"): "in a layout of ONNX Runtime's own: give the model as it was before",
+}
+"""Why operators that hold a weight, and are none of ``OPERATORS``, are left."""
+WEIGHTED = (*(op for _, op in OPERATORS), *QUANTISED, *RECURRENT, *(op for _, op in HIDDEN))
 
 
 def find_layers(working: WorkingGraph) -> tuple[tuple[Layer, ...], tuple[Declined, ...]]:
@@ -56,6 +67,8 @@ def find_layers(working: WorkingGraph) -> tuple[tuple[Layer, ...], tuple[Decline
             declined.append(Declined(label(node), node.op, "already quantised"))
         elif node.op in RECURRENT:
             declined.append(Declined(label(node), node.op, "recurrent weights are left as they are"))
+        elif (reason := _hidden(node)) is not None:
+            declined.append(Declined(label(node), node.op, reason))
         declined.extend(_nested(node))
     for function in working.graph.functions:
         for node in function.nodes:
@@ -83,6 +96,12 @@ def read_weight(working: WorkingGraph, layer: Layer) -> tuple[Matrix, Matrix]:
     """W (n, m) and b (n,) of ``layer``, float64, with everything folded in that the layer absorbs."""
     last = working.tensors()[layer.output].inputs[0]
     return operator_of(layer).weight_and_bias(layer, producer(working, layer), last)
+
+
+def _hidden(node: gs.Node) -> str | None:
+    """Why the weight of ``node`` is left, which is none of ``OPERATORS``; None where it has none."""
+    reason = HIDDEN.get((domain_of(node.domain), node.op))
+    return reason if reason is not None and any(derived(given) for given in node.inputs[:2]) else None
 
 
 def _nested(node: gs.Node) -> Iterator[Declined]:

@@ -13,14 +13,16 @@ from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import OptionError
 from onnx_lrsd.facts import Inspection
 from onnx_lrsd.fit.calibrate import input_shapes, locate
-from onnx_lrsd.graph.model import Model, load
+from onnx_lrsd.graph.model import Model, load, model_bytes
 from onnx_lrsd.graph.subgraph import inputs_of
-from onnx_lrsd.measure.compare import total_price
+from onnx_lrsd.measure.compare import cost
+from onnx_lrsd.passes.bytes_outside import bytes_outside
 from onnx_lrsd.passes.find_layers import find_layers
 from onnx_lrsd.passes.shared_weights import share_weights
+from onnx_lrsd.passes.unfuse import optimised_by_runtime, unfuse
 from onnx_lrsd.run import DEFAULT_TARGET, NO_FORM
 from onnx_lrsd.targets import TARGETS, price
-from onnx_lrsd.types import DENSE, KINDS, Declined, Form, InputSpec
+from onnx_lrsd.types import DENSE, KINDS, Declined, Form, InputSpec, Price
 
 _READ = 64
 """Samples that are read to see the first: some may share a label."""
@@ -38,8 +40,12 @@ def inspect(
     """
     if calibration is not None and shapes:
         raise OptionError("{calibration} and {shapes} exclude each other: give one.")
-    source = load(model)
+    source = original = load(model)
     graph = source.graph()
+    fused = optimised_by_runtime(graph)
+    if unfuse(graph):
+        source = source.splice(graph)
+        graph = source.graph()
     layers, declined = find_layers(graph)
     layers = share_weights(graph, layers)
     check_shapes(shapes or {}, inputs_of(source.proto))
@@ -48,13 +54,17 @@ def inspect(
     forms = TARGETS[DEFAULT_TARGET].forms
     useful = [layer for layer in located if forms(layer, KINDS)]
     useless = [Declined(layer.name, layer.op, NO_FORM) for layer in located if layer not in useful]
+    feed = samples.example()
+    whole = cost(original, model_bytes(original), feed, samples.size_of(feed))
     return Inspection(
         tuple((layer, price(layer, Form(DENSE))) for layer in useful),
         (*declined, *useless),
-        total_price(source, samples),
+        Price(whole.macs, whole.parameters, whole.bytes),
         {name: value.shape for name, value in samples.example().items()},
         "" if calibration is None else samples.source,
         _assumed(source, shapes or {}) if calibration is None else (),
+        whole.not_counted,
+        tuple(said for said in (fused, bytes_outside(graph, layers)) if said),
     )
 
 

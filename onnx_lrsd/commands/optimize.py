@@ -39,12 +39,14 @@ from onnx_lrsd.int8.fit import Int8Fitter
 from onnx_lrsd.measure.compare import compare, total_price
 from onnx_lrsd.measure.layer_times import time_layers
 from onnx_lrsd.measure.load_cost import opening_cost
+from onnx_lrsd.passes.bytes_outside import bytes_outside
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.pairs import Pair, find_pairs
 from onnx_lrsd.passes.shared_weights import groups, share_weights
+from onnx_lrsd.passes.unfuse import optimised_by_runtime, unfuse
 from onnx_lrsd.plan.curves import error_curves, pair_curves, with_seconds
 from onnx_lrsd.plan.planner import Planner
-from onnx_lrsd.plan.promise import judge, promised
+from onnx_lrsd.plan.promise import STORED, judge, promised
 from onnx_lrsd.plan.replay import forms_of, make_plan
 from onnx_lrsd.plan.search import Forms, Once, Proposals
 from onnx_lrsd.plan.units import Curves
@@ -135,8 +137,14 @@ def optimize(
             ensure_writable(output, original.path)
         source = raised(original, run.target.opset, f"The target {run.target.name}")
         graph = source.graph()
+        run.journal.warn(optimised_by_runtime(graph))
+        if unfuse(graph):
+            source = source.splice(graph)
+            graph = source.graph()
         layers, declined = _select(*find_layers(graph), options)
         layers = share_weights(graph, layers)
+        if run.cost in STORED:
+            run.journal.warn(bytes_outside(graph, layers))
     weight_of = partial(read_weight, graph)
     fit_on, check_on, notes = fit_and_check(source, calibration, evaluation, limit=samples, seed=seed)
     run.journal.warn(*notes)

@@ -21,7 +21,7 @@ from onnx_lrsd.errors import DataError, LrsdError, VerificationError
 from onnx_lrsd.facts import ModelCost, OutputError, ScoreChange, Verification
 from onnx_lrsd.graph.model import Model, model_bytes
 from onnx_lrsd.measure.judge import OutputJudge
-from onnx_lrsd.passes.count import compute_tensors, macs, parameters
+from onnx_lrsd.passes.count import compute_tensors, macs, not_counted, parameters, without_functions
 from onnx_lrsd.runtime.divergence import is_scores
 from onnx_lrsd.runtime.session import open_session, shapes
 from onnx_lrsd.runtime.timing import FEWEST_ROUNDS, busy_clock, pair_latency
@@ -62,9 +62,10 @@ def cost(model: Model, path_bytes: int, feed: Feed, samples: int = 1) -> ModelCo
 
     MACs are counted from the shapes of a real run. Raises as ``runtime.shapes`` does.
     """
-    known = shapes(model.proto, feed, compute_tensors(model.proto), model.folder)
-    total = sum(macs(model.proto, known).values())
-    return ModelCost(path_bytes, parameters(model.proto), round(total / samples), None)
+    proto = without_functions(model.proto)
+    known = shapes(proto, feed, compute_tensors(proto), model.folder)
+    total, missed = sum(macs(proto, known).values()), not_counted(proto, known)
+    return ModelCost(path_bytes, parameters(model.proto), round(total / samples), None, missed)
 
 
 def compare(

@@ -11,6 +11,7 @@ from onnx_lrsd.fit.narrow import Inner, Narrower, narrow_layer
 from onnx_lrsd.fit.shared import pose_shared
 from onnx_lrsd.measure.layer_times import LayerTimes
 from onnx_lrsd.passes.shared_weights import groups
+from onnx_lrsd.plan.promise import STORED
 from onnx_lrsd.plan.units import Curves, PairCurve, Widths
 from onnx_lrsd.run import NO_FORM, NO_STORAGE, Run
 from onnx_lrsd.solver.width import narrowed
@@ -18,8 +19,6 @@ from onnx_lrsd.targets import Target, price
 from onnx_lrsd.targets.chains import RANK_MULTIPLE
 from onnx_lrsd.types import DENSE, KINDS, WIDTH, ErrorCurve, Form, Layer, Point, Price
 
-STORED = ("bytes", "parameters")
-"""Costs of what is stored, not of what is computed."""
 NOTHING = Price(0, 0, 0, 0.0)
 SHARES = 16
 """Widths are tried in steps of so many parts of the channels."""

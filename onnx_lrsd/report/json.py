@@ -121,6 +121,8 @@ def inspection_to_json(found: Inspection, model: str) -> str:
         "total": _price(found.total),
         "layers": [_inspected(layer, price) for layer, price in found.layers],
         "declined": [{"name": d.name, "op": d.op, "reason": d.reason} for d in found.declined],
+        "not_counted": list(found.not_counted),
+        "notes": list(found.notes),
     }
     return _dump(facts)
 
@@ -301,7 +303,9 @@ def _metric(found: Verification | None) -> Json | None:
 
 
 def _cost(cost: ModelCost) -> Json:
-    return asdict(cost)
+    """The figures; ``not_counted`` only where something is missing in them."""
+    facts = asdict(cost)
+    return facts if cost.not_counted else {key: facts[key] for key in facts if key != "not_counted"}
 
 
 def _price(price: Price) -> Json:

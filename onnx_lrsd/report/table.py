@@ -181,6 +181,9 @@ def inspection_table(found: Inspection, model: str, *, colour: bool = False, eve
         rows += _more(sum(map(len, alike[len(shown) :])), 6)
         parts.append(_grid(("layer", "op", "weight", "MACs", "share", "parameters"), rows, "lllrrr", ink))
         parts += _sums(alike)
+    if found.not_counted:
+        parts.append(_paragraph(f"Not counted in the MACs: {', '.join(found.not_counted)}."))
+    parts += [_paragraph(note) for note in found.notes]
     if found.declined:
         groups = defaultdict(list)
         for entry in found.declined:
@@ -261,6 +264,7 @@ def _facts(
 ) -> str:
     """Before and after, then what it cost in accuracy, then the promise."""
     before, after = found.before, found.after
+    missed = f"not counted: {', '.join(found.not_counted)}" if found.not_counted else ""
     rows: list[Row] = [
         ("size", _size(before.bytes), _size(after.bytes), _times(before.bytes, after.bytes), ""),
         (
@@ -270,7 +274,7 @@ def _facts(
             _times(before.parameters, after.parameters),
             "",
         ),
-        ("MACs", _count(before.macs), _count(after.macs), _times(before.macs, after.macs), ""),
+        ("MACs", _count(before.macs), _count(after.macs), _times(before.macs, after.macs), missed),
     ]
     if before.latency_ms is not None and after.latency_ms is not None and found.latency_ratio is not None:
         low, high = found.latency_interval or (found.latency_ratio, found.latency_ratio)
@@ -288,7 +292,10 @@ def _facts(
         errors = [*errors[:ROWS_SHOWN], f"and {counted(len(errors) - ROWS_SHOWN, 'error')} more"]
     parts = [grid, "", *errors]
     if promise is not None:
-        parts.append(ink.verdict(_promise(promise, cost), promise.kept))
+        said = _promise(promise, cost)
+        if promise.kind == "ratio" and cost == "macs" and missed:
+            said += ", of the MACs that are counted"
+        parts.append(ink.verdict(said, promise.kept))
     return "\n".join(parts)
 
 
