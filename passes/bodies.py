@@ -19,8 +19,8 @@ def repetitions(node: onnx.NodeProto, shapes: Mapping[str, Shape], proto: onnx.M
     if node.op_type == "If":
         return 1
     body = next(iter(subgraphs(node)), None)
-    if body is None or node.op_type not in ("Loop", "Scan"):
-        return None
+    if body is None or node.op_type not in ("Loop", "Scan") or len(node.input) != len(body.input):
+        return None  # a Scan of opset 8 has one more input, and sequences of their own length
     if node.op_type == "Scan":
         count = attribute(node, "num_scan_inputs")
         axes = next((list(a.ints) for a in node.attribute if a.name == "scan_input_axes"), [0] * count)

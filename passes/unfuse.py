@@ -41,7 +41,7 @@ def unfuse(working: WorkingGraph) -> int:
     done = 0
     for node in list(working.nodes):
         rewrite = REWRITES.get((domain_of(node.domain), node.op))
-        if rewrite is None:
+        if rewrite is None or len(node.inputs) < 2 or len(node.outputs) != 1:
             continue
         plain = _Plain(working, node)
         if rewrite(plain, node):
@@ -151,7 +151,7 @@ def _matmul(plain: _Plain, node: gs.Node) -> bool:
 
 def _einsum(plain: _Plain, node: gs.Node) -> bool:
     """A MatMul where a constant matrix takes up the last label of the activation."""
-    equation = str(node.attrs["equation"]).replace(" ", "")
+    equation = str(node.attrs.get("equation", "")).replace(" ", "")
     given, arrow, result = equation.partition("->")
     labels = given.split(",")
     if not arrow or len(labels) != 2 or len(node.inputs) != 2:

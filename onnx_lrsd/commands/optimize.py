@@ -135,12 +135,7 @@ def optimize(
         original = load(model)
         if output is not None:
             ensure_writable(output, original.path)
-        source = raised(original, run.target.opset, f"The target {run.target.name}")
-        graph = source.graph()
-        run.journal.warn(optimised_by_runtime(graph))
-        if unfuse(graph):
-            source = source.splice(graph)
-            graph = source.graph()
+        source, graph = _prepared(run, original)
         layers, declined = _select(*find_layers(graph), options)
         layers = share_weights(graph, layers)
         if run.cost in STORED:
@@ -199,6 +194,17 @@ def optimize(
         details=drawn,
     )
     return Result(rewritten, report, plan)
+
+
+def _prepared(run: Run, original: Model) -> tuple[Model, WorkingGraph]:
+    """``original`` in the opset that the target needs and without fused operators, and its graph."""
+    source = raised(original, run.target.opset, f"The target {run.target.name}")
+    graph = source.graph()
+    run.journal.warn(optimised_by_runtime(graph))
+    if not unfuse(graph):
+        return source, graph
+    source = source.splice(graph)
+    return source, source.graph()
 
 
 def _spectra(run: Run, known: Calibration, weight_of: WeightOf) -> dict[str, Spectrum]:
