@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.passes.constants import constant_value, overridable
-from onnx_lrsd.passes.nodes import DOMAIN, domain_of, label
+from onnx_lrsd.passes.nodes import DOMAIN, domain_of, is_op, label
 
 Owner: TypeAlias = npt.NDArray[np.int64]
 Shapes: TypeAlias = Mapping[str, Sequence[int | str | None]]
@@ -131,7 +132,7 @@ def hand_on(flow: Flow, node: gs.Node, given: Given) -> Handed:
         if any(output.name and output.outputs for output in node.outputs[1:]):
             return _mixed(node)
         return _elementwise(flow, node, given)
-    if node.op == "Concat":
+    if is_op(node, "Concat"):
         return _concat(flow, node, given)
     handler, first = _HANDLERS.get(node.op), given[0]
     if handler is None or first is None or any(other is not None for other in given[1:]):
@@ -145,7 +146,7 @@ def _mixed(node: gs.Node) -> str:
 
 def _elementwise(flow: Flow, node: gs.Node, given: Given) -> Handed:
     first = next(carried for carried in given if carried is not None)
-    if node.op in BROADCAST and flow.opset < 7 and domain_of(node.domain) == DOMAIN and len(node.inputs) > 1:
+    if is_op(node, *BROADCAST) and flow.opset < 7 and len(node.inputs) > 1:
         return f"{node.op} {label(node)} broadcasts in the way of old operator sets"
     ranks = [first.rank]
     for index, (tensor, carried) in enumerate(zip(node.inputs, given, strict=True)):
@@ -228,14 +229,13 @@ def _normalised(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
     return [carried]
 
 
-def _grouped(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
+def _grouped(flow: Flow, node: gs.Node, carried: Carried, transposed: bool = False) -> Handed:
     """A convolution of groups: its outputs go with the inputs of their group, all of which stay or go."""
     weight = constant_value(node.inputs[1])
     groups = node.attrs.get("group", 1)
     if weight is None or carried.axis != 1 - weight.ndim:
         return _mixed(node)
     length = len(carried.owner)
-    transposed = node.op == "ConvTranspose"
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
     each = length // groups
     owners = carried.owner.reshape(groups, each)
@@ -325,7 +325,7 @@ def _reshaped(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
     if found is None:
         return spread
     axis, owner = block[1][0] + found[0], found[1]
-    if node.op == "Reshape":
+    if is_op(node, "Reshape"):
         reason = _count_entry(flow, node, axis, carried.axis + len(before), owner)
         if reason:
             return reason
@@ -393,7 +393,7 @@ def _count_entry(flow: Flow, node: gs.Node, axis: int, before: int, owner: Owner
     shape, index = node.inputs[1], axis
     value, place = constant_value(shape), Place(node.outputs[0].name, 1)
     source = shape.inputs[0] if value is None and shape.inputs else None
-    if source is not None and source.op == "Concat":
+    if source is not None and is_op(source, "Concat"):
         for given, piece in enumerate(source.inputs):
             value, place = constant_value(piece), Place(source.outputs[0].name, given)
             length = _length(flow.shape(piece), 0) if value is None else value.size
@@ -426,7 +426,7 @@ def _resized(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
         return _mixed(node)
     at = carried.axis + carried.rank
     scales = node.attrs.get("scales")
-    index = 1 if node.op == "Upsample" or flow.opset < 11 else 2
+    index = 1 if is_op(node, "Upsample") or flow.opset < 11 else 2
     if scales is None and len(node.inputs) > index and node.inputs[index].name:
         value = constant_value(node.inputs[index])
         scales = None if value is None else value.ravel().tolist()
@@ -524,10 +524,10 @@ def _shape(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
 
 def _picked(reader: gs.Node, sizes: list[int]) -> list[int]:
     """Which of ``sizes`` a Gather or Slice takes; any other reader takes all."""
-    if reader.op == "Gather":
+    if is_op(reader, "Gather"):
         which = constant_value(reader.inputs[1])
         return sizes if which is None else [sizes[int(index)] for index in which.ravel()]
-    if reader.op == "Slice":
+    if is_op(reader, "Slice"):
         starts, ends, steps = (_numbers(reader, name, index) for name, index in BOUNDS)
         if starts and ends:
             return sizes[starts[0] : ends[0] : (steps or [1])[0]]
@@ -538,7 +538,8 @@ Handler: TypeAlias = Callable[[Flow, gs.Node, Carried], Handed]
 _HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(POOLS, _pool),
     **dict.fromkeys(("BatchNormalization", "InstanceNormalization"), _normalised),
-    **dict.fromkeys(("Conv", "ConvTranspose"), _grouped),
+    "Conv": _grouped,
+    "ConvTranspose": partial(_grouped, transposed=True),
     **dict.fromkeys(REDUCTIONS, _reduced),
     **dict.fromkeys(("Reshape", "Flatten"), _reshaped),
     **dict.fromkeys(("Resize", "Upsample"), _resized),

@@ -12,6 +12,9 @@ import onnx_graphsurgeon as gs
 from onnx_lrsd.passes.nodes import is_op
 from onnx_lrsd.types import Values
 
+DEQUANTISERS = ("DequantizeLinear",)
+"""Of ONNX's own domain or of ONNX Runtime's."""
+
 
 def constant_value(tensor: gs.Tensor, *, arithmetic: bool = False) -> Values | None:
     """The value of ``tensor`` if it does not depend on any input of the model, else None.
@@ -100,8 +103,7 @@ def overridable(tensor: gs.Tensor, names: Set[str]) -> bool:
 def quantised(tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` comes out of a DequantizeLinear, perhaps reshaped on the way."""
     return any(
-        node.op == "DequantizeLinear"  # of ONNX, or of ONNX Runtime
-        or (is_op(node, *_FOLDS) and quantised(node.inputs[0]))
+        node.op in DEQUANTISERS or (is_op(node, *_FOLDS) and quantised(node.inputs[0]))
         for node in tensor.inputs
     )
 

@@ -20,7 +20,9 @@ from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.channel_flow import Carried, Count, Flow, Owner, Part, Place, Shapes, hand_on
 from onnx_lrsd.passes.constants import constant_value, overridable
 from onnx_lrsd.passes.find_layers import producer
-from onnx_lrsd.passes.nodes import is_op, label
+from onnx_lrsd.passes.nodes import label
+from onnx_lrsd.passes.operators import operator_at
+from onnx_lrsd.passes.operators.operator import ChannelAxes
 from onnx_lrsd.passes.tidy import captured_names, remove_orphans
 from onnx_lrsd.types import Declined, Layer
 
@@ -68,18 +70,15 @@ class _Given:
 
 
 class _Sides(NamedTuple):
-    """How a layer reads and gives channels: axes of its input, weight and output, from the end.
+    """How a layer reads and gives channels: ``n`` outputs, and ``axes``, whose rank is that of its output.
 
-    ``reads`` and ``weight`` are the indices of the input and of the weight, ``rank`` that of the output.
+    ``reads`` and ``weight`` are the indices of the activation and of the weight among its inputs.
     """
 
     reads: int
     weight: int
-    axis: int
-    inputs: int
-    outputs: int
     n: int
-    rank: int | None
+    axes: ChannelAxes
 
 
 def find_pairs(
@@ -150,28 +149,20 @@ def _set_of(given: Sequence[_Given], channel: int) -> _Given | None:
 
 def _sides(flow: Flow, node: gs.Node) -> _Sides | None:
     """How ``node`` reads and gives channels, if it is a layer: one of groups hands channels on instead."""
-    if not is_op(node, "Conv", "ConvTranspose", "Gemm", "MatMul"):
+    operator = operator_at(node)
+    if operator is None:
         return None
     constant = [constant_value(tensor) for tensor in node.inputs[:2]]
-    side = 0 if node.op == "MatMul" and constant[0] is not None else 1
+    side = next((side for side in operator.WEIGHT_INPUTS if constant[side] is not None), 1)
     weight = constant[side]
-    if weight is None or constant[1 - side] is not None or node.attrs.get("group", 1) != 1:
+    if weight is None or constant[1 - side] is not None:
         return None
-    axes = weight.ndim
-    if node.op in ("Conv", "ConvTranspose"):
-        inputs, outputs = (1 - axes, -axes) if node.op == "Conv" else (-axes, 1 - axes)
-        return _Sides(0, 1, 1 - axes, inputs, outputs, weight.shape[outputs], axes)
-    if axes != 2:
+    axes = operator.channel_axes(node, weight, side)
+    if axes is None:
         return None
-    if node.op == "Gemm":
-        inputs, outputs = (-1, -2) if node.attrs.get("transB", 0) else (-2, -1)
-        axis = -2 if node.attrs.get("transA", 0) else -1
-        return _Sides(0, 1, axis, inputs, outputs, weight.shape[outputs], 2)
     shape = flow.shape(node.inputs[1 - side])
     rank = None if shape is None else len(shape)
-    if side == 1:
-        return _Sides(0, 1, -1, -2, -1, weight.shape[-1], rank)
-    return _Sides(1, 0, -2, -1, -2, weight.shape[-2], rank)
+    return _Sides(1 - side, side, weight.shape[axes.outputs], axes if axes.rank else axes._replace(rank=rank))
 
 
 def _read(flow: Flow, node: gs.Node, sides: _Sides, carried: Sequence[Carried | None]) -> str:
@@ -182,14 +173,14 @@ def _read(flow: Flow, node: gs.Node, sides: _Sides, carried: Sequence[Carried | 
     if own is None:
         return ""
     weight = constant_value(node.inputs[sides.weight])
-    if own.axis != sides.axis or weight is None or weight.shape[sides.inputs] != len(own.owner):
+    if own.axis != sides.axes.read or weight is None or weight.shape[sides.axes.inputs] != len(own.owner):
         return f"{node.op} {label(node)} reads them along another axis"
-    return flow.take(node, sides.weight, sides.inputs, own.owner)
+    return flow.take(node, sides.weight, sides.axes.inputs, own.owner)
 
 
 def _give(flow: Flow, node: gs.Node, sides: _Sides, owner: Owner) -> str:
     """Note what a cut changes where ``node`` gives channels; why they must stay, or nothing."""
-    reason = flow.take(node, sides.weight, sides.outputs, owner)
+    reason = flow.take(node, sides.weight, sides.axes.outputs, owner)
     if len(node.inputs) > 2 and node.inputs[2].name and not reason:
         bias = constant_value(node.inputs[2])
         if bias is None:
@@ -198,8 +189,7 @@ def _give(flow: Flow, node: gs.Node, sides: _Sides, owner: Owner) -> str:
             reason = flow.take(node, 2, -1, owner)
         elif overridable(node.inputs[2], flow.overridable):
             reason = f"the bias of {node.op} {label(node)} may be overridden"
-    axis = -1 if node.op == "Gemm" else sides.axis
-    flow.carried[node.outputs[0].name] = Carried(axis, sides.rank, owner)
+    flow.carried[node.outputs[0].name] = Carried(sides.axes.given, sides.axes.rank, owner)
     return reason
 
 

@@ -16,7 +16,7 @@ from onnx_lrsd.passes.batchnorm import fold, foldable_batchnorm
 from onnx_lrsd.passes.constants import constant_float64
 from onnx_lrsd.passes.nodes import label
 from onnx_lrsd.passes.operators.bias import bias_of, why_no_bias
-from onnx_lrsd.passes.operators.operator import Matrix, Positions, WeightLayout
+from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightLayout
 from onnx_lrsd.passes.operators.rows import pixel_rows
 from onnx_lrsd.passes.writer import Writer
 from onnx_lrsd.types import Factors, Layer, Rows, Values
@@ -210,3 +210,11 @@ def macs(node: onnx.NodeProto, first: Sequence[int], second: Sequence[int], outp
 def sparse_axis(node: gs.Node) -> int | None:
     """Axis 1 of a convolution without groups."""
     return 1 if node.attrs.get("group", 1) == 1 else None
+
+
+def channel_axes(node: gs.Node, weight: Values, side: int) -> ChannelAxes | None:
+    """Channels are the second axis."""
+    if node.attrs.get("group", 1) != 1:
+        return None
+    axes = weight.ndim
+    return ChannelAxes(read=1 - axes, inputs=1 - axes, outputs=-axes, given=1 - axes, rank=axes)

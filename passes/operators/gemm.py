@@ -14,7 +14,7 @@ from onnx_lrsd.passes.batchnorm import fold, foldable_batchnorm
 from onnx_lrsd.passes.constants import constant_float64
 from onnx_lrsd.passes.nodes import label
 from onnx_lrsd.passes.operators.bias import bias_of, why_no_bias
-from onnx_lrsd.passes.operators.operator import Matrix, Positions, WeightLayout
+from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightLayout
 from onnx_lrsd.passes.operators.rows import feature_rows
 from onnx_lrsd.passes.writer import Writer
 from onnx_lrsd.types import Factors, Layer, Rows, Values
@@ -113,3 +113,12 @@ def macs(node: onnx.NodeProto, first: Sequence[int], second: Sequence[int], outp
 def sparse_axis(node: gs.Node) -> int | None:
     """The rows of B, or its columns with transB."""
     return 1 if node.attrs.get("transB", 0) else 0
+
+
+def channel_axes(node: gs.Node, weight: Values, side: int) -> ChannelAxes | None:
+    """Features are the last axis of A, the first with transA, and the last of y."""
+    if weight.ndim != 2:
+        return None
+    inputs, outputs = (-1, -2) if node.attrs.get("transB", 0) else (-2, -1)
+    read = -2 if node.attrs.get("transA", 0) else -1
+    return ChannelAxes(read=read, inputs=inputs, outputs=outputs, given=-1, rank=2)

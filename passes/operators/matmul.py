@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.constants import constant_bias, constant_float64, overridable
 from onnx_lrsd.passes.nodes import is_op, label
-from onnx_lrsd.passes.operators.operator import Matrix, Positions, WeightLayout
+from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightLayout
 from onnx_lrsd.passes.operators.rows import feature_rows
 from onnx_lrsd.passes.writer import Writer
 from onnx_lrsd.types import Factors, Layer, Rows, Values
@@ -156,3 +156,12 @@ def macs(node: onnx.NodeProto, first: Sequence[int], second: Sequence[int], outp
 def sparse_axis(node: gs.Node) -> int | None:
     """None: TensorRT takes no 2:4 weight of a MatMul."""
     return None
+
+
+def channel_axes(node: gs.Node, weight: Values, side: int) -> ChannelAxes | None:
+    """Features are the last axis, or the last but one where the weight stands first."""
+    if weight.ndim != 2:
+        return None
+    if side == 1:
+        return ChannelAxes(read=-1, inputs=-2, outputs=-1, given=-1, rank=None)
+    return ChannelAxes(read=-2, inputs=-1, outputs=-2, given=-2, rank=None)

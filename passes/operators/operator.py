@@ -26,6 +26,20 @@ class WeightLayout(NamedTuple):
     order: tuple[int, ...] | None = None
 
 
+class ChannelAxes(NamedTuple):
+    """Where a node reads and gives channels, all axes counted from the end.
+
+    ``read`` is the axis of its activation, ``inputs`` and ``outputs`` those of its weight, ``given`` that of
+    what it gives, whose number of axes is ``rank``: None where it is that of the activation.
+    """
+
+    read: int
+    inputs: int
+    outputs: int
+    given: int
+    rank: int | None
+
+
 class Operator(Protocol):
     """One operator; each module that ``OPERATORS`` lists has all of this."""
 
@@ -83,6 +97,9 @@ class Operator(Protocol):
         self, node: onnx.NodeProto, first: Sequence[int], second: Sequence[int], output: Sequence[int]
     ) -> int:
         """MACs of ``node`` from the shapes of its two operands and of its output."""
+
+    def channel_axes(self, node: gs.Node, weight: Values, side: int) -> ChannelAxes | None:
+        """Where ``node`` reads and gives channels, None in groups; ``weight`` is its input number ``side``."""
 
     def sparse_axis(self, node: gs.Node) -> int | None:
         """The axis of its weight along which TensorRT takes 2:4; None where it takes none."""
