@@ -99,7 +99,7 @@ class Operator(Protocol):
         """MACs of ``node`` from the shapes of its two operands and of its output."""
 
     def channel_axes(self, node: gs.Node, weight: Values, side: int) -> ChannelAxes | None:
-        """Where ``node`` reads and gives channels, None in groups; ``weight`` is its input number ``side``."""
+        """Where ``node`` reads and gives channels, None in groups. ``weight`` is input ``side``."""
 
     def sparse_axis(self, node: gs.Node) -> int | None:
         """The axis of its weight along which TensorRT takes 2:4; None where it takes none."""
