@@ -7,7 +7,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import onnx_graphsurgeon as gs
@@ -26,24 +26,26 @@ def share_weights(working: WorkingGraph, layers: Sequence[Layer]) -> tuple[Layer
     The first of several that apply one weight stores it, the others name that one. What else reads the
     tensor is named by ``also_read``, a layer that is not among ``layers`` included.
     """
+    tensors = working.tensors()
     nodes = {layer.output: producer(working, layer) for layer in layers}
+    applied = {layer.output: _application(tensors, layer, nodes[layer.output]) for layer in layers}
     captured = captured_names(working.graph)
     outputs = {id(output) for output in working.outputs}
     by_tensor = dict[int, list[Layer]]()
     stored = dict[int, gs.Tensor]()
     for layer in layers:
-        tensor = stored_tensor(working.tensors()[layer.weight])
+        tensor = stored_tensor(tensors[layer.weight])
         by_tensor.setdefault(id(tensor), []).append(layer)
         stored[id(tensor)] = tensor
     changed = dict[str, Layer]()
     for key, readers in by_tensor.items():
         owners = dict[Hashable, Layer]()
         for layer in readers:
-            owners.setdefault(_application(working, layer, nodes[layer.output]), layer)
+            owners.setdefault(applied[layer.output], layer)
         theirs = {id(nodes[layer.output]) for layer in readers}
         others = _other_readers(stored[key], theirs, outputs, captured)
         for layer in readers:
-            owner = owners[_application(working, layer, nodes[layer.output])]
+            owner = owners[applied[layer.output]]
             unlike = [other for other in owners.values() if other is not owner]
             said = [*others, *(f"{other.op} {other.name}" for other in unlike)]
             shares = "" if owner is layer else owner.output
@@ -59,15 +61,15 @@ def groups(layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:
     return [tuple(group) for group in found.values()]
 
 
-def _application(working: WorkingGraph, layer: Layer, node: gs.Node) -> Hashable:
+def _application(tensors: Mapping[str, gs.Tensor], layer: Layer, node: gs.Node) -> Hashable:
     """Equal for layers with the same W, whose new forms are stored in the same tensors."""
-    views, tensor = list[Hashable](), working.tensors()[layer.weight]
+    views, tensor = list[Hashable](), tensors[layer.weight]
     while not isinstance(tensor, gs.Constant) and is_view(tensor.inputs[0]):
         view = tensor.inputs[0]
         if not is_op(view, "Identity"):
             views.append((view.op, repr(view.attrs), tuple(given.name for given in view.inputs[1:])))
         tensor = view.inputs[0]
-    last = working.tensors()[layer.output].inputs[0]
+    last = tensors[layer.output].inputs[0]
     # What a BatchNormalization folds into the weight belongs to that layer alone.
     folded = layer.output if is_op(last, "BatchNormalization") else ""
     factor = node.attrs.get("alpha", 1.0), node.attrs.get("transB", 0)
