@@ -72,6 +72,10 @@ class Layer:
 
     ``full`` is (n, m) before some of its channels were cut, None where none were: the rows that it is
     fitted to are drawn by it, so that they are those that the original layer gave.
+
+    A ``constant`` is the weight of no layer: a table that a Gather reads, the weights of an LSTM. It is n
+    rows of m numbers that can be stored in codes, and nothing else; ``output`` and ``weight`` are the
+    constant, ``op`` is the type of a node that reads it, and there is no ``input``.
     """
 
     output: str
@@ -95,6 +99,7 @@ class Layer:
     stored_bytes: int = 0
     shares: str = ""
     also_read: str = ""
+    constant: bool = False
     positions: int = 0
     size: tuple[int, ...] = ()
     full: tuple[int, int] | None = None

@@ -9,7 +9,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
-from onnx_lrsd.passes.constants import constant_value, derived, overridable, quantised, stored_bytes
+from onnx_lrsd.passes.constants import (
+    constant_float64,
+    constant_value,
+    derived,
+    overridable,
+    quantised,
+    stored_bytes,
+)
 from onnx_lrsd.passes.nodes import DOMAIN, domain_of, is_op, label
 from onnx_lrsd.passes.operators import OPERATORS, operator_at, operator_of
 from onnx_lrsd.passes.operators.operator import Matrix, Operator
@@ -93,7 +100,12 @@ def producer(working: WorkingGraph, layer: Layer) -> gs.Node:
 
 
 def read_weight(working: WorkingGraph, layer: Layer) -> tuple[Matrix, Matrix]:
-    """W (n, m) and b (n,) of ``layer``, float64, with everything folded in that the layer absorbs."""
+    """W (n, m) and b (n,) of ``layer``, float64, with everything folded in that the layer absorbs.
+
+    Of a constant these are its rows and zeros.
+    """
+    if layer.constant:
+        return constant_float64(working.tensors()[layer.weight]).reshape(layer.n, layer.m), np.zeros(layer.n)
     last = working.tensors()[layer.output].inputs[0]
     return operator_of(layer).weight_and_bias(layer, producer(working, layer), last)
 

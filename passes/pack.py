@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
 from onnx_lrsd.passes.operators import operator_of
+from onnx_lrsd.passes.operators.operator import WeightLayout
 from onnx_lrsd.passes.writer import Writer
 from onnx_lrsd.storage import FP16, STORAGES, Storage, gaps, pack_codes
 from onnx_lrsd.types import SPATIAL, Codes, Entries, Factors, Layer
@@ -29,10 +30,30 @@ def pack(write: Writer, layer: Layer, source: gs.Tensor, factors: Factors) -> gs
 
     The operator is the same as before. Raises ValueError where the opset of the graph is too old.
     """
-    if write.opset < OPSET:
-        raise ValueError(f"codes need opset {OPSET}, the graph has {write.opset}")
+    _check_opset(write)
     weight = write.once("weight", lambda: _Decoder(write).weight(layer, factors))
     return operator_of(layer).write_dense(write, layer, source, weight, factors.bias)
+
+
+def store(write: Writer, constant: Layer, factors: Factors) -> gs.Tensor:
+    """Write what decodes ``constant`` from ``factors``, the tensor that its readers get.
+
+    Raises ValueError where the opset of the graph is too old.
+    """
+    _check_opset(write)
+    return _Decoder(write).weight(constant, factors)
+
+
+def _layout(layer: Layer) -> WeightLayout:
+    """How W (n, m) becomes what nodes read; rows of a constant are consecutive."""
+    if not layer.constant:
+        return operator_of(layer).weight_layout(layer)
+    return WeightLayout(None if layer.shape == (layer.n, layer.m) else layer.shape)
+
+
+def _check_opset(write: Writer) -> None:
+    if write.opset < OPSET:
+        raise ValueError(f"codes need opset {OPSET}, the graph has {write.opset}")
 
 
 class _Decoder:
@@ -61,7 +82,7 @@ class _Decoder:
             sparse = self._sparse(packed.sparse, flat)
             matrix = sparse if matrix is None else self._node("Add", [matrix, sparse])
         assert matrix is not None
-        shape, order = operator_of(layer).weight_layout(layer)
+        shape, order = _layout(layer)
         if shape is not None:
             matrix = self._reshaped(matrix, shape)
         if order is not None:

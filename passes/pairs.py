@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.channel_flow import Carried, Count, Flow, Owner, Part, Place, Shapes, hand_on
-from onnx_lrsd.passes.constants import constant_value, overridable
+from onnx_lrsd.passes.constants import constant_value, overridable, stored_tensor
 from onnx_lrsd.passes.find_layers import producer
 from onnx_lrsd.passes.nodes import label
 from onnx_lrsd.passes.operators import operator_at
@@ -331,6 +331,13 @@ def cut(working: WorkingGraph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> No
         if shape is not None and isinstance(shape[axis], int):
             tensors[name].shape = [*shape[:axis], np.count_nonzero(mask), *shape[len(shape) + axis + 1 :]]
     remove_orphans(working, made.replaced)
+
+
+def cut_tensors(working: WorkingGraph, pair: Pair) -> set[str]:
+    """Names of the stored tensors that a cut of ``pair`` would replace, weights of its layers included."""
+    nodes = {tensor.name: node for node in working.nodes for tensor in node.outputs}
+    given = [nodes[place.output].inputs[int(place.given)] for place, _, _ in pair.parts]
+    return {stored_tensor(tensor).name for tensor in given}
 
 
 def _count_attribute(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx_graphsurgeon as gs
+
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.find_layers import producer
 from onnx_lrsd.passes.operators import operator_of
-from onnx_lrsd.passes.pack import pack
+from onnx_lrsd.passes.pack import pack, store
 from onnx_lrsd.passes.tidy import remove_node, remove_orphans
 from onnx_lrsd.passes.writer import Stored, Writer
 from onnx_lrsd.types import Factors, Layer
@@ -16,7 +19,8 @@ def split(working: WorkingGraph, layer: Layer, factors: Factors, stored: Stored 
 
     A BatchNormalization or Add that the layer absorbed goes with it; so does what computed a weight
     that nothing reads any more. Layers that share their factors are given one dictionary ``stored``, in the
-    order of the graph: what they have in common is then written once.
+    order of the graph: what they have in common is then written once. A constant is computed by nodes in
+    front of all others, and no reader of it changes.
 
     >>> import numpy as np, onnx, onnx_lrsd
     >>> from onnx_lrsd.types import Factors, Form
@@ -32,6 +36,9 @@ def split(working: WorkingGraph, layer: Layer, factors: Factors, stored: Stored 
     >>> [(node.op_type, list(node.output)) for node in model.splice(working).proto.graph.node]
     [('MatMul', ['y/lrsd/V_out']), ('MatMul', ['y'])]
     """
+    if layer.constant:
+        _store(working, layer, factors)
+        return
     node = producer(working, layer)
     tensors = working.tensors()
     target, source = tensors[layer.output], tensors[layer.input]
@@ -52,3 +59,22 @@ def split(working: WorkingGraph, layer: Layer, factors: Factors, stored: Stored 
     for gone in replaced:
         remove_node(working, gone)
     remove_orphans(working, old_inputs)
+
+
+def _store(working: WorkingGraph, constant: Layer, factors: Factors) -> None:
+    """Let nodes compute ``constant``, under the name it has."""
+    stored = working.tensors()[constant.weight]
+    write = Writer(working, constant)
+    decoded = store(write, constant, factors)
+    final = write.nodes[-1]
+    assert final.outputs[0] is decoded
+    computed = gs.Variable(constant.weight, np.dtype(constant.dtype), list(constant.shape))
+    for reader in list(stored.outputs):
+        for index, given in enumerate(reader.inputs):
+            if given is stored:
+                reader.inputs[index] = computed
+    for node in list(stored.inputs):  # a Constant node
+        node.outputs.clear()
+        remove_node(working, node)
+    final.outputs[0] = computed
+    working.nodes[:0] = write.nodes

@@ -8,10 +8,9 @@ from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.constants import ARITHMETIC
 from onnx_lrsd.passes.nodes import is_op
 
-LIFTED = (
-    *("Constant", "Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"),
-    *ARITHMETIC,
-)
+LAYOUTS = ("Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
+"""Nodes that change how a tensor is laid out or typed, and no value."""
+LIFTED = ("Constant", *LAYOUTS, *ARITHMETIC)
 """Nodes that stand between a stored tensor and the layer that reads it."""
 
 

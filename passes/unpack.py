@@ -17,24 +17,40 @@ from onnx_lrsd.passes.tidy import remove_node
 
 
 def coded_weights(proto: onnx.ModelProto) -> list[str]:
-    """Names of the weights that nodes of the model decode; no input of the model is needed for them."""
-    names = [
-        name
-        for node in proto.graph.node
-        if (domain_of(node.domain), node.op_type) in OPERATORS and not _decodes(node)
-        for name in node.input
-        if name.startswith(PREFIX)
-    ]
+    """Names of the weights that nodes of the model decode; no input of the model is needed for them.
+
+    A constant that is the weight of no layer has kept its name.
+    """
+    names = list[str]()
+    for node in proto.graph.node:
+        if _decodes(node):
+            continue
+        if node.input and all(name.startswith(PREFIX) for name in node.input):
+            names.extend(node.output)
+        elif (domain_of(node.domain), node.op_type) in OPERATORS:
+            names.extend(name for name in node.input if name.startswith(PREFIX))
     return list(dict.fromkeys(names))
 
 
 def replace_coded_weights(working: WorkingGraph, weights: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Let layers read ``weights``, by the name of the tensor that was decoded; decoding nodes go."""
+    """Let nodes read ``weights``, by the name of the tensor that was decoded; decoding nodes go."""
+    constants = {
+        name: gs.Constant(name, np.ascontiguousarray(values))
+        for name, values in weights.items()
+        if not name.startswith(PREFIX)
+    }
     for node in working.nodes:
         for index, given in enumerate(node.inputs):
-            if given.name in weights and operator_at(node) is not None:
+            if given.name in constants:
+                node.inputs[index] = constants[given.name]
+            elif given.name in weights and operator_at(node) is not None:
                 name = f"{label(node)}/weight"
                 node.inputs[index] = gs.Constant(name, np.ascontiguousarray(weights[given.name]))
+    for node in list(working.nodes):
+        if any(output.name in constants for output in node.outputs):
+            node.inputs.clear()
+            node.outputs.clear()
+            remove_node(working, node)
     for node in reversed(list(working.nodes)):
         if all(output.name.startswith(PREFIX) and not output.outputs for output in node.outputs):
             node.inputs.clear()

@@ -246,12 +246,20 @@ def test_a_ratio_of_bytes_counts_a_shared_weight_once() -> None:
     assert counted[1] == 0 and counted[0] > SIZE * SIZE * 4
 
 
-def test_the_target_size_leaves_a_table_that_stays_and_says_why() -> None:
+def test_where_bytes_count_a_table_that_stays_is_left_and_the_report_says_why() -> None:
     ids = np.random.default_rng(0).integers(0, 200, 300)
-    result = onnx_lrsd.optimize(tied().proto, {"ids": ids}, target="size", ratio=1.1)
-    assert result.report.promise is not None and result.report.promise.kept
+    result = onnx_lrsd.optimize(tied().proto, {"ids": ids}, cost="bytes", ratio=1.1, dry_run=True)
     head = next(row for row in result.report.layers if row.output == "y")
     assert head.left and "Gather" in head.reason and "reads its weight as well" in head.reason
+
+
+def test_the_target_size_stores_a_table_once_for_all_that_read_it() -> None:
+    ids = np.random.default_rng(0).integers(0, 200, 300)
+    result = onnx_lrsd.optimize(tied().proto, {"ids": ids}, target="size", ratio=2.5)
+    assert result.report.promise is not None and result.report.promise.kept
+    rows = {row.name: row for row in result.report.layers}
+    assert rows["t"].op == "Gather" and not rows["t"].left
+    assert any("stored once as the constant t" in row.reason for row in rows.values())
 
 
 def verification(before: int, after: int) -> Verification:

@@ -40,8 +40,9 @@ from onnx_lrsd.measure.compare import compare, total_price
 from onnx_lrsd.measure.layer_times import time_layers
 from onnx_lrsd.measure.load_cost import opening_cost
 from onnx_lrsd.passes.bytes_outside import bytes_outside
+from onnx_lrsd.passes.find_constants import find_constants
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
-from onnx_lrsd.passes.pairs import Pair, find_pairs
+from onnx_lrsd.passes.pairs import Pair, cut_tensors, find_pairs
 from onnx_lrsd.passes.shared_weights import groups, share_weights
 from onnx_lrsd.passes.unfuse import optimised_by_runtime, unfuse
 from onnx_lrsd.plan.curves import error_curves, pair_curves, with_seconds
@@ -56,7 +57,7 @@ from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start
 from onnx_lrsd.targets import price
 from onnx_lrsd.targets.tensorrt import TENSORRT
 from onnx_lrsd.targets.trtexec import engine
-from onnx_lrsd.types import KINDS, WIDTH, Declined, Factors, Form, Layer, Plan, Price, Progress, Score
+from onnx_lrsd.types import DENSE, KINDS, WIDTH, Declined, Factors, Form, Layer, Plan, Price, Progress, Score
 
 
 class Result(NamedTuple):
@@ -136,16 +137,22 @@ def optimize(
         if output is not None:
             ensure_writable(output, original.path)
         source, graph = _prepared(run, original)
-        layers, declined = _select(*find_layers(graph), options)
-        layers = share_weights(graph, layers)
+        layers, declined = find_layers(graph)
+        if run.target.stores_codes and DENSE in (options.forms or KINDS):
+            named = None if plan is None else plan.choices
+            layers, declined = find_constants(graph, layers, declined, named)
+        layers, declined = _select(layers, declined, options)
+        constants = tuple(layer for layer in layers if layer.constant)
+        others = share_weights(graph, [layer for layer in layers if not layer.constant])
         if run.cost in STORED:
-            run.journal.warn(bytes_outside(graph, layers))
+            run.journal.warn(bytes_outside(graph, [*constants, *others]))
     weight_of = partial(read_weight, graph)
     fit_on, check_on, notes = fit_and_check(source, calibration, evaluation, limit=samples, seed=seed)
     run.journal.warn(*notes)
-    pairs = _pairs(run, source, graph, layers, plan)
+    pairs = _pairs(run, source, graph, others, constants, plan)
     with run.journal.clock("calibrate"):
-        known = _calibrate(run, source, layers, pairs, weight_of, fit_on, check_on, plan)
+        known = _calibrate(run, source, others, pairs, weight_of, fit_on, check_on, plan)
+        known = replace(known, layers=(*constants, *known.layers))
         run.journal.warn(what_was_left_out(known))
     with run.journal.clock("decompose"):
         narrower = _narrower(run, source, known, weight_of, pairs)
@@ -273,9 +280,17 @@ def _select(
 
 
 def _pairs(
-    run: Run, source: Model, graph: WorkingGraph, layers: Sequence[Layer], plan: Plan | None
+    run: Run,
+    source: Model,
+    graph: WorkingGraph,
+    layers: Sequence[Layer],
+    constants: Sequence[Layer],
+    plan: Plan | None,
 ) -> dict[str, Pair]:
-    """The pairs whose channels may be cut, those that ``plan`` cuts if there is one."""
+    """The pairs whose channels may be cut, those that ``plan`` cuts if there is one.
+
+    Pairs with one of ``constants`` in between are left whole: codes make it smaller.
+    """
     wanted = WIDTH in (run.options.forms or KINDS)
     if plan is not None:
         wanted = bool(plan.widths)
@@ -285,7 +300,9 @@ def _pairs(
     found, _ = find_pairs(graph, every, inferred_shapes(source.proto))
     # What else reads a weight would still read all of it.
     own = {group[0].output for group in groups(layers) if len(group) == 1 and not group[0].also_read}
-    pairs = plannable(found, own, {layer.output for layer in every} - own)
+    stored = {layer.weight for layer in constants}
+    whole = [pair for pair in found if stored.isdisjoint(cut_tensors(graph, pair))]
+    pairs = plannable(whole, own, {layer.output for layer in every} - own)
     return {key: pair for key, pair in pairs.items() if plan is None or key in plan.widths}
 
 

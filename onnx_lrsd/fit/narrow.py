@@ -93,7 +93,7 @@ class Narrower:
         model = model.splice(working)
         working = model.graph()
         found = {layer.output: layer for layer in find_layers(working)[0]}  # weights have other names now
-        layers = tuple(left[layer.output].of_layer(layer, found[layer.output]) for layer in self.layers)
+        layers = tuple(left[layer.output].of_layer(layer, found.get(layer.output)) for layer in self.layers)
         return Narrowed(
             model=model,
             layers=layers,
@@ -111,7 +111,7 @@ class Narrower:
         cut(working, cuts)
         model = self.model.splice(working)
         found = {layer.output: layer for layer in find_layers(model.graph())[0]}
-        return model, tuple(_Left.of(la, cuts).of_layer(la, found[la.output]) for la in self.layers)
+        return model, tuple(_Left.of(la, cuts).of_layer(la, found.get(la.output)) for la in self.layers)
 
     def _cuts(self, forms: Mapping[str, Form]) -> list[tuple[Pair, tuple[int, ...]]]:
         """The pairs that ``forms`` cuts, and the channels that they keep."""
@@ -170,8 +170,14 @@ class _Left:
                     inputs[columns(layer, end)[gone]] = False
         return _Left(np.flatnonzero(outputs), np.flatnonzero(inputs))
 
-    def of_layer(self, layer: Layer, found: Layer) -> Layer:
-        """``found``, which is ``layer`` in the narrower network, with what is known of the original one."""
+    def of_layer(self, layer: Layer, found: Layer | None) -> Layer:
+        """``found``, which is ``layer`` in the narrower network, with what is known of the original one.
+
+        A constant is no layer there, and as it was: no pair that is cut has one in between.
+        """
+        if found is None:
+            assert layer.constant
+            return layer
         whole = (len(self.outputs), len(self.inputs)) == (layer.n, layer.m)
         full = None if whole else (layer.n, layer.m)
         return replace(

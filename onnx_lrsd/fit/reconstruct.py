@@ -5,7 +5,8 @@ the *original* outputs on those inputs (asymmetric reconstruction; Zhang, Zou, H
 so that errors do not pile up; where a rectifier follows, what it cuts off need not be right, and an
 error counts by what the layers that read it make of it. Layers that stay dense behind them are refitted in
 the same way, if the samples hold rows enough. Layers are taken in a bounded number of stages, with one run of
-the rewritten network before each, which starts where what is settled ends.
+the rewritten network before each, which starts where what is settled ends. Constants that are the weight of
+no layer are rounded first, so that the layers behind make good what they can of it.
 """
 
 from __future__ import annotations
@@ -65,12 +66,14 @@ def reconstruct(
     where the first of them stands; what they have in common is stored once.
     """
     working = model.graph()
-    chosen = [layer for layer in layers if layer.output in forms or layer.output in refitted]
+    constants = [layer for layer in layers if layer.output in forms and layer.constant]
+    changed = {*forms, *refitted}
+    chosen = [layer for layer in layers if layer.output in changed and not layer.constant]
     # Where outputs are sums of rows a rectifier does not act on rows.
     limits = rectifiers(working, [layer.output for layer in chosen if layer.rows_per_bias == 1])
     read = consumers(working, chosen, layers)
     if calibration is not None:
-        chosen = _with_dense(working, layers, {*forms, *refitted}, weight_of, calibration)
+        chosen = _with_dense(working, layers, changed, weight_of, calibration)
 
     def fit_alone(
         layer: Layer, moments: Mapping[str, Moments], pairs: Mapping[str, tuple[Rows, Rows]]
@@ -92,7 +95,11 @@ def reconstruct(
         return {layer.output: decompose(problem, form, rectified=_rectified(layer, problem, pairs, limits))}
 
     fitted: dict[str, Factors] = {}
-    rewritten, done = model, 0
+    for constant in constants:
+        rounded = decompose(pose(constant, *weight_of(constant), None, device), forms[constant.output])
+        fitted[constant.output] = rounded
+        split(working, constant, rounded)
+    rewritten, done = model.splice(working) if constants else model, 0
     relay = Relay()
     units = _units(chosen, forms)
     waiting = [layer for unit in units for layer in unit]
@@ -168,6 +175,7 @@ def _with_dense(
     """The layers that are ``changed``, and those behind the first of them that may be refitted.
 
     These have a weight of their own, for which the samples hold rows enough, and a place for a bias.
+    Constants, which come before all layers, are not among them.
     """
     tensors, found = working.tensors(), list[Layer]()
 
@@ -184,7 +192,7 @@ def _with_dense(
     for layer in layers:
         if layer.output in changed or (found and may_be_refitted(layer)):
             found.append(layer)
-    return found
+    return [layer for layer in found if not layer.constant]
 
 
 def _output_metric(layer: Layer, read: Sequence[Reading], weight_of: WeightOf) -> Values | None:

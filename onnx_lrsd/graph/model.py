@@ -135,7 +135,9 @@ class Model:
     def _splice_tensors(self, working: WorkingGraph, proto: onnx.ModelProto) -> None:
         """Initializers, value_info and annotations: add what is new, drop what this edit orphaned."""
         before, after = self.proto.graph, proto.graph
-        used_before, used = _used(before), _used(after)
+        # A constant that nodes compute from now on keeps its name, and is no longer stored.
+        computed = {name for node in after.node for name in node.output}
+        used_before, used = _used(before), _used(after) - computed
         known = {tensor.name for tensor in before.initializer}
         known |= {tensor.values.name for tensor in before.sparse_initializer}
         # A default is part of the interface even when nothing reads it any more.

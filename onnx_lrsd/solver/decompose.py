@@ -364,6 +364,8 @@ def check_form(layer: Layer, form: Form) -> None:
     _check_storages(layer, form)
     if form.kind == DENSE:
         return
+    if layer.constant:
+        raise ValueError(f"{layer.name} is a constant, which has codes but no factors")
     groups = shared_groups(layer.kernel, form.kind)
     limit = min(layer.n * groups, layer.m // groups)
     if not 0 <= form.rank <= limit:

@@ -109,6 +109,8 @@ class Target:
 def price(layer: Layer, form: Form) -> Price:
     """What ``form`` costs for one sample of a layer whose positions and size are known.
 
+    A constant has neither MACs nor a bias.
+
     N:M is stored dense and its MACs are those of a dense weight: what an engine makes of its zeros is in
     the target's predicted time. Codes are decoded once, so that a form in codes has the MACs of the dense
     layer. A weight that several layers apply is paid for by the one that stores it; where something else
@@ -125,16 +127,15 @@ def price(layer: Layer, form: Form) -> Price:
 
 def _price_alone(layer: Layer, form: Form) -> Price:
     """What ``form`` costs where the layer alone reads its weight."""
-    dense = layer.n * layer.m * max(layer.positions, 1)
+    dense = 0 if layer.constant else layer.n * layer.m * max(layer.positions, 1)
     nodes = node_shapes(layer, form)
-    parameters = sum(out * inner for out, inner, _ in nodes) + layer.output_channels
+    biases = 0 if layer.constant else layer.output_channels
+    parameters = sum(out * inner for out, inner, _ in nodes) + biases
     if form.pattern.kind == UNSTRUCTURED:
         parameters += nonzeros(form.pattern, layer.n, layer.m, prod(layer.kernel)) - layer.n * layer.m
     if form.coded:
-        return Price(
-            dense, parameters, _coded_bytes(layer, form) + layer.output_channels * BYTES[layer.dtype]
-        )
-    macs = sum(out * inner * times for out, inner, times in nodes)
+        return Price(dense, parameters, _coded_bytes(layer, form) + biases * BYTES[layer.dtype])
+    macs = 0 if layer.constant else sum(out * inner * times for out, inner, times in nodes)
     total = parameters * BYTES[layer.dtype]
     if form.dense and layer.stored_bytes:
         total += layer.n * layer.m * (layer.stored_bytes - BYTES[layer.dtype])

@@ -49,6 +49,8 @@ OFFERED = 17
 """How many shares, from the first to the last of _KEPT, are offered."""
 GAP_BITS = 4.3
 """Of the distance to the next entry, with what bridges the long ones."""
+SAMPLED = 4096
+"""Rows of a constant that the errors of its storages are measured on."""
 MOST_WORK = 3e9
 """n m^2 up to which an S is tried: its search takes about forty products of that size."""
 FEWEST_OUTPUTS, WORK, WORK_BESIDE = 64, 1e9, 4e8
@@ -59,6 +61,8 @@ less."""
 
 def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) -> dict[Form, float]:
     """Relative output error of forms in codes, of the given kinds; ``weights`` names their one storage."""
+    if problem.layer.constant:
+        return _of_rows(problem, weights) if DENSE in kinds else {}
     found: dict[Form, float] = {}
     noises: dict[Form, float] = {}
     if DENSE in kinds:
@@ -102,6 +106,19 @@ def _dense(problem: Problem, weights: str | None) -> dict[Form, float]:
         else:
             found[_dense_form(n, storage)] = max(error(INT4), 0.0) * storage.noise / INT4.noise
     return found
+
+
+def _of_rows(problem: Problem, weights: str | None) -> dict[Form, float]:
+    """Of a constant, which has no inputs: the error of its rows, measured on SAMPLED of them at most."""
+    n = problem.layer.n
+    sampled = _some_rows(problem, min(n, SAMPLED))
+    offered = list(STORAGES) if weights is None else [weights]
+    return {
+        _dense_form(n, STORAGES[name]): sampled.error(
+            code_dense(sampled, _dense_form(sampled.layer.n, STORAGES[name])).weight
+        )
+        for name in offered
+    }
 
 
 def _dense_form(n: int, storage: Storage) -> Form:

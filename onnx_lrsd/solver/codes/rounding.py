@@ -19,6 +19,8 @@ _COLUMNS = 64
 """Columns whose errors are fed back one by one, before one product carries them to all later ones."""
 CLIPS = np.linspace(0.28, 1.0, 13)
 """Steps tried, as shares of the one that reaches the largest number."""
+_AT_ONCE, _TURNS = 1 << 18, 3
+"""Numbers rounded at a time, and rounds of codes and steps."""
 TINY = 1e-30
 
 
@@ -48,6 +50,30 @@ def nearest(weight: Array, steps: Array, levels: Array) -> Array:
     xp = namespace(weight)
     top = (levels - 1) / 2
     return xp.clip(xp.round(weight / steps + top), 0 * top, 2 * top) - top
+
+
+def round_rows(weight: Array, levels: int) -> tuple[Array, Array]:
+    """Centred codes (n, m) and steps (n, 1) of rows (n, m) of which nothing is known but their values.
+
+    Each row has the step of least squared error, found by turns with its codes from the best one of
+    ``steps_of``: Lloyd's method for levels equally far apart. A few rows at a time stay in the cache.
+    """
+    xp = namespace(weight)
+    rows = max(_AT_ONCE // weight.shape[1], 1)
+    codes, steps = [], []
+    for start in range(0, weight.shape[0], rows):
+        part = cast(weight[start : start + rows, :], xp.float32)
+        counts = xp.full_like(part[:, :1], float(levels))
+        step = steps_of(part, xp.ones_like(part[0, :]), counts)
+        for _ in range(_TURNS):
+            code = nearest(part, step, counts)
+            above = xp.sum(part * code, axis=1, keepdims=True)
+            below = xp.sum(xp.square(code), axis=1, keepdims=True)
+            best = above / xp.where(below > 0, below, xp.ones_like(below))
+            step = xp.where(best > 0, best, step)
+        codes.append(code)
+        steps.append(step)
+    return xp.concat(codes, axis=0), xp.concat(steps, axis=0)
 
 
 def round_columns(weight: Array, metric: Array, steps: Array, levels: Array) -> Array:
