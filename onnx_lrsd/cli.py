@@ -53,6 +53,7 @@ from onnx_lrsd.report import (
     report_table,
     report_to_json,
 )
+from onnx_lrsd.report.progress import BarProgress, PlainProgress
 from onnx_lrsd.run import DEFAULT_TARGET, TOP1, Options
 from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets import TARGETS
@@ -570,17 +571,23 @@ def _colour() -> bool:
 
 @contextlib.contextmanager
 def _progress(quiet: bool) -> Iterator[Progress | None]:
-    """A callback that draws one line on a terminal and wipes it at the end; None elsewhere."""
-    if quiet or not sys.stderr.isatty():
+    """A callback that draws one line on a terminal and wipes it at the end; plain lines elsewhere."""
+    if quiet:
         yield None
         return
-    console = Console(stderr=True)
-    with Bar(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
-    ) as bar:
-        task = bar.add_task("")
+    if not sys.stderr.isatty():
+        yield PlainProgress(_say)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", left="")
 
-        def show(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=stage, completed=done, total=total)
+        def draw(said: str, done: int, total: int, left: str) -> None:
+            bar.update(task, description=said, completed=done, total=total, left=left)
 
-        yield show
+        yield BarProgress(draw)

@@ -227,6 +227,11 @@ class Run:
         made = "built in" if self.machine is built_in() else "measured on this machine"
         return f"{made}: {self.machine.processor}, ONNX Runtime {self.machine.runtime}"
 
+    def announce(self, step: str) -> None:
+        """Tell who watches that this step of a search begins, which the stages after it belong to."""
+        if self.progress is not None:
+            self.progress(step, 0, 1)
+
     @property
     def metric(self) -> str | Score | None:
         """The score to keep; None where none is asked for."""

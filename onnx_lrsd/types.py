@@ -28,7 +28,7 @@ Rows: TypeAlias = npt.NDArray[np.float32]
 """Rows (count, m) of a layer's input, or (count, n) of its output: one row for each sampled position."""
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called as ``progress(stage, done, total)``."""
+"""Called as ``progress(stage, done, total)``; 0 of 1 is a step of a search, to which later stages belong."""
 
 Score: TypeAlias = Callable[..., float]
 """Called as ``score(outputs by name, labels)`` on all samples at once, with ``inputs`` by name as well where

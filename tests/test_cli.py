@@ -25,6 +25,7 @@ from onnx_lrsd import cli
 from onnx_lrsd.commands.doctor import Finding
 from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.facts import Promise, Report
+from onnx_lrsd.report.progress import PlainProgress
 from onnx_lrsd.runtime.timing import pair_latency
 from onnx_lrsd.types import Choice, Form, Plan, Price
 
@@ -185,9 +186,11 @@ def test_options_reach_the_api(fake: dict[str, Any], folder: Path) -> None:
         "target": None,  # the default
         "dry_run": False,
         "plan": None,
-        "progress": None,  # stderr is no terminal here
     }
     assert {key: fake[key] for key in wanted} == wanted
+    assert isinstance(fake["progress"], PlainProgress)  # stderr is no terminal here
+    run("optimize", folder / "model.onnx", "-q")
+    assert fake["progress"] is None
 
 
 def test_every_option_is_an_option_of_the_api() -> None:
@@ -298,7 +301,7 @@ def _heed_interrupts() -> None:
 
 def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     output = tmp_path / "out.onnx"
-    command = [sys.executable, "-m", "onnx_lrsd", "optimize", DIGITS, "--calib", CALIB, "-o", output]
+    command = [sys.executable, "-m", "onnx_lrsd", "optimize", DIGITS, "--calib", CALIB, "-o", output, "-q"]
     for seconds in (2, 8, 30):  # a busy machine may not have begun
         with subprocess.Popen(
             list(map(str, command)),

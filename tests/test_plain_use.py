@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -17,10 +18,13 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lrsd import cli
 from onnx_lrsd.measure.compare import Pace
+from onnx_lrsd.report.progress import BarProgress, PlainProgress
 
 Values = npt.NDArray[Any]
 CHANNELS, SIDE = 32, 12
@@ -148,6 +152,92 @@ def test_on_a_terminal_a_bar_is_drawn_and_wiped_unless_quiet(folder: Path, quiet
         assert re.search(r"\x1b\[2?K", after[: after.index("latency")]), (
             "the bar is wiped before the table comes"
         )
+
+
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seconds pass between any two reports of progress."""
+    ticks = itertools.count(step=2)
+    monkeypatch.setattr("onnx_lrsd.report.progress.monotonic", lambda: float(next(ticks)))
+
+
+LINE = re.compile(r"(.+?)(?: (\d+) %(?:, about \d+ (?:s|min) left)?)?")
+
+
+def test_without_a_terminal_stages_steps_and_time_left_are_plain_lines(
+    folder: Path, fast: None, slow_clock: None
+) -> None:
+    result = run("optimize", folder / "model.onnx", "--calib", folder / "calib.npz", "--int8")
+    assert result.exit_code == 0, result.stderr
+    head = result.stderr[: result.stderr.index("model.onnx")].splitlines()
+    stages = {match[1] for line in head if (match := LINE.fullmatch(line))}
+    assert {"calibrate", "curves", "sensitivity", "decompose", "int8", "verify"} <= stages
+    assert any(stage.startswith("fit 1 of at most 6: ") for stage in stages)
+    assert "verify 100 %" in head
+    quiet = run("optimize", folder / "model.onnx", "--calib", folder / "calib.npz", "--int8", "-q")
+    assert quiet.stderr == ""
+
+
+def test_a_stage_is_a_line_each_tenth_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, lines = [0.0], list[str]()
+    monkeypatch.setattr("onnx_lrsd.report.progress.monotonic", lambda: now[0])
+    progress = PlainProgress(lines.append)
+    for done in range(101):
+        now[0] += 0.5
+        progress("calibrate", done, 100)
+    percents = [int(line.split()[1]) for line in lines]
+    assert [percent // 10 for percent in percents] == list(range(11))
+    assert lines[3] == f"calibrate 30 %, about {70 * 0.5:.0f} s left" and lines[-1] == "calibrate 100 %"
+    now[0] += 3000
+    progress("verify", 1, 3)
+    now[0] += 600
+    progress("verify", 2, 3)
+    assert lines[-2:] == ["verify 33 %", "verify 66 %, about 10 min left"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["fit", "verify"]), st.integers(0, 5), st.integers(5, 8), st.floats(0, 3))
+    )
+)
+def test_no_two_lines_come_within_a_second(reports: list[tuple[str, int, int, float]]) -> None:
+    now, said = 0.0, [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnx_lrsd.report.progress.monotonic", lambda: now)
+        progress = PlainProgress(lambda line: said.append(now))
+        for stage, done, total, pause in reports:
+            now += pause
+            progress(stage, done, total)
+    assert all(later - earlier >= 1 for earlier, later in itertools.pairwise(said))
+
+
+def test_a_step_that_comes_too_soon_is_said_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, lines = [10.0], list[str]()
+    monkeypatch.setattr("onnx_lrsd.report.progress.monotonic", lambda: now[0])
+    progress = PlainProgress(lines.append)
+    progress("fit 2 of at most 6: 1.5 x", 0, 1)
+    progress("decompose", 1, 10)
+    assert not lines
+    now[0] += 1.5
+    progress("decompose", 2, 10)
+    now[0] += 1.5
+    progress("decompose", 3, 10)
+    assert lines == ["fit 2 of at most 6: 1.5 x", "decompose 30 %, about 10 s left"]
+
+
+def test_the_bar_has_the_step_the_stage_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, drawn = [0.0], list[tuple[str, int, int, str]]()
+    monkeypatch.setattr("onnx_lrsd.report.progress.monotonic", lambda: now[0])
+    progress = BarProgress(lambda *what: drawn.append(what))
+    progress("fit 2 of at most 6: 1.5 x", 0, 1)
+    progress("decompose", 1, 4)
+    now[0] += 3
+    progress("decompose", 2, 4)
+    assert drawn == [
+        ("fit 2 of at most 6: 1.5 x", 0, 1, ""),
+        ("fit 2 of at most 6: 1.5 x, decompose", 1, 4, ""),
+        ("fit 2 of at most 6: 1.5 x, decompose", 2, 4, "about 6 s left"),
+    ]
 
 
 def read_all(terminal: int) -> str:

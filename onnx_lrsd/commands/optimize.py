@@ -425,7 +425,7 @@ def _curves(
                 if len(curve.points) > 1 or curve.layer.output in inner
                 for layer in curve.layers
             ]
-            measured = time_layers(source, able, known.shapes, known.samples)
+            measured = time_layers(source, able, known.shapes, known.samples, progress=run.progress)
             curves, total = with_seconds(curves, measured), replace(total, seconds=measured.whole)
     with run.journal.clock("decompose"):
         return pair_curves(run, curves, narrower), total
@@ -482,6 +482,7 @@ def _deliver(
     """
     while True:
         fitted = fitter.fit(chosen)
+        run.announce("check of what was found")
         with run.journal.clock("verify"):
             steps = {step.step: step for step in (fitted, *fitted.alternatives())}
             measured = {

@@ -78,6 +78,8 @@ def quantise(
     def error(proto: onnx.ModelProto) -> float:
         return reference.movement(Model(proto))
 
+    if progress is not None:
+        progress("int8", 0, len(layers) + 1)
     ranged = ranged.some(RANGE_SAMPLES)
     ranges = _ranges(ready, ranged, averaged=False)
     whole = _quantised(ready, ranges, layers)
@@ -92,11 +94,11 @@ def quantise(
     for done, name in enumerate(layers):
         alone[name] = error(_quantised(ready, ranges, [name]))
         if progress is not None:
-            progress("int8", done + 1, len(layers))
+            progress("int8", done + 2, len(layers) + 1)
     work = _work(ready, samples.example())
     worst_first = sorted(layers, key=lambda name: -alone[name] / max(work[name], 1))
     best, lost, count = model, 0.0, len(layers)  # what stays in float so far: all of them
-    fewest = 1
+    fewest, tried, rounds = 1, 0, max(count - 1, 1).bit_length()
     while fewest < count:
         middle = (fewest + count) // 2
         proto = _quantised(ready, ranges, worst_first[middle:])
@@ -105,6 +107,9 @@ def quantise(
             best, lost, count = _finished(proto, model), found, middle
         else:
             fewest = middle + 1
+        tried += 1
+        if progress is not None:
+            progress("int8 mix", tried, rounds)
     left = {name: alone[name] for name in worst_first[:count]}
     return Quantised(best, len(layers) - count, left, lost, _without_kernel(ready))
 

@@ -109,7 +109,7 @@ def compare(
     pace = None
     if latency:
         models = (before.proto, before.folder), (after.proto, after.folder)
-        pace = _pace(*models, feed, threads, seconds, STARTS)
+        pace = _pace(*models, feed, threads, seconds, STARTS, progress)
     one, two = (
         replace(cost(model, size or model_bytes(model), feed, samples.size_of(feed)), latency_ms=ms)
         for model, size, ms in (
@@ -151,6 +151,7 @@ def _pace(
     threads: int | None,
     seconds: float,
     restarts: int = 1,
+    progress: Progress | None = None,
 ) -> Pace:
     """Time two models side by side.
 
@@ -171,6 +172,8 @@ def _pace(
             sessions[0], sessions[1], min_rounds=rounds, seconds=seconds / restarts, clock=clock
         )
         found.append(Pace(ratio, interval, old, new))
+        if progress is not None:
+            progress("timing", start + 1, restarts)
     if restarts > 1:
         ratios = [pace.ratio for pace in found]
         interval = min(ratios), max(ratios)

@@ -18,7 +18,7 @@ from onnx_lrsd.passes.isolate import isolate
 from onnx_lrsd.runtime.kernel_times import Kernel, kernels
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.runtime.timing import busy_clock
-from onnx_lrsd.types import Layer
+from onnx_lrsd.types import Layer, Progress
 
 SESSIONS, _RUNS, SECONDS = 3, 5, 0.5
 """Sessions that the whole is timed in, runs of each at least, and seconds after which there are no more."""
@@ -41,6 +41,8 @@ def time_layers(
     layers: Sequence[Layer],
     shapes: Mapping[str, tuple[int, ...]],
     samples: Samples,
+    *,
+    progress: Progress | None = None,
 ) -> LayerTimes:
     """Time the whole model and each of ``layers`` alone on one smallest batch; layers alike are timed once.
 
@@ -50,7 +52,7 @@ def time_layers(
     size = samples.size_of(feed)
     rng, known = np.random.default_rng(0), dict[object, float]()
     found = {}
-    for layer in layers:
+    for done, layer in enumerate(layers):
         shape = shapes[layer.input]
         key = (layer.unnamed, shape)
         if key not in known:
@@ -59,6 +61,8 @@ def time_layers(
             nodes = kernels(alone, values, folder=model.folder, runs=_RUNS)
             known[key] = unrecorded(node for node in nodes if node.op not in LAYOUT)
         found[layer.output] = known[key] / size
+        if progress is not None:
+            progress("time layers", done + 1, len(layers))
     whole = _whole(model, feed) / size
     fitting = min(1.0, whole / max(sum(found.values()), 1e-12))  # alone they can seem to take more than all
     return LayerTimes(whole, {name: seconds * fitting for name, seconds in found.items()})

@@ -138,6 +138,8 @@ class Planner:
                 self.source, layers, chosen, self.samples, WHOLE_SECONDS, rewritten_from=narrow
             )
             tried.append((got, chosen))
+            if self.run.progress is not None:
+                self.run.progress("trial of the whole", len(tried), ROUNDS)
             if SPARE <= got / ratio <= LAVISH:
                 break
             aim *= ratio * (SPARE + LAVISH) / 2 / got
@@ -189,7 +191,8 @@ class Planner:
         """
         run, options = self.run, self.run.options
         if options.ratio is not None:
-            return RatioSearch(options.ratio, self.for_ratio, partial(ratio_of, cost=run.cost)), check_on
+            reached = partial(ratio_of, cost=run.cost)
+            return RatioSearch(options.ratio, self.for_ratio, reached, run.announce), check_on
         hint = "" if options.int8 or not run.target.timed_here else ", or try --int8"
         one, other = search_and_confirm(check_on)
         if options.max_drop is not None:
@@ -201,7 +204,7 @@ class Planner:
                 drop_limit.searched(*halves)
                 return sum(found.error for found in halves) / len(halves)
 
-            return Search(run.target.first_ratio, self.for_ratio, error, drop_limit), check_on
+            return Search(run.target.first_ratio, self.for_ratio, error, drop_limit, run.announce), check_on
 
         if check_on.count < 2 * FEW:
             one = other = check_on
@@ -210,10 +213,12 @@ class Planner:
             return self._compared(fitter.fit(forms).model, one).error_bound
 
         error_limit = ErrorLimit(options.max_error or 0.0, hint)
-        return Search(run.target.first_ratio, self.for_ratio, bound, error_limit), other
+        return Search(run.target.first_ratio, self.for_ratio, bound, error_limit, run.announce), other
 
     def _compared(self, model: Model, samples: Samples) -> Verification:
-        return compare(self.source, model, samples, latency=False, metric=self.run.metric)
+        return compare(
+            self.source, model, samples, latency=False, metric=self.run.metric, progress=self.run.progress
+        )
 
     def frontier(self, ratios: Iterable[float]) -> list[Trial]:
         """What a plan for each of ``ratios`` (ascending) is predicted to lose, as far as the layers bear it.

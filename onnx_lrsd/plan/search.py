@@ -28,6 +28,12 @@ CORRECTIONS = 3
 
 Found = TypeVar("Found")
 Forms: TypeAlias = Mapping[str, Form]
+Announce: TypeAlias = Callable[[str], None]
+"""Tells who watches that a step begins."""
+
+
+def _silent(step: str) -> None:
+    """Nobody watches."""
 
 
 class Proposals(Protocol):
@@ -79,9 +85,14 @@ class RatioSearch:
     """
 
     def __init__(
-        self, ratio: float, make: Callable[[float], Forms], reached: Callable[[Verification], float]
+        self,
+        ratio: float,
+        make: Callable[[float], Forms],
+        reached: Callable[[Verification], float],
+        announce: Announce = _silent,
     ) -> None:
         self._ratio, self._make, self._reached = ratio, make, reached
+        self._announce = announce
         self._aim, self._left = ratio * HAIR, CORRECTIONS
         self._beyond: BudgetError | None = None
 
@@ -91,6 +102,7 @@ class RatioSearch:
         self._left -= 1
         if self._left < 0:
             return None
+        self._announce(f"fit {CORRECTIONS - self._left} of at most {CORRECTIONS}: {self._aim:.3g} x")
         for aim in (self._aim, self._ratio) if first else (self._aim,):
             try:
                 return self._make(aim)
@@ -139,9 +151,10 @@ class Search(Generic[Found]):
         make: Callable[[float], Found],
         error: Callable[[Found], float],
         limit: Limit,
+        announce: Announce = _silent,
     ) -> None:
         self._first, self._make, self._error = first, make, error
-        self._limit = limit
+        self._limit, self._announce = limit, announce
         self._tried: list[tuple[float, float, Found]] = []  # ratio, output error, what was made
         self._beyond = self._refused = inf  # the least ratio out of reach, and the least that was refused
         self._proposed = inf, inf
@@ -152,9 +165,11 @@ class Search(Generic[Found]):
         """What was made for the largest ratio within the limit, of those below what was refused."""
         if not self._rounds:
             return None
-        for _ in range(self._rounds.pop(0)):
+        fits = self._rounds.pop(0)
+        for number in range(1, fits + 1):
             if (ratio := self._next_ratio()) is None:
                 break
+            self._announce(f"fit {number} of at most {fits}: {ratio:.3g} x")
             try:
                 made = self._make(ratio)
             except BudgetError as nearest:
