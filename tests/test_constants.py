@@ -351,6 +351,14 @@ def test_constants_are_planned_with_the_layers_replayed_and_unpacked() -> None:
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
 
 
+def test_a_row_for_many_tells_all_their_storages() -> None:
+    found = onnx_lrsd.optimize(models()["tied"].proto, target="size", ratio=2)
+    (row,) = [row for row in found.report.layers if row.weights]
+    storages = ("uint8", "int4", "uint8", "int4", "uint8")
+    rows = tuple(replace(row, name=f"table {i}", weights={name: 300}) for i, name in enumerate(storages))
+    assert "uint8, int4 " in report_table(replace(found.report, layers=rows))
+
+
 def test_a_model_without_any_layer_gets_smaller_too() -> None:
     model = models()["GRU"]
     x = np.random.default_rng(3).standard_normal((8, 50, WIDTH)).astype(np.float32)

@@ -440,14 +440,17 @@ def _range(sorted_texts: Sequence[str]) -> str:
 
 
 def _forms(group: Sequence[LayerReport]) -> str:
-    """The form of all, or the kinds there are with the ranges of their ranks."""
+    """The form of all, or the kinds there are with the ranges of their ranks; of dense codes the storages."""
     forms = {*map(_form, group)}
     if len(forms) == 1:
         return forms.pop()
     said = []
     for kind in dict.fromkeys(layer.form for layer in group):
-        ranks = sorted(layer.rank for layer in group if layer.form == kind)
-        said.append(f"{kind} {_range([str(rank) for rank in ranks])}")
+        own = [layer for layer in group if layer.form == kind]
+        if any(layer.rank for layer in own):
+            said.append(f"{kind} {_range([str(rank) for rank in sorted(layer.rank for layer in own)])}")
+        else:
+            said += [name for name in STORAGES if any(name in layer.weights for layer in own)] or [kind]
     sparse = " + S" if any(layer.nonzeros for layer in group) else ""
     return ", ".join(said[:FORMS_SHOWN]) + (", ..." if len(said) > FORMS_SHOWN else "") + sparse
 
