@@ -386,6 +386,21 @@ def test_many_equal_layers_share_a_row_unless_each_is_asked_for() -> None:
     assert all(layer.name in few for layer in equal[:3]) and "-v lists each" not in few
 
 
+def test_forms_without_a_rank_share_a_row_by_their_storage_or_width() -> None:
+    dense = replace(SPLIT, form="dense", rank=0)
+    stored = [
+        replace(dense, name=f"conv{k}", weights={name: 64}) for k, name in enumerate(["int4", "int6"] * 2)
+    ]
+    (row,) = [
+        line
+        for line in report_table(replace(REPORT, layers=tuple(stored))).splitlines()
+        if "4 x 64x64" in line
+    ]
+    assert " int6, int4 " in row and "dense" not in row
+    narrow = [replace(dense, name=f"conv{k}", gives=(16 + k, 64)) for k in range(4)]
+    assert " width 16 to 19 " in report_table(replace(REPORT, layers=tuple(narrow)))
+
+
 def test_one_and_many_agree_with_their_words() -> None:
     one = Inspection((), (Declined("gate", "MatMul", "inside If"),), Price(1000, 12, 48))
     assert "\n1 node left as it is:" in inspection_table(one, "net.onnx")

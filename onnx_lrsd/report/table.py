@@ -440,19 +440,29 @@ def _range(sorted_texts: Sequence[str]) -> str:
 
 
 def _forms(group: Sequence[LayerReport]) -> str:
-    """The form of all, or the kinds there are with the ranges of their ranks; of dense codes the storages."""
+    """The form of all, or the kinds with the ranges of their ranks or widths; of dense codes the storages."""
     forms = {*map(_form, group)}
     if len(forms) == 1:
         return forms.pop()
+    counts = defaultdict[str, list[int]](list)
+    for layer in group:
+        kind, count = _kind(layer)
+        counts[kind].append(count)
     said = []
-    for kind in dict.fromkeys(layer.form for layer in group):
-        own = [layer for layer in group if layer.form == kind]
-        if any(layer.rank for layer in own):
-            said.append(f"{kind} {_range([str(rank) for rank in sorted(layer.rank for layer in own)])}")
+    for kind, found in counts.items():
+        if any(found):
+            said.append(f"{kind} {_range([str(count) for count in sorted(found)])}")
         else:
+            own = [layer for layer in group if _kind(layer) == (kind, 0)]
             said += [name for name in STORAGES if any(name in layer.weights for layer in own)] or [kind]
     sparse = " + S" if any(layer.nonzeros for layer in group) else ""
     return ", ".join(said[:FORMS_SHOWN]) + (", ..." if len(said) > FORMS_SHOWN else "") + sparse
+
+
+def _kind(layer: LayerReport) -> tuple[str, int]:
+    """The kind of a form, and the rank or width that says how small it is; 0 where neither does."""
+    kept = layer.gives or layer.reads
+    return (layer.form, layer.rank) if layer.rank or kept is None else ("width", kept[0])
 
 
 def _form(layer: LayerReport) -> str:
