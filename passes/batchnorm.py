@@ -15,7 +15,7 @@ from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.constants import constant_bias, overridable
 from onnx_lrsd.passes.nodes import is_op
 
-Matrix = npt.NDArray[np.float64]
+_Matrix = npt.NDArray[np.float64]
 
 
 def foldable_batchnorm(node: gs.Node, working: WorkingGraph) -> gs.Node | None:
@@ -34,7 +34,7 @@ def foldable_batchnorm(node: gs.Node, working: WorkingGraph) -> gs.Node | None:
     return norm
 
 
-def fold(last: gs.Node, weight: Matrix, bias: Matrix) -> tuple[Matrix, Matrix]:
+def fold(last: gs.Node, weight: _Matrix, bias: _Matrix) -> tuple[_Matrix, _Matrix]:
     """``weight`` (channels, m) and ``bias`` (channels,) with ``last`` folded in, if it is a normalisation."""
     if is_op(last, "BatchNormalization"):
         scale, shift = _scale_and_shift(last)
@@ -42,7 +42,7 @@ def fold(last: gs.Node, weight: Matrix, bias: Matrix) -> tuple[Matrix, Matrix]:
     return np.ascontiguousarray(weight), np.array(bias, dtype=np.float64)
 
 
-def _scale_and_shift(norm: gs.Node) -> tuple[Matrix, Matrix]:
+def _scale_and_shift(norm: gs.Node) -> tuple[_Matrix, _Matrix]:
     """g and h (channels,), float64, such that the normalisation is g y + h."""
     gamma, beta, mean, variance = (np.asarray(constant_bias(t), dtype=np.float64) for t in norm.inputs[1:])
     scale = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))

@@ -12,7 +12,7 @@ from onnx_lrsd.passes.find_layers import RECURRENT, WEIGHTED
 from onnx_lrsd.passes.nodes import is_op
 from onnx_lrsd.types import Layer
 
-MUCH = 0.25
+_MUCH = 0.25
 """Share of the bytes outside all layers from which it is said where they are."""
 
 
@@ -35,7 +35,7 @@ def bytes_outside(working: WorkingGraph, layers: Sequence[Layer]) -> str:
             sums[kind] = sums.get(kind, 0) + size
             largest[kind] = max(largest.get(kind, (0, "")), (size, tensor.name))
     total = sum(sums.values())
-    if total <= MUCH * whole:
+    if total <= _MUCH * whole:
         return ""
     shares = sorted(sums.items(), key=lambda entry: -entry[1])
     said = [

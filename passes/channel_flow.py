@@ -19,7 +19,7 @@ from onnx_lrsd.passes.constants import constant_value, overridable
 from onnx_lrsd.passes.nodes import DOMAIN, domain_of, is_op, label
 
 Owner: TypeAlias = npt.NDArray[np.int64]
-Shapes: TypeAlias = Mapping[str, Sequence[int | str | None]]
+OpenShapes: TypeAlias = Mapping[str, Sequence[int | str | None]]
 
 UNARY = {
     *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cast", "Ceil", "Celu", "Cos", "Cosh", "Elu"),
@@ -58,7 +58,7 @@ class Place(NamedTuple):
     given: int | str
 
 
-class Part(NamedTuple):
+class ConstantPart(NamedTuple):
     """A constant of which ``owner`` says along ``axis`` whose each position is."""
 
     place: Place
@@ -80,9 +80,9 @@ class Flow:
 
     opset: int
     overridable: frozenset[str]
-    shapes: Shapes
+    shapes: OpenShapes
     carried: dict[str, Carried] = field(default_factory=dict)
-    parts: list[Part] = field(default_factory=list)
+    parts: list[ConstantPart] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
     ties: list[tuple[int, int]] = field(default_factory=list)
     """Channels that stay or go together."""
@@ -98,7 +98,7 @@ class Flow:
         if overridable(node.inputs[index], self.overridable):
             return f"{node.op} {label(node)} reads a constant that a caller may override"
         if (owner >= 0).any():
-            self.parts.append(Part(Place(node.outputs[0].name, index), axis, owner))
+            self.parts.append(ConstantPart(Place(node.outputs[0].name, index), axis, owner))
         return ""
 
     def count(self, node: gs.Node, given: int | str, index: int | None, owner: Owner) -> None:

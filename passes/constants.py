@@ -86,7 +86,7 @@ def stored_tensor(tensor: gs.Tensor) -> gs.Tensor:
     return tensor
 
 
-def stored_bytes(tensor: gs.Tensor) -> int:
+def stored_itemsize(tensor: gs.Tensor) -> int:
     """Bytes that each number of the constant ``tensor`` takes where it is stored, before any Cast."""
     value = constant_value(stored_tensor(tensor))
     assert value is not None

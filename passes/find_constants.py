@@ -35,7 +35,7 @@ READERS: Mapping[str, tuple[int, ...]] = {
 """Nodes and those of their inputs that may be read out of codes: values enter linearly, one by one."""
 FEWEST = 4096
 """Numbers of a constant from which the nodes that decode it are worth their bytes."""
-LARGEST = 65504.0
+_LARGEST = 65504.0
 """The largest number of fp16. Beyond it lie masks, whose size has no meaning."""
 SHARED = "its weight is read by other nodes too, and stored once as the constant {}"
 
@@ -124,7 +124,7 @@ def _read(tensor: gs.Tensor, readers: Iterable[gs.Node], working: WorkingGraph) 
         return None
     if sum(size > 1 for size in value.shape) < 2 or overridable(tensor, working.overridable):
         return None
-    if not np.abs(value.astype(np.float32)).max() <= LARGEST:
+    if not np.abs(value.astype(np.float32)).max() <= _LARGEST:
         return None
     convolution = any(is_op(node, "Conv", "ConvTranspose") for node in nodes)
     n = value.shape[0] if convolution else prod(value.shape[:-1])

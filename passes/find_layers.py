@@ -15,7 +15,7 @@ from onnx_lrsd.passes.constants import (
     derived,
     overridable,
     quantised,
-    stored_bytes,
+    stored_itemsize,
 )
 from onnx_lrsd.passes.nodes import DOMAIN, domain_of, is_op, label
 from onnx_lrsd.passes.operators import OPERATORS, operator_at, operator_of
@@ -148,7 +148,7 @@ def _read(node: gs.Node, operator: Operator, working: WorkingGraph) -> Layer | s
         return found
     if min(found.n, found.m) < SMALLEST:
         return "too small to gain"
-    size = stored_bytes(tensor)
+    size = stored_itemsize(tensor)
     return found if size == value.itemsize else replace(found, stored_bytes=size)
 
 

@@ -17,10 +17,10 @@ MOVING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 BY_CONSTANT = ("Add", "Sub", "Mul", "Div")
 """Nodes that keep channels apart where one of their two operands is a constant."""
 
-Shapes = Mapping[str, tuple[int, ...]]
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Part(NamedTuple):
+class _Part(NamedTuple):
     """One operand of a Concat; ``activation`` is Sigmoid or Softmax where it holds probabilities, else ''."""
 
     tensor: str
@@ -42,7 +42,7 @@ class Ending(NamedTuple):
     """
 
     output: str
-    parts: tuple[Part, ...]
+    parts: tuple[_Part, ...]
     axis: int
     path: tuple[onnx.NodeProto, ...]
 
@@ -53,7 +53,7 @@ class Ending(NamedTuple):
             return ()
         return (*(part.tensor for part in self.parts), *(node.output[0] for node in self.path))
 
-    def slices(self, shapes: Shapes) -> Slices | None:
+    def slices(self, shapes: _Shapes) -> Slices | None:
         """Where the parts lie in the output; None where they do not stay apart, or differ by sample."""
         if not self.path:
             return None
@@ -86,7 +86,7 @@ def _ending(output: str, makers: Mapping[str, onnx.NodeProto], constants: set[st
     while (node := makers.get(tensor)) is not None and node.domain in ("", "ai.onnx"):
         if node.op_type == "Concat":
             parts = (
-                Part(name, "" if scaled else activation or _activation(name, makers)) for name in node.input
+                _Part(name, "" if scaled else activation or _activation(name, makers)) for name in node.input
             )
             axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
             return Ending(output, tuple(parts), axis, (node, *reversed(path)))
@@ -98,7 +98,7 @@ def _ending(output: str, makers: Mapping[str, onnx.NodeProto], constants: set[st
         scaled = scaled or node.op_type in (*BY_CONSTANT, "Relu")
         path.append(node)
         tensor = following
-    return Ending(output, (Part(output, activation),), 0, ())
+    return Ending(output, (_Part(output, activation),), 0, ())
 
 
 def _operand(node: onnx.NodeProto, constants: set[str]) -> str | None:

@@ -17,7 +17,16 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
-from onnx_lrsd.passes.channel_flow import Carried, Count, Flow, Owner, Part, Place, Shapes, hand_on
+from onnx_lrsd.passes.channel_flow import (
+    Carried,
+    ConstantPart,
+    Count,
+    Flow,
+    OpenShapes,
+    Owner,
+    Place,
+    hand_on,
+)
 from onnx_lrsd.passes.constants import constant_value, overridable, stored_tensor
 from onnx_lrsd.passes.find_layers import producer
 from onnx_lrsd.passes.nodes import label
@@ -52,7 +61,7 @@ class Pair:
     channels: int
     producers: tuple[End, ...]
     consumers: tuple[End, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[ConstantPart, ...]
     counts: tuple[Count, ...]
     carried: Mapping[str, Carried]
 
@@ -82,7 +91,7 @@ class _Sides(NamedTuple):
 
 
 def find_pairs(
-    working: WorkingGraph, layers: Sequence[Layer], shapes: Shapes
+    working: WorkingGraph, layers: Sequence[Layer], shapes: OpenShapes
 ) -> tuple[tuple[Pair, ...], tuple[Declined, ...]]:
     """Every pair of the main graph in graph order, and the layers whose channels must stay, with the reason.
 

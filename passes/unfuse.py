@@ -17,7 +17,7 @@ from onnx_lrsd.passes.constants import constant_value
 from onnx_lrsd.passes.nodes import DOMAIN, domain_of
 from onnx_lrsd.passes.products import CONTRIB
 
-PLAIN = "/lrsd/plain"
+_PLAIN = "/lrsd/plain"
 """What is added to the name of a tensor that the plain operators have and the fused one had not."""
 ACTIVATIONS = {
     "Relu": (),
@@ -27,7 +27,7 @@ ACTIVATIONS = {
     "HardSigmoid": ("alpha", "beta"),
 }
 """Activations with the attributes that follow from ``activation_params``, in order."""
-NAMED = ("Conv", "Gemm", "MatMul")
+_NAMED = ("Conv", "Gemm", "MatMul")
 """The plain operator that has the name of the fused one."""
 CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 GEMM = ("alpha", "beta", "transA", "transB")
@@ -58,15 +58,15 @@ class _Plain:
         self._taken = set(working.tensors())
 
     def add(self, op: str, inputs: list[gs.Tensor], attributes: dict[str, Any]) -> gs.Tensor:
-        output = gs.Variable(self._free(f"{self._node.outputs[0].name}{PLAIN}"))
-        name = self._node.name if op in NAMED else ""
+        output = gs.Variable(self._free(f"{self._node.outputs[0].name}{_PLAIN}"))
+        name = self._node.name if op in _NAMED else ""
         self._nodes.append(gs.Node(op, name, attributes, inputs, [output]))
         return output
 
     def constant(self, value: float, like: gs.Tensor) -> gs.Constant:
         known = constant_value(like)
         dtype = np.dtype(np.float32) if known is None else known.dtype
-        return gs.Constant(self._free(f"{self._node.outputs[0].name}{PLAIN}"), np.array(value, dtype))
+        return gs.Constant(self._free(f"{self._node.outputs[0].name}{_PLAIN}"), np.array(value, dtype))
 
     def _free(self, base: str) -> str:
         name, count = base, 1

@@ -42,7 +42,7 @@ SHORTEST, LONG = 1e-7, 2e-5
 """Seconds. Shorter work is rounded up to SHORTEST; from LONG on the time of recording hardly counts."""
 _BLOCKS = (16, 8, 4)
 """Blocks that outputs may be padded to, the largest first."""
-SAME = 0.9
+_SAME = 0.9
 """Outputs are padded to a block if half a block takes at least this share of the time of a whole one."""
 Measured = dict[str, float]
 """Seconds by name of a node."""
@@ -182,7 +182,7 @@ def _block() -> int:
 
     def padded(block: int) -> bool:
         half, full = (best[_name(SQUARE, out, channels, side * side)] for out in (block // 2, block))
-        return bool(half >= SAME * full)
+        return bool(half >= _SAME * full)
 
     return next((block for block in _BLOCKS if padded(block)), _BLOCKS[-1])
 

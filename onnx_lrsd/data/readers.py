@@ -27,8 +27,8 @@ from onnx_lrsd.types import Values
 from onnx_lrsd.wording import counted
 
 RawFeed: TypeAlias = Mapping[str, Any]
-Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
-Needed: TypeAlias = Callable[[Shapes], Mapping[str, int]]
+ShapesByInput: TypeAlias = Mapping[str, tuple[int, ...]]
+Needed: TypeAlias = Callable[[ShapesByInput], Mapping[str, int]]
 """From the shapes of the arrays of one feed to how many entries of their first axis are needed, at least.
 
 Arrays that it does not name are needed whole.
@@ -43,7 +43,7 @@ POSITIONAL = re.compile(r"arr_(?P<index>\d+)")
 """How numpy.savez names arrays that came without a name."""
 MAPPED_BYTES = 64 << 20
 """From this size on an array stays in its file and is read as it is needed."""
-PIECE = 16 << 20
+_PIECE = 16 << 20
 """Bytes that are unpacked at a time."""
 DAMAGE = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What NumPy and zipfile raise on a file that is not as it should be."""
@@ -222,7 +222,7 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: i
             stream.seek(0)
             array: Values = npy.read_array(stream, allow_pickle=False)
             return array[:most] if most is not None else array
-        while stream.read(PIECE):  # to its end, where zipfile compares the checksum
+        while stream.read(_PIECE):  # to its end, where zipfile compares the checksum
             pass
     with path.open("rb") as file:
         file.seek(info.header_offset + 26)
@@ -238,7 +238,7 @@ def _unpacked(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -
     room = array.reshape(-1).view(np.uint8)
     filled = 0
     while filled < len(room):
-        piece = stream.read(min(PIECE, len(room) - filled))
+        piece = stream.read(min(_PIECE, len(room) - filled))
         if not piece:
             raise EOFError("the array ends early")
         room[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)

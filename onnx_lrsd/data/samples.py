@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_lrsd.data.input_layout import Slot, check_values, input_layout_of
-from onnx_lrsd.data.readers import LABELS, UNNAMED, RawFeed, Shapes, read_feeds
+from onnx_lrsd.data.readers import LABELS, UNNAMED, RawFeed, ShapesByInput, read_feeds
 from onnx_lrsd.errors import DataError, LrsdError
 from onnx_lrsd.types import Feed, InputSpec, Values
 from onnx_lrsd.wording import counted
@@ -249,7 +249,7 @@ def read_samples(source: Any, inputs: Sequence[InputSpec], *, limit: int | None 
         return source if limit is None else source.some(limit)
     gathered = _Gathered(inputs)
 
-    def needed(shapes: Shapes) -> Mapping[str, int]:
+    def needed(shapes: ShapesByInput) -> Mapping[str, int]:
         return {} if limit is None else gathered.needed(shapes, limit)
 
     gathered.source, stream = read_feeds(source, [spec.name for spec in inputs], needed)
@@ -318,7 +318,7 @@ class _Gathered:
         self.notes: list[str] = []
         self.count = 0
 
-    def needed(self, shapes: Shapes, limit: int) -> dict[str, int]:
+    def needed(self, shapes: ShapesByInput, limit: int) -> dict[str, int]:
         """How many entries of the first axis hold the first ``limit`` samples, for arrays of these shapes.
 
         Labels that several samples share are cut where those end. Empty where not all can be cut alike.

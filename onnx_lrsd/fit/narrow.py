@@ -23,7 +23,7 @@ from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.solver.width import Widths, fit_width, widths
 from onnx_lrsd.types import DENSE, WIDTH, Factors, Form, Layer, Moments
 
-Positions = npt.NDArray[np.int64]
+_Positions = npt.NDArray[np.int64]
 
 MOST_LAYERS = 6
 """Layers that a pair has, at most: a stream that a whole network adds to is none."""
@@ -121,7 +121,7 @@ class Narrower:
             if form.kind == WIDTH
         ]
 
-    def left(self, layer: Layer, widths: Mapping[str, int]) -> tuple[Positions, Positions]:
+    def left(self, layer: Layer, widths: Mapping[str, int]) -> tuple[_Positions, _Positions]:
         """The rows and columns of W that ``layer`` keeps where pairs have these widths."""
         found = _Left.of(layer, self._cuts({key: Form(WIDTH, width) for key, width in widths.items()}))
         return found.outputs, found.inputs
@@ -154,8 +154,8 @@ class Narrower:
 class _Left:
     """The rows ``outputs`` and the columns ``inputs`` of W that a layer keeps, ascending."""
 
-    outputs: Positions
-    inputs: Positions
+    outputs: _Positions
+    inputs: _Positions
 
     @staticmethod
     def of(layer: Layer, cuts: Sequence[tuple[Pair, Sequence[int]]]) -> _Left:
@@ -199,14 +199,14 @@ class _Left:
         return replace(factors, form=Form(DENSE), sparse=sparse, bias=bias, channels=tuple(range(channels)))
 
 
-def columns(layer: Layer, end: End) -> Positions:
+def columns(layer: Layer, end: End) -> _Positions:
     """The columns (channels, k) of W that read each channel of a pair."""
     taps = prod(layer.kernel)
     wide = end.positions[:, :, None] * taps + np.arange(taps)
     return wide.reshape(len(end.positions), -1)
 
 
-def rows(layer: Layer, end: End) -> Positions:
+def rows(layer: Layer, end: End) -> _Positions:
     """The rows (channels, k) of W that give each channel of a pair."""
     each = layer.rows_per_bias
     wide = end.positions[:, :, None] * each + np.arange(each)

@@ -36,7 +36,7 @@ _FEWEST, _MOST_SAMPLES = 8, 32
 """Samples that are run once for every layer: enough to know a sensitivity within a fourth or so."""
 _RUNS = 2
 """Inferences for each calibration sample, unless that leaves fewer than _FEWEST for a layer."""
-LEAST, MOST = 1e-4, 1e5
+_LEAST, MOST = 1e-4, 1e5
 """Bounds of a sensitivity in units of the median: beyond them lie noise and outputs that are not finite.
 
 In transformers a few tokens carry nearly all energy of some layers, whose relative errors then count
@@ -93,7 +93,7 @@ def sensitivities(
             if error > 0 and moved > 0:
                 found[key] = moved / error
     middle = float(np.median(list(found.values()))) if found else 0.0
-    return {name: min(max(value, LEAST * middle), MOST * middle) for name, value in found.items()}
+    return {name: min(max(value, _LEAST * middle), MOST * middle) for name, value in found.items()}
 
 
 def _probe(layer: Layer, form: Form | None, moments: Moments | None) -> Form | None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import onnx
 
-Shape = tuple[int | str | None, ...]
+OpenShape = tuple[int | str | None, ...]
 
 
-def inferred_shapes(proto: onnx.ModelProto) -> Mapping[str, Shape]:
+def inferred_shapes(proto: onnx.ModelProto) -> Mapping[str, OpenShape]:
     """Shapes of the tensors of the main graph that ONNX can infer, symbols for sizes that are open."""
     graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     return {

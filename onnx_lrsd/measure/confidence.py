@@ -8,13 +8,13 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-Values = npt.NDArray[np.float64]
+_Floats = npt.NDArray[np.float64]
 
 TAIL = 0.025
 """Probability that the truth is above the interval, and below it."""
 RESAMPLES, MOST_UNITS = 1000, 256
 """Resamples, and units that they are drawn from: more samples are put together in as many."""
-FEWEST = 8
+_FEWEST = 8
 """Units below which resamples say little: what is known of other models decides alone."""
 SUPPOSED, DEVIATION = 4, 1.0
 """What is known before any sample is seen counts as much as this many, whose errors deviate by their mean."""
@@ -24,7 +24,7 @@ FLOOR = 0.2
 """Least deviation of a resample, as a share of that of the samples: some draw one sample over and over."""
 
 
-def ratio_interval(above: Values, below: Values) -> tuple[float, float]:
+def ratio_interval(above: _Floats, below: _Floats) -> tuple[float, float]:
     """The 95 % interval of sum(above) / sum(below) over other samples; both (samples,), not negative.
 
     Errors of samples have a long tail, so the mean of a few is mostly too small. The interval is that of
@@ -45,7 +45,7 @@ def ratio_interval(above: Values, below: Values) -> tuple[float, float]:
     variance = (SUPPOSED * DEVIATION**2 + (count - 1) * count * deviation**2) / degrees / count
     half = student(degrees) * sqrt(variance)
     down, up = half, half
-    if count >= FEWEST and deviation > 0:
+    if count >= _FEWEST and deviation > 0:
         drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
         tops, bottoms = above[drawn], np.maximum(below[drawn], whole / count * 1e-9)
         ratios = np.maximum(tops.sum(axis=1), total / (2 * count)) / bottoms.sum(axis=1)
@@ -72,16 +72,16 @@ def student(degrees: int) -> float:
     return z + float(np.sum(np.array(terms) / powers))
 
 
-def _deviation(above: Values, below: Values) -> Values:
+def _deviation(above: _Floats, below: _Floats) -> _Floats:
     """Standard deviation of log(sum / sum) of each row of (resamples, samples), by linearisation."""
     count = above.shape[1]
     tops = np.maximum(above.sum(axis=1, keepdims=True), np.finfo(float).tiny)
     parts = above / tops - below / below.sum(axis=1, keepdims=True)
-    found: Values = np.sqrt((parts**2).sum(axis=1) * count / max(count - 1, 1))
+    found: _Floats = np.sqrt((parts**2).sum(axis=1) * count / max(count - 1, 1))
     return found
 
 
-def _units(values: Values) -> Values:
+def _units(values: _Floats) -> _Floats:
     """``values`` as they are, or put together at random in MOST_UNITS sums."""
     if len(values) <= MOST_UNITS:
         return values

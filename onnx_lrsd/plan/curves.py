@@ -12,7 +12,7 @@ from onnx_lrsd.fit.shared import pose_shared
 from onnx_lrsd.measure.layer_times import LayerTimes
 from onnx_lrsd.passes.shared_weights import groups
 from onnx_lrsd.plan.promise import STORED
-from onnx_lrsd.plan.units import Curves, PairCurve, Widths
+from onnx_lrsd.plan.units import Curves, KeptOf, PairCurve
 from onnx_lrsd.run import NO_FORM, NO_STORAGE, Run
 from onnx_lrsd.solver.width import narrowed
 from onnx_lrsd.targets import Target, price
@@ -72,7 +72,7 @@ def pair_curves(run: Run, curves: Sequence[ErrorCurve], narrower: Narrower | Non
     if narrower is None:
         return Curves(tuple(curves))
     pairs = {key: _pair_curve(key, inner) for key, inner in narrower.inner.items()}
-    narrow: dict[tuple[str, Widths], tuple[Point, ...]] = {}
+    narrow: dict[tuple[str, KeptOf], tuple[Point, ...]] = {}
     for done, curve in enumerate(curves):
         narrow |= _narrow_points(run, curve, pairs, narrower)
         if run.progress is not None:
@@ -103,7 +103,7 @@ def widths_to_try(inner: Inner) -> list[int]:
 
 def _narrow_points(
     run: Run, curve: ErrorCurve, pairs: Mapping[str, PairCurve], narrower: Narrower
-) -> dict[tuple[str, Widths], tuple[Point, ...]]:
+) -> dict[tuple[str, KeptOf], tuple[Point, ...]]:
     """The points of one layer for all widths on either side: dense, and with factors at a few of them."""
     layer, output = curve.layer, curve.layer.output
     giving = next((pair for pair in pairs.values() if output in pair.producers), None)
@@ -116,7 +116,7 @@ def _narrow_points(
     kinds = run.options.forms or KINDS
     whole = curve.points[0]
     rate = None if whole.price.seconds is None or not whole.time else whole.price.seconds / whole.time
-    found: dict[tuple[str, Widths], tuple[Point, ...]] = {}
+    found: dict[tuple[str, KeptOf], tuple[Point, ...]] = {}
     for widths in product(given, read):
         if not any(widths):
             continue

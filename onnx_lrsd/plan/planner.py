@@ -28,7 +28,7 @@ from onnx_lrsd.types import COSTS, DENSE, N_OF_M, UNSTRUCTURED, WIDTH, ErrorCurv
 
 MUCH_CHEAPER = 0.75
 """Share of a slow form's MACs below which another of its kind may still be fast."""
-ROUNDS = 6
+_ROUNDS = 6
 """Allocations at most, each without the forms that the one before found to be no faster."""
 MODERATE = 0.03
 """Relative error of a layer at which its sensitivity is measured first."""
@@ -124,7 +124,7 @@ class Planner:
     def _for_latency(self, ratio: float) -> Forms:
         """Predictions allocate, measurement decides: the aim is corrected until the whole model meets it."""
         aim, tried = ratio * SPARE, list[tuple[float, Forms]]()
-        for _ in range(ROUNDS):
+        for _ in range(_ROUNDS):
             try:
                 chosen = self._planned(aim)
             except BudgetError:
@@ -139,7 +139,7 @@ class Planner:
             )
             tried.append((got, chosen))
             if self.run.progress is not None:
-                self.run.progress("trial of the whole", len(tried), ROUNDS)
+                self.run.progress("trial of the whole", len(tried), _ROUNDS)
             if SPARE <= got / ratio <= LAVISH:
                 break
             aim *= ratio * (SPARE + LAVISH) / 2 / got
@@ -148,7 +148,7 @@ class Planner:
         return found[1]
 
     def _planned(self, ratio: float) -> Forms:
-        for _ in range(ROUNDS):
+        for _ in range(_ROUNDS):
             points = self._allocate(ratio)
             chosen = {name: point.form for name, point in points.items() if not point.form.dense}
             slow = self._drop_slow(chosen)

@@ -16,14 +16,14 @@ from onnx_lrsd.wording import counted
 
 MUCH = 0.1
 """Output error from which a result that only met its ratio carries a warning."""
-NEAR = 0.97
+_NEAR = 0.97
 """Share of a ratio from which another fit, aimed higher, is expected to meet it."""
 LARGER = "is larger as a whole"
 STORED = ("bytes", "parameters")
 """Costs for which a larger file is no gain; where MACs or time were asked it is a warning."""
 PAYS = 0.25
 """Of the time that fewer MACs should save, what a result with much error must save at least."""
-ROUNDING = 1e-9
+_ROUNDING = 1e-9
 """What differences and ratios of floats are off by: a promise is kept exactly but for that."""
 
 
@@ -94,7 +94,7 @@ def judge(
     if promise is None or promise.kept:
         return outcome
     if promise.kind == "ratio":
-        near = best == fitted and promise.got >= NEAR * promise.asked
+        near = best == fitted and promise.got >= _NEAR * promise.asked
         return replace(outcome, refused=near, last_resort=best)
     return replace(outcome, refused=True, refusal=_refusal(promise, found))
 
@@ -116,14 +116,14 @@ def promised(found: Verification | None, options: Options, cost: str) -> Promise
     gained = found is not None
     if options.ratio is not None:
         got = 1.0 if found is None else ratio_of(found, cost)
-        return Promise("ratio", options.ratio, got, got >= options.ratio * (1 - ROUNDING), gained)
+        return Promise("ratio", options.ratio, got, got >= options.ratio * (1 - _ROUNDING), gained)
     if options.max_drop is not None:
         got, sure = 0.0, None
         if found is not None and found.metric is not None:
             got = 100 * (found.metric.before - found.metric.after)
             low, high = found.metric.interval
             sure = _confidence(options.max_drop - got, 100 * (high - low))
-        kept = gained and got <= options.max_drop + ROUNDING
+        kept = gained and got <= options.max_drop + _ROUNDING
         return Promise("max_drop", options.max_drop, got, kept, gained, sure)
     if options.max_error is not None:
         got = 0.0 if found is None else found.error_bound

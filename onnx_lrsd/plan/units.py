@@ -23,7 +23,7 @@ SAME = 1e-9
 ROUNDS = 4
 """How often the widths of a chain of pairs are gone through, at most."""
 
-Widths = tuple[int, int]
+KeptOf = tuple[int, int]
 """Channels that a layer gives and reads; 0 for all of them."""
 
 
@@ -66,7 +66,7 @@ class Curves:
 
     layers: tuple[ErrorCurve, ...]
     pairs: tuple[PairCurve, ...] = ()
-    narrow: Mapping[tuple[str, Widths], tuple[Point, ...]] = field(default_factory=dict)
+    narrow: Mapping[tuple[str, KeptOf], tuple[Point, ...]] = field(default_factory=dict)
 
     @cached_property
     def giving(self) -> dict[str, str]:

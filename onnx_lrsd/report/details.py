@@ -45,7 +45,7 @@ LEVELS = 9
 SAMPLES, VALUES = 24, 20_000
 """Samples that outputs of layers are compared on, and values of one layer in its histogram."""
 
-Values = npt.NDArray[np.floating]
+_Floats = npt.NDArray[np.floating]
 
 
 def collect(
@@ -189,7 +189,7 @@ def picture(layer: Layer, factors: Factors) -> Picture | None:
     return Picture("entries", mask.shape, _digits(_shrunk(mask)))
 
 
-def _strip(kept: Values) -> tuple[str, ...]:
+def _strip(kept: _Floats) -> tuple[str, ...]:
     """Channels row by row, several to a cell where there are too many."""
     each = -(-len(kept) // (ROWS * COLUMNS))
     padded = np.full(-(-len(kept) // each) * each, np.nan)
@@ -199,7 +199,7 @@ def _strip(kept: Values) -> tuple[str, ...]:
     return tuple(_digits(cells[i : i + width][None])[0] for i in range(0, len(cells), width))
 
 
-def _shrunk(mask: Values) -> Values:
+def _shrunk(mask: _Floats) -> _Floats:
     """Means of ``mask`` over blocks, ROWS x COLUMNS of them at most."""
     for axis, most in ((0, ROWS), (1, COLUMNS)):
         length = mask.shape[axis]
@@ -209,13 +209,13 @@ def _shrunk(mask: Values) -> Values:
     return mask
 
 
-def _digits(cells: Values) -> tuple[str, ...]:
+def _digits(cells: _Floats) -> tuple[str, ...]:
     """``cells`` relative to the largest one; what is not zero is never shown as such."""
     levels = np.ceil(LEVELS * cells / max(float(cells.max()), 1e-300) - 1e-9).astype(int)
     return tuple("".join(map(str, row)) for row in levels)
 
 
-def histogram(before: Values, after: Values) -> Histogram | None:
+def histogram(before: _Floats, after: _Floats) -> Histogram | None:
     """Of the same outputs in both models; the outermost thousandth of values counts to the last bins."""
     finite = np.isfinite(before) & np.isfinite(after)
     before, after = before[finite], after[finite]
@@ -246,7 +246,7 @@ def _outputs(
     if not shared:
         return {}
     errors = {name: Divergence() for name in shared}
-    values: dict[str, list[tuple[Values, Values]]] = {name: [] for name in shared}
+    values: dict[str, list[tuple[_Floats, _Floats]]] = {name: [] for name in shared}
     samples = samples.some(SAMPLES)
     for old, new, real, size in paired_runs(before, after, samples, shared):
         most = -(-VALUES * size // samples.count)
@@ -259,7 +259,7 @@ def _outputs(
     return {name: (errors[name].relative(), _histogram(values[name])) for name in shared}
 
 
-def _histogram(parts: Sequence[tuple[Values, Values]]) -> Histogram | None:
+def _histogram(parts: Sequence[tuple[_Floats, _Floats]]) -> Histogram | None:
     if not parts:
         return None
     before, after = (np.concatenate(side).astype(np.float64) for side in zip(*parts, strict=True))

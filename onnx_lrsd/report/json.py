@@ -44,7 +44,7 @@ from onnx_lrsd.types import (
 )
 
 SCHEMA = 1
-STORED = ("weights", "entries")
+_STORED = ("weights", "entries")
 """Fields of a form in codes: storages with the number of ranks (or outputs) in each, and the storage of S."""
 FORM_NUMBERS = ("rank", "channels", "outer", "nonzeros", "kept", "of")
 """``outer`` is Tucker-2's second rank; ``channels``, ``nonzeros``, or ``kept`` ``of`` a block describe S."""
@@ -130,8 +130,8 @@ def inspection_to_json(found: Inspection, model: str) -> str:
 def plan_to_json(plan: Plan) -> str:
     """A plan to be read, edited and replayed: one line for each layer, and for each width between layers.
 
-    A replay obeys ``kept`` of a width, and of a layer ``kind`` and the fields of FORM_NUMBERS and STORED; the
-    rest says why they were chosen.
+    A replay obeys ``kept`` of a width, and of a layer ``kind`` and the fields of FORM_NUMBERS and _STORED;
+    the rest says why they were chosen.
     """
     head = _dump({**_head(), "target": plan.target, "cost": plan.cost})
     sections = {"layers": {name: _choice(choice) for name, choice in plan.choices.items()}}
@@ -204,7 +204,7 @@ def _read_choice(name: str, entry: Any) -> Choice:
 
     if not isinstance(entry, dict):
         raise wrong('is no object: write {"kind": "dense"} or a kind with its rank')
-    unknown = sorted(set(entry) - {"kind", *FORM_NUMBERS, *STORED, "error", "before", "after", "reason"})
+    unknown = sorted(set(entry) - {"kind", *FORM_NUMBERS, *_STORED, "error", "before", "after", "reason"})
     if unknown:
         raise wrong(
             f'has the unknown field "{unknown[0]}": fields that count are kind, {", ".join(FORM_NUMBERS)}'

@@ -32,7 +32,7 @@ from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets.machine import MATRIX, Machine
 from onnx_lrsd.wording import counted
 
-WIDTH = 100
+_WIDTH = 100
 NAMES_SHOWN = 3
 """Names shown of the layers that share a reason."""
 NAME_WIDTH = 40
@@ -522,7 +522,7 @@ def _grouped(groups: dict[str, list[str]], every: bool) -> Iterable[str]:
         text = f"{reason}: {', '.join(short[name] for name in listed)}{more}"
         yield textwrap.fill(
             text,
-            WIDTH,
+            _WIDTH,
             initial_indent=f"{len(names):5} x ",
             subsequent_indent=" " * 8,
             break_on_hyphens=False,
@@ -532,7 +532,7 @@ def _grouped(groups: dict[str, list[str]], every: bool) -> Iterable[str]:
 def _grid(header: Row, rows: Sequence[Row], align: str, ink: _Ink) -> str:
     """Columns as wide as their cells, the first cut to the space left; ``align`` has l or r for each."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    widths[0] = min(widths[0], max(WIDTH - sum(widths[1:]) - 2 * len(widths[1:]), LEAST_WIDTH))
+    widths[0] = min(widths[0], max(_WIDTH - sum(widths[1:]) - 2 * len(widths[1:]), LEAST_WIDTH))
     first = shortened((row[0] for row in (header, *rows)), widths[0])
 
     def line(row: Row) -> str:
@@ -550,7 +550,7 @@ def _more(count: int, columns: int) -> list[Row]:
 
 
 def _paragraph(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+    return textwrap.fill(text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
 def _dims(shape: Sequence[int]) -> str:

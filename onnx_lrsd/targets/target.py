@@ -37,7 +37,7 @@ LAYER_BYTES, FACTORS_BYTES, BLOCK_BYTES, ENTRIES_BYTES = 150, 300, 330, 1250
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
-Curve: TypeAlias = Callable[[Problem, Sequence[str], str | None], Mapping[Form, float]]
+ErrorsOfForms: TypeAlias = Callable[[Problem, Sequence[str], str | None], Mapping[Form, float]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Target:
     with_table: Callable[[Any], Target] | None = None
     patterns: tuple[str, ...] = ()
     timed_here: bool = True
-    coded_errors: Curve | None = None
+    coded_errors: ErrorsOfForms | None = None
     counts: str = "macs"
     opset: int = 1
     first_ratio: float = 2.0
