@@ -13,6 +13,7 @@ differently.
 from __future__ import annotations
 
 import argparse
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,19 +32,19 @@ ENLARGED = 4
 EPOCHS, BATCH, RATE, DECAY = 5, 32, 1e-3, 1e-2
 
 
-class Op:
+class Op(ABC):
     """One operator: images are (N, H, W, C), features (N, F)."""
 
     parameters: tuple[Values, ...] = ()
     gradients: tuple[Values, ...] = ()
 
+    @abstractmethod
     def forward(self, x: Values) -> Values:
         """The operator's output for ``x``; what ``backward`` needs is kept."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, dy: Values) -> Values:
         """The gradient for the input from that for the output; ``gradients`` are set."""
-        raise NotImplementedError
 
 
 def _he(rng: np.random.Generator, fan_in: int, *shape: int) -> Values:

@@ -21,3 +21,13 @@ def is_op(node: gs.Node, *ops: str) -> bool:
 def label(node: gs.Node) -> str:
     """What a person calls the node: its name, or its output where it has none."""
     return str(node.name or (node.outputs[0].name if node.outputs else node.op))
+
+
+def unused_name(base: str, taken: set[str]) -> str:
+    """``base``, with a number where it is taken already; it is ``taken`` from now on."""
+    name, count = base, 1
+    while name in taken:
+        count += 1
+        name = f"{base}_{count}"
+    taken.add(name)
+    return name

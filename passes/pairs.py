@@ -29,13 +29,17 @@ from onnx_lrsd.passes.channel_flow import (
 )
 from onnx_lrsd.passes.constants import constant_value, overridable, stored_tensor
 from onnx_lrsd.passes.find_layers import producer
-from onnx_lrsd.passes.nodes import label
+from onnx_lrsd.passes.nodes import label, unused_name
 from onnx_lrsd.passes.operators import operator_at
 from onnx_lrsd.passes.operators.operator import ChannelAxes
 from onnx_lrsd.passes.tidy import captured_names, remove_orphans
+from onnx_lrsd.passes.writer import PART
 from onnx_lrsd.types import Declined, Layer
 
 Mask = npt.NDArray[np.bool_]
+
+NARROWED = f"{PART}width"
+"""Suffix of the name of a constant that holds the channels which stay."""
 
 
 class End(NamedTuple):
@@ -388,10 +392,4 @@ class _Constants:
         node.inputs[index] = new
 
     def _name(self, old: str) -> str:
-        base = f"{old.removesuffix('/lrsd/width')}/lrsd/width"
-        name, count = base, 1
-        while name in self._taken:
-            count += 1
-            name = f"{base}_{count}"
-        self._taken.add(name)
-        return name
+        return unused_name(f"{old.removesuffix(NARROWED)}{NARROWED}", self._taken)

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.constants import constant_value
-from onnx_lrsd.passes.nodes import DOMAIN, domain_of
+from onnx_lrsd.passes.nodes import DOMAIN, domain_of, unused_name
 from onnx_lrsd.passes.products import CONTRIB
 
 _PLAIN = "/lrsd/plain"
@@ -58,7 +58,7 @@ class _Plain:
         self._taken = set(working.tensors())
 
     def add(self, op: str, inputs: list[gs.Tensor], attributes: dict[str, Any]) -> gs.Tensor:
-        output = gs.Variable(self._free(f"{self._node.outputs[0].name}{_PLAIN}"))
+        output = gs.Variable(unused_name(f"{self._node.outputs[0].name}{_PLAIN}", self._taken))
         name = self._node.name if op in _NAMED else ""
         self._nodes.append(gs.Node(op, name, attributes, inputs, [output]))
         return output
@@ -66,15 +66,9 @@ class _Plain:
     def constant(self, value: float, like: gs.Tensor) -> gs.Constant:
         known = constant_value(like)
         dtype = np.dtype(np.float32) if known is None else known.dtype
-        return gs.Constant(self._free(f"{self._node.outputs[0].name}{_PLAIN}"), np.array(value, dtype))
-
-    def _free(self, base: str) -> str:
-        name, count = base, 1
-        while name in self._taken:
-            count += 1
-            name = f"{base}_{count}"
-        self._taken.add(name)
-        return name
+        return gs.Constant(
+            unused_name(f"{self._node.outputs[0].name}{_PLAIN}", self._taken), np.array(value, dtype)
+        )
 
     def replace(self) -> None:
         """The last of the nodes gives what the fused one gave."""

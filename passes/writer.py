@@ -10,6 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
+from onnx_lrsd.passes.nodes import unused_name
 from onnx_lrsd.types import Layer
 
 PART = "/lrsd/"
@@ -91,10 +92,4 @@ class Writer:
         return output
 
     def _name(self, part: str) -> str:
-        base = f"{self._layer.name}{PART}{part}"
-        name, count = base, 1
-        while name in self._taken:
-            count += 1
-            name = f"{base}_{count}"
-        self._taken.add(name)
-        return name
+        return unused_name(f"{self._layer.name}{PART}{part}", self._taken)
