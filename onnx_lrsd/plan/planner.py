@@ -30,6 +30,8 @@ MUCH_CHEAPER = 0.75
 """Share of a slow form's MACs below which another of its kind may still be fast."""
 _ROUNDS = 6
 """Allocations at most, each without the forms that the one before found to be no faster."""
+LOSES = 1.25
+"""How many times as much a plan may lose because it is predicted to be faster at the MACs asked for."""
 MODERATE = 0.03
 """Relative error of a layer at which its sensitivity is measured first."""
 CLOSE = 1.5
@@ -74,9 +76,9 @@ class Planner:
     def weigh(self, measure: Callable[[Forms], dict[str, float]]) -> None:
         """Sensitivities of the layers: at a moderate error of each, then at the forms that these lead to.
 
-        The second time only layers are measured whose error is another than at first. They are measured in
-        the original network, where nothing is refitted; each layer that must be passed on the way to the
-        outputs takes its share off.
+        The second time only layers are measured whose error is another than at first, and that have all their
+        channels. They are measured in the original network, where nothing is refitted; each layer that must
+        be passed on the way to the outputs takes its share off.
         """
         moderate = dict[str, Point]()
         of_layers = ((curve.layer.output, curve.points) for curve in self.curves.layers)
@@ -105,13 +107,25 @@ class Planner:
             points = self._allocate(self.run.options.ratio or self.run.target.first_ratio)
         except BudgetError:
             return
+        cut = {name for name, point in points.items() if point.form.kind == WIDTH}
+        narrower = {
+            name
+            for near in (self.curves.giving, self.curves.reading)
+            for name, key in near.items()
+            if key in cut
+        }
         other = {
             name: point.form
             for name, point in points.items()
-            if not point.form.dense and not _close(point, moderate.get(name))
+            if not point.form.dense and name not in narrower and not _close(point, moderate.get(name))
         }
         if other:
-            self.sensitivity |= left(other)
+            again = left(other)
+            # What a cut moves grows faster than its error: one wide cut would make narrow ones look harmless.
+            again |= {
+                p.key: max(again[p.key], found.get(p.key, 0.0)) for p in self.curves.pairs if p.key in again
+            }
+            self.sensitivity |= again
 
     def for_ratio(self, ratio: float) -> Forms:
         """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.
@@ -252,7 +266,7 @@ class Planner:
         """Points with the same MACs that are predicted to run faster, if there are any.
 
         MACs are what was asked for, time is what is wanted: allocate by predicted time and bisect its
-        budget until the MACs are met.
+        budget until the MACs are met. Where that loses clearly more, MACs alone decide.
         """
         low, high = 0.0, sum(point.time for point in points.values())
         best, slack = points, 0.0
@@ -268,7 +282,9 @@ class Planner:
                 best, slack, low = found, left, budget
             else:
                 high = budget
-        return spend(units, best, slack, self.cost, weights, by_time)
+        faster = spend(units, best, slack, self.cost, weights, by_time)
+        lost, most = (sum(weights[name] * p.error for name, p in each.items()) for each in (faster, points))
+        return faster if lost <= LOSES * most else points
 
     def _narrow(self, forms: Forms) -> tuple[Model, Sequence[Layer]]:
         """The network with the widths in ``forms``, not fitted, and its layers."""
