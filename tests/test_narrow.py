@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from itertools import product
 from typing import Any
@@ -26,8 +27,10 @@ from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.pairs import find_pairs
 from onnx_lrsd.plan.allocate import lower_hull
+from onnx_lrsd.plan.planner import Planner
 from onnx_lrsd.plan.units import Curves, Joint, PairCurve, members_of
 from onnx_lrsd.report.table import report_table
+from onnx_lrsd.run import Options, start
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import CHANNEL, COSTS, DENSE, WIDTH, ErrorCurve, Form, Layer, Point, Price
 
@@ -316,3 +319,38 @@ def test_the_members_of_a_joint_choice_are_those_of_its_layers() -> None:
         "c": 64,
         "p": 0,
     }
+
+
+def test_what_narrow_cuts_move_is_not_told_by_one_that_moves_little() -> None:
+    """The largest sensitivity of a pair counts; layers with fewer channels are not probed as whole ones."""
+    graph = onnx.parser.parse_graph(
+        "g (float[n, 16] x) => (float[n, 16] b) { a = MatMul (x, v) r = Relu (a) b = MatMul (r, w) }"
+    )
+    rng = np.random.default_rng(0)
+    for name, shape in (("v", (16, 32)), ("w", (32, 16))):
+        graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    opset = helper.make_opsetid("", 17)
+    model = load(helper.make_model(graph, opset_imports=[opset], ir_version=8))
+    nothing = Price(0, 0, 0, 0.0)
+    widths = {24: 0.03, 16: 0.08, 8: 0.2}
+    points = (
+        Point(Form(DENSE), 0.0, nothing),
+        *(Point(Form(WIDTH, w), error, nothing) for w, error in widths.items()),
+    )
+    factors = {8: 0.4}
+    narrow = {("a", (w, 0)): layer_points(w, 16, factors) for w in widths}
+    narrow |= {("b", (0, w)): layer_points(16, w, factors) for w in widths}
+    layers = layer_curve("a", 32, 16, factors), layer_curve("b", 16, 32, factors)
+    pair = PairCurve(key="p", channels=32, producers=("a",), consumers=("b",), points=points)
+    run = start(Options(ratio=2.0))
+    total = Price(1024, 1024, 4096, 1024.0)
+    planner = Planner(run, model, Curves(layers, (pair,), narrow), total, {}, None)  # type: ignore[arg-type]
+    asked: list[dict[str, Form]] = []
+
+    def measure(forms: Mapping[str, Form]) -> dict[str, float]:
+        asked.append(dict(forms))
+        return dict.fromkeys(forms, 1.0 if len(asked) == 1 else 0.05)
+
+    planner.weigh(measure)
+    assert asked[0]["p"] == Form(WIDTH, 24) and asked[1] == {"p": Form(WIDTH, 16)}
+    assert planner.sensitivity["p"] == pytest.approx(1.0)
