@@ -563,7 +563,7 @@ def test_of_a_compressed_archive_no_more_is_unpacked_than_asked_for(
 
     whole = read()
     monkeypatch.setattr(sources, "MAPPED_BYTES", 1)
-    monkeypatch.setattr(sources, "PIECE", 100)
+    monkeypatch.setattr(sources, "_PIECE", 100)
     unpacked = []
     function = sources._unpacked
 
