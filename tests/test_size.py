@@ -210,7 +210,8 @@ def optimised(tmp_path: Path, *arguments: Any) -> tuple[Any, Path]:
 def test_the_example_takes_an_eighth_and_unpacks_to_the_same_answers(tmp_path: Path) -> None:
     report_path, plan = tmp_path / "report.json", tmp_path / "plan.json"
     written = ("--json", report_path, "--save-plan", plan)
-    result, out = optimised(tmp_path, "--ratio", 8, "--eval", EXAMPLE / "digits_eval.npz", *written)
+    codes = ("--forms", "dense,channel,channel-in,spatial,tucker")  # a width takes MACs away as well
+    result, out = optimised(tmp_path, "--ratio", 8, "--eval", EXAMPLE / "digits_eval.npz", *codes, *written)
     assert result.exit_code == 0, result.stderr
     report = json.loads(report_path.read_text())
     assert report["ratio"]["bytes"] >= 8 * 0.995
