@@ -125,7 +125,7 @@ def row(path: Path, goal: str, limit: int | None, judges: int) -> dict[str, Any]
         "interval": found.error_interval,
         "apart": compare(source, result, apart, latency=False).error,
         "judges": apart.count,
-        "warnings": report.warnings,
+        "warnings": [said.replace(f"{path.parent}/", "") for said in report.warnings],  # rows are published
     }
 
 
