@@ -188,6 +188,10 @@ def whole_channels(count: int) -> Pattern:
     return Pattern(CHANNELS, count) if count else NONE
 
 
+Mix: TypeAlias = tuple[tuple[str, int], ...]
+"""Storages by name and how many rows, one after the other, are kept in each."""
+
+
 @dataclass(frozen=True, order=True)
 class Form:
     """How a weight is written: the kind of factors, their rank, and the pattern of the sparse part.
@@ -204,7 +208,7 @@ class Form:
     rank: int = 0
     pattern: Pattern = NONE
     outer: int = 0
-    weights: tuple[tuple[str, int], ...] = ()
+    weights: Mix = ()
     entries: str = ""
 
     @property

@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.constants import is_view, stored_tensor
-from onnx_lrsd.passes.find_layers import RECURRENT, WEIGHTED
+from onnx_lrsd.passes.find_layers import recurrent, weighted
 from onnx_lrsd.passes.nodes import is_op
 from onnx_lrsd.types import Layer
 
@@ -51,9 +51,9 @@ def _kind(tensor: gs.Tensor) -> str:
     nodes = list(_readers(tensor))
     if any(is_op(node, "Gather") for node in nodes):
         return "in tables that Gather reads"
-    if any(node.op in RECURRENT for node in nodes):
+    if any(recurrent(node) for node in nodes):
         return "in recurrent weights"
-    if any(node.op in WEIGHTED for node in nodes):
+    if any(weighted(node) for node in nodes):
         return "in weights of nodes that are left"
     return "in other constants"
 

@@ -29,11 +29,17 @@ SMALLEST = 8
 """Outputs and inputs a layer must have before a split can gain anything."""
 LARGEST = 1e18
 """Entry of a weight from which on float32 products of it overflow, and fits lose all their digits."""
-QUANTISED = (
-    *("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulNBits", "MatMulBnb4", "QGemm"),
-    *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention"),
+_QUANTISED = (
+    *((DOMAIN, op) for op in ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger")),
+    *((CONTRIB, op) for op in ("QLinearConv", "QGemm", "QAttention", "MatMulNBits", "MatMulBnb4")),
+    *((CONTRIB, op) for op in ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")),
 )
-RECURRENT = ("LSTM", "GRU", "RNN")
+_RECURRENT = ((DOMAIN, "LSTM"), (DOMAIN, "GRU"), (DOMAIN, "RNN"))
+LEFT = {
+    **dict.fromkeys(_QUANTISED, "already quantised"),
+    **dict.fromkeys(_RECURRENT, "recurrent weights are left as they are"),
+}
+"""Why operators that always hold a weight, and are none of ``OPERATORS``, are left."""
 HIDDEN = {
     (DOMAIN, "Einsum"): "its equation is no plain product with a matrix",
     (DOMAIN, "DeformConv"): "deformable convolution: left as it is",
@@ -43,8 +49,8 @@ HIDDEN = {
     (CONTRIB, "Attention"): "attention fused by ONNX Runtime: give the model as it was before",
     (NCHWC, "Conv"): "in a layout of ONNX Runtime's own: give the model as it was before",
 }
-"""Why operators that hold a weight, and are none of ``OPERATORS``, are left."""
-WEIGHTED = (*(op for _, op in OPERATORS), *QUANTISED, *RECURRENT, *(op for _, op in HIDDEN))
+"""Why operators that may hold a weight, and are none of ``OPERATORS``, are left."""
+_WEIGHTED = frozenset((*OPERATORS, *LEFT, *HIDDEN))
 
 
 def find_layers(working: WorkingGraph) -> tuple[tuple[Layer, ...], tuple[Declined, ...]]:
@@ -70,16 +76,12 @@ def find_layers(working: WorkingGraph) -> tuple[tuple[Layer, ...], tuple[Decline
                 layers.append(found)
             elif found is not None:
                 declined.append(Declined(label(node), node.op, found))
-        elif node.op in QUANTISED:
-            declined.append(Declined(label(node), node.op, "already quantised"))
-        elif node.op in RECURRENT:
-            declined.append(Declined(label(node), node.op, "recurrent weights are left as they are"))
-        elif (reason := _hidden(node)) is not None:
+        elif (reason := _left(node)) is not None:
             declined.append(Declined(label(node), node.op, reason))
         declined.extend(_nested(node))
     for function in working.graph.functions:
         for node in function.nodes:
-            if node.op in WEIGHTED:
+            if weighted(node):
                 reason = f"inside the function {function.name}: left as it is"
                 declined.append(Declined(label(node), node.op, reason))
     return tuple(layers), tuple(declined)
@@ -110,10 +112,26 @@ def read_weight(working: WorkingGraph, layer: Layer) -> tuple[Matrix, Matrix]:
     return operator_of(layer).weight_and_bias(layer, producer(working, layer), last)
 
 
-def _hidden(node: gs.Node) -> str | None:
+def weighted(node: gs.Node) -> bool:
+    """Whether ``node`` is of an operator that holds a weight, or may."""
+    return _operator(node) in _WEIGHTED
+
+
+def recurrent(node: gs.Node) -> bool:
+    """Whether ``node`` is an LSTM, a GRU or an RNN."""
+    return _operator(node) in _RECURRENT
+
+
+def _operator(node: gs.Node) -> tuple[str, str]:
+    return domain_of(node.domain), node.op
+
+
+def _left(node: gs.Node) -> str | None:
     """Why the weight of ``node`` is left, which is none of ``OPERATORS``; None where it has none."""
-    reason = HIDDEN.get((domain_of(node.domain), node.op))
-    return reason if reason is not None and any(derived(given) for given in node.inputs[:2]) else None
+    operator = _operator(node)
+    if operator in LEFT:
+        return LEFT[operator]
+    return HIDDEN.get(operator) if any(derived(given) for given in node.inputs[:2]) else None
 
 
 def _nested(node: gs.Node) -> Iterator[Declined]:
@@ -121,7 +139,7 @@ def _nested(node: gs.Node) -> Iterator[Declined]:
     for value in node.attrs.values():
         if isinstance(value, gs.Graph):
             for inner in value.nodes:
-                if inner.op in WEIGHTED:
+                if weighted(inner):
                     reason = f"inside the body of {node.op}: left as it is"
                     yield Declined(label(inner), inner.op, reason)
                 yield from _nested(inner)

@@ -55,8 +55,6 @@ from onnx_lrsd.report.build import Delivered, make_report
 from onnx_lrsd.report.details import RATIOS, collect, spectra, trade_off
 from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start
 from onnx_lrsd.targets import price
-from onnx_lrsd.targets.tensorrt import TENSORRT
-from onnx_lrsd.targets.trtexec import engine
 from onnx_lrsd.types import DENSE, KINDS, WIDTH, Declined, Factors, Form, Layer, Plan, Price, Progress, Score
 
 
@@ -175,8 +173,8 @@ def optimize(
         )
         rewritten = delivered.model
         run.journal.warn(biases_added(known.layers, delivered.factors, weight_of))
-        if run.target.name == TENSORRT.name:
-            build = engine(rewritten, check_on if fit_on is None else fit_on, output)
+        if run.target.engine is not None:
+            build = run.target.engine(rewritten, check_on if fit_on is None else fit_on, output)
     if not chosen:
         _explain(run, search, known.layers)
     if plan is None:

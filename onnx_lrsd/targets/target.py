@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import DataError
+from onnx_lrsd.facts import Engine
+from onnx_lrsd.graph.model import Model
 from onnx_lrsd.passes.operators.conv import output_size
 from onnx_lrsd.solver.curve import errors
 from onnx_lrsd.solver.decompose import check_form
@@ -54,7 +58,8 @@ class Target:
     ``coded_errors(problem, kinds, weights)`` gives the errors of forms in codes, which only the layer's data
     can tell, in the storage ``weights`` if it is not None; without it weights are stored as numbers.
     ``counts`` is what a ratio is of, if nothing else is asked for. ``opset`` is the oldest its operators are
-    in. A search for a promise begins at ``first_ratio``.
+    in. A search for a promise begins at ``first_ratio``. ``engine(model, samples, output)`` says how the
+    engine that runs the result is built from it; None where ONNX Runtime runs it.
     """
 
     name: str
@@ -67,6 +72,7 @@ class Target:
     counts: str = "macs"
     opset: int = 1
     first_ratio: float = 2.0
+    engine: Callable[[Model, Samples, Path | None], Engine] | None = None
 
     @property
     def times(self) -> bool:

@@ -24,6 +24,7 @@ from math import ceil, prod
 from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.targets.chains import RANK_MULTIPLE, WIDE, Chains
 from onnx_lrsd.targets.target import Target, node_shapes
+from onnx_lrsd.targets.trtexec import BATCH, engine
 from onnx_lrsd.types import CHANNEL, CHANNELS, DENSE, N_OF_M, Form, Layer, Pattern
 
 ALIGNED = 8
@@ -31,8 +32,6 @@ ALIGNED = 8
 VALUE = 128
 """MACs that run in the time it takes to write one value and read it again: in half precision about 125 at
 the 320 GB/s and a third of the 65 TFLOP/s of a T4; large GPUs have more arithmetic for each byte."""
-BATCH = 16
-"""Samples in a batch that the fixed costs are shared by: GPUs are for throughput."""
 NODE = 20_000_000 / BATCH
 """MACs, for each sample of a batch, that run in the 2 microseconds or so that one more kernel takes."""
 WEIGHT = VALUE / 2 / BATCH
@@ -94,4 +93,6 @@ def _low_ranks(layer: Layer, kind: str) -> tuple[int, ...]:
 
 
 CHAINS = Chains(pays, _low_ranks)
-TENSORRT = Target("tensorrt", _forms, predicted_time, patterns=(CHANNELS, N_OF_M), timed_here=False)
+TENSORRT = Target(
+    "tensorrt", _forms, predicted_time, patterns=(CHANNELS, N_OF_M), timed_here=False, engine=engine
+)

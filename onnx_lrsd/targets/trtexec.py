@@ -12,8 +12,9 @@ from onnx_lrsd.facts import Engine
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.two_of_four import two_of_four
-from onnx_lrsd.targets.tensorrt import BATCH
 
+BATCH = 16
+"""Samples in a batch that the fixed costs of kernels are shared by: GPUs are for throughput."""
 HALF = "float16"
 ROUNDED = (
     "Sparse tensor cores take half precision, and these weights are float32: --fp16 lets TensorRT round "

@@ -8,7 +8,7 @@ leave. The bias takes up the mean. Each step thus compensates, as far as it can,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from onnx_lrsd.solver.codes.rounding import (
 from onnx_lrsd.solver.layout import group_metric, shared_groups, ungroup_weight
 from onnx_lrsd.solver.problem import Metric, Problem
 from onnx_lrsd.storage import FAR_REACH, FP16, NEAR_REACH, STORAGES, Storage, with_bridges
-from onnx_lrsd.types import DENSE, Array, Codes, Entries, Form, Layer, Packed
+from onnx_lrsd.types import DENSE, Array, Codes, Entries, Form, Layer, Mix, Packed
 
 _V_RIDGE = 1e-3
 """Ridge of the metric of V's rows, relative to its mean diagonal."""
@@ -36,9 +36,6 @@ TIES = 1e-6
 
 PIECE = 1 << 26
 """Numbers decoded at once: 1.5 times as many are computed on the way, and ONNX Runtime folds up to a GiB."""
-
-Mix: TypeAlias = tuple[tuple[str, int], ...]
-"""Storages and how many rows, one after the other, are kept in each."""
 
 
 class Coded(NamedTuple):
