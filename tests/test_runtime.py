@@ -209,10 +209,19 @@ def test_what_is_not_installed_is_named_with_the_remedy(monkeypatch: pytest.Monk
             runtime.open_session(chain(), device="cuda")
 
     def missing(name: str) -> object:
-        raise ImportError(name)
+        raise ModuleNotFoundError(name, name=name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(DeviceError, match=r"not installed: pip install onnx-lrsd\[cpu\]"):
+        runtime.open_session(chain())
+
+
+def test_what_is_installed_but_does_not_load_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> object:
+        raise ImportError("a library it needs is not there")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(DeviceError, match=r"does not load \(a library it needs is not there\)"):
         runtime.open_session(chain())
 
 

@@ -32,11 +32,18 @@ SHARED_TYPES = frozenset(
 
 
 def onnxruntime() -> ModuleType:
-    """The onnxruntime module. Raises DeviceError where it is missing."""
+    """The onnxruntime module. Raises DeviceError where it is missing or cannot be loaded."""
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
-        raise DeviceError("ONNX Runtime is not installed: pip install onnx-lrsd[cpu] (or [gpu]).") from error
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            raise DeviceError(
+                "ONNX Runtime is not installed: pip install onnx-lrsd[cpu] (or [gpu])."
+            ) from error
+        raise DeviceError(
+            f"ONNX Runtime is installed but does not load ({error}): install it again, or run once more if "
+            "this was interrupted."
+        ) from error
 
 
 def simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
