@@ -6,6 +6,8 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -304,3 +306,82 @@ def test_doctor_finds_two_runtimes_that_overwrite_each_other(monkeypatch: pytest
     finding = next(f for f in doctor.examine() if f.name == "onnxruntime")
     assert finding.good is False
     assert "pip uninstall onnxruntime onnxruntime-gpu," in finding.said
+
+
+class FallsBack:
+    """A session of ONNX Runtime that takes the CPU, whatever it was asked for, as it does in silence."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        named["providers"] = ["CPUExecutionProvider"]
+        self._session = importlib.import_module("onnxruntime").InferenceSession(*given, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+
+class DoesNotLoad:
+    """A session of ONNX Runtime whose provider cannot be loaded."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        raise RuntimeError("Failed to load library libonnxruntime_providers_cuda.so")
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], ModuleType]:
+    """ONNX Runtime as one for CUDA 13 that lists the provider, with a session of the given class."""
+    real = runtime.onnxruntime()
+
+    def stand_in(session: type) -> ModuleType:
+        module = ModuleType("onnxruntime")
+        module.__dict__.update(vars(real))
+        module.__dict__.update(
+            cuda_version="13.0",
+            get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+            preload_dlls=lambda: print("libcudart.so.13 is missing"),
+            InferenceSession=session,
+        )
+        for place in (runtime, doctor):
+            monkeypatch.setattr(place, "onnxruntime", lambda: module)
+        return module
+
+    return stand_in
+
+
+def test_cuda_that_falls_back_to_the_cpu_is_an_error_with_the_remedy(
+    with_cuda: Callable[[type], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_cuda(FallsBack)
+    with pytest.raises(DeviceError, match="cannot use the GPU here: run `onnx-lrsd doctor`"):
+        runtime.open_session(chain(), device="cuda")
+    assert capsys.readouterr().out == ""  # what ONNX Runtime prints would spoil a report
+
+
+def test_cuda_that_does_not_load_is_an_error_in_one_sentence(
+    with_cuda: Callable[[type], ModuleType],
+) -> None:
+    with_cuda(DoesNotLoad)
+    with pytest.raises(DeviceError, match=r"Failed to load library.*run `onnx-lrsd doctor`") as caught:
+        runtime.open_session(chain(), device="cuda")
+    assert "\n" not in str(caught.value)
+
+
+def test_doctor_says_for_which_cuda_the_runtime_is_and_what_is_missing(
+    with_cuda: Callable[[type], ModuleType],
+) -> None:
+    with_cuda(FallsBack)
+    findings = {finding.name: finding for finding in doctor._runtime()}
+    assert findings["onnxruntime CUDA"].good is False
+    assert "CUDA 13" in findings["onnxruntime CUDA"].said
+    assert "onnxruntime-gpu[cuda,cudnn]" in findings["onnxruntime CUDA"].said
+
+
+@pytest.mark.parametrize(("cupy", "good"), [("cupy-cuda13x", True), ("cupy-cuda12x", False)])
+def test_doctor_compares_the_cuda_of_both_packages(
+    with_cuda: Callable[[type], ModuleType], monkeypatch: pytest.MonkeyPatch, cupy: str, good: bool
+) -> None:
+    with_cuda(FallsBack)
+    monkeypatch.setattr(doctor, "_distributions", lambda name: [cupy])
+    (finding,) = doctor._cuda()
+    assert finding.good is good
+    assert "CUDA 13" in finding.said
+    assert good or ("CUDA 12" in finding.said and "pip install onnx-lrsd[gpu]" in finding.said)

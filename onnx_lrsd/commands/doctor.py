@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, distributions, metadata, requires, version
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Check all that onnx-lrsd needs, by the requirements of its own distribution; raises nothing."""
-    return [_python(), *map(_package, _requirements()), *_runtime(), _times(), _cupy()]
+    return [_python(), *map(_package, _requirements()), *_runtime(), _times(), _cupy(), *_cuda()]
 
 
 def _python() -> Finding:
@@ -88,8 +89,10 @@ def _runtime() -> list[Finding]:
             open_session(_tiny(), device="cuda")
             facts.append(Finding("onnxruntime CUDA", True, "ONNX Runtime runs on the GPU."))
         except LrsdError:
-            said = "ONNX Runtime has CUDA but cannot load it: install CUDA 12 and cuDNN 9, or use the CPU."
-            facts.append(Finding("onnxruntime CUDA", False, said))
+            major = cuda_major(str(getattr(module, "cuda_version", "")))
+            said = f"ONNX Runtime is built for CUDA {major} and cannot load it"
+            remedy = "pip install onnxruntime-gpu[cuda,cudnn], check the driver, or use the CPU"
+            facts.append(Finding("onnxruntime CUDA", False, f"{said}: {remedy}."))
     return facts
 
 
@@ -120,6 +123,31 @@ def _cupy() -> Finding:
         return Finding("cupy", None, f"{installed[0]} finds no GPU, NumPy does the work: check the driver.")
     device = module.cuda.runtime.getDeviceProperties(0)["name"].decode()
     return Finding("cupy", True, f"{installed[0]} {module.__version__} on {device}.")
+
+
+def _cuda() -> list[Finding]:
+    """Whether ONNX Runtime and CuPy are for one major version of CUDA; nothing unless both are for a GPU."""
+    try:
+        runtime = cuda_major(str(getattr(onnxruntime(), "cuda_version", "")))
+    except LrsdError:
+        return []
+    arrays = [cuda_major(name.removeprefix("cupy-cuda")) for name in _distributions("cupy")]
+    if runtime is None or len(arrays) != 1 or arrays[0] is None:
+        return []
+    if runtime != arrays[0]:
+        said = f"ONNX Runtime is for CUDA {runtime} and CuPy for CUDA {arrays[0]}"
+        return [Finding("cuda", False, f"{said}: pip install onnx-lrsd[gpu] brings two of one CUDA.")]
+    return [Finding("cuda", True, f"ONNX Runtime and CuPy are both for CUDA {runtime}.")]
+
+
+def cuda_major(said: str) -> int | None:
+    """The major version at the start of ``said``; None where there is none.
+
+    >>> cuda_major("13.0"), cuda_major("12x"), cuda_major("")
+    (13, 12, None)
+    """
+    found = re.match(r"\d+", said)
+    return int(found[0]) if found else None
 
 
 def _distributions(name: str) -> list[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import math
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -197,6 +200,10 @@ def _start(
             proto.SerializeToString(), options, providers=list(providers), enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime has no public base class for its errors
+        if "CUDAExecutionProvider" in providers and re.search("cuda|cudnn|cublas", str(error), re.IGNORECASE):
+            raise DeviceError(
+                f"ONNX Runtime cannot use the GPU ({gist(error)}): run `onnx-lrsd doctor`, or choose the CPU."
+            ) from error
         raise ModelError(
             f"ONNX Runtime does not open the model ({gist(error)}): "
             "it must run there before it can be optimised."
@@ -208,7 +215,19 @@ def _providers(ort: ModuleType, device: str) -> list[str]:
         return ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise DeviceError("This ONNX Runtime has no CUDA: pip install onnx-lrsd[gpu], or choose the CPU.")
+    _preload(ort)
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+@cache
+def _preload(ort: ModuleType) -> None:
+    """Load CUDA and cuDNN from the wheels beside ONNX Runtime; by itself it finds those of the system only.
+
+    What is missing shows in the session's providers; ONNX Runtime would print it, into a report on stdout.
+    """
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
 
 
 def shapes(
