@@ -24,12 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 import onnx_lrsd
-from onnx_lrsd.arrays import DEVICES
 from onnx_lrsd.commands.doctor import examine
 from onnx_lrsd.commands.inspect import inspect
 from onnx_lrsd.commands.optimize import optimize
 from onnx_lrsd.commands.profile import measure
 from onnx_lrsd.commands.unpack import unpack
+from onnx_lrsd.config import Value, read_config, write_config
 from onnx_lrsd.data.made_up import made_up_samples, spelled_shapes
 from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.readers import script_function
@@ -40,6 +40,17 @@ from onnx_lrsd.graph.model import load, save, size_on_disk
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.measure.drift import drift
+from onnx_lrsd.option import (
+    Choice,
+    Flag,
+    Function,
+    Number,
+    Option,
+    Pattern,
+    Several,
+    Whole,
+    options_of,
+)
 from onnx_lrsd.report import (
     comparison_table,
     comparison_to_json,
@@ -54,20 +65,18 @@ from onnx_lrsd.report import (
     report_to_json,
 )
 from onnx_lrsd.report.progress import BarProgress, PlainProgress
-from onnx_lrsd.run import DEFAULT_TARGET, TOP1, Options
-from onnx_lrsd.storage import STORAGES
-from onnx_lrsd.targets import TARGETS
+from onnx_lrsd.run import TOP1, Options
 from onnx_lrsd.targets.machine import stored_at, to_json
-from onnx_lrsd.types import KINDS, Plan, Progress, Score
+from onnx_lrsd.types import Plan, Progress, Score
 
+COMMANDLINE, DEFAULT_MAP = click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.DEFAULT_MAP
 BROKEN_PROMISE, INTERRUPTED = 3, 130
 STDOUT = Path("-")
 SUFFIX, PLAIN = ".lrsd.onnx", ".plain.onnx"
-COST_NAMES = {"macs": "macs", "params": "parameters", "bytes": "bytes", "latency": "latency"}
-"""What --cost is called here, and in the API."""
 FLAGS = {"evaluation": "--eval", "calibration": "--calib", "shapes": "--shape"}
 """Options whose flag is not their name."""
-VERBOSE, ARGUMENTS = "onnx_lrsd.verbose", "onnx_lrsd.arguments"
+VERBOSE, ARGUMENTS, GIVEN = "onnx_lrsd.verbose", "onnx_lrsd.arguments", "onnx_lrsd.given"
+"""What a context keeps: whether a bug's traceback is wanted, what was typed, which options were given."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -100,6 +109,90 @@ class _Commands(click.Group):
                 err=True,
             )
             ctx.exit(LrsdError.code)
+
+
+def _listed(value: str | Sequence[str]) -> tuple[str, ...]:
+    """A list as a command line has it, with commas between, or as the file of --config has it."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
+
+
+class _Configurable(click.Command):
+    """A command whose options may also stand in a file: --config reads it, --print-config writes it."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        path = click.Path(path_type=Path)
+        read = "Take the options that are not given here from this TOML file."
+        self.params += [
+            click.Option(["-c", "--config"], type=path, metavar="FILE", expose_value=False, help=read),
+            click.Option(
+                ["--print-config"],
+                is_flag=True,
+                help="Write the options that are given as such a file to stdout, and stop.",
+            ),
+        ]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
+        typed = self.make_parser(ctx).parse_args(list(args))[0]
+        by_name = {_name(parameter): parameter for parameter in self.params if _name(parameter)}
+        path, in_file = typed.get("config"), {}
+        if isinstance(path, str):
+            for name, value in read_config(Path(path), by_name).items():
+                in_file[str(by_name[name].name)] = _as_typed(by_name[name], value, name, path)
+        ctx.default_map = in_file
+        try:
+            rest = super().parse_args(ctx, args)
+        except click.BadParameter as error:
+            if error.param is not None and error.param.name in in_file and error.param.name not in typed:
+                raise click.BadParameter(f"{error.message} It stands in {path}.", ctx, error.param) from None
+            raise
+        ctx.meta[GIVEN] = {}
+        for name, parameter in by_name.items():
+            key = str(parameter.name)
+            source = ctx.get_parameter_source(key)
+            if source in (COMMANDLINE, DEFAULT_MAP):
+                said = typed[key] if source == COMMANDLINE else in_file[key]
+                ctx.meta[GIVEN][name] = _as_written(ctx.params[key], said)
+        return rest
+
+
+def _name(parameter: click.Parameter) -> str:
+    """What an option is called in a file; empty for those that have no place there."""
+    if isinstance(parameter, click.Argument):
+        return str(parameter.name)
+    if parameter.name in ("config", "print_config", "help"):
+        return ""
+    return max(parameter.opts, key=len).lstrip("-")
+
+
+def _as_typed(parameter: click.Parameter, value: Value, name: str, path: str) -> Any:
+    """A value of a file as the command line would have it. Raises LrsdError for one of the wrong type."""
+    values = value if isinstance(value, list) else [value]
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        if not isinstance(value, bool):
+            raise LrsdError(f"{name} in {path} is neither true nor false: write one.")
+        return value
+    if any(isinstance(one, bool) for one in values):
+        raise LrsdError(f"{name} in {path} is no option that is true or false: write its value.")
+    if parameter.multiple or _is_list(parameter):
+        return [str(one) for one in values]
+    if isinstance(value, list):
+        raise LrsdError(f"{name} in {path} is a list, and the option takes one value: write one.")
+    return str(value)
+
+
+def _is_list(parameter: click.Parameter) -> bool:
+    return getattr(parameter.type, "func", None) is _listed
+
+
+def _as_written(value: Any, typed: Any) -> Value:
+    """An option as the file has it: numbers, flags and lists by value, anything else as it was typed."""
+    if isinstance(value, bool | int | float):
+        return value
+    found: Value = list(value) if isinstance(value, tuple) else typed
+    return found
 
 
 @click.group(
@@ -137,10 +230,6 @@ def _metric(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     return script_function(Path(script), function)
 
 
-def _listed(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(part.strip() for part in value.split(","))
-
-
 def _shapes(
     ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, tuple[int, ...]]:
@@ -156,8 +245,47 @@ def _shapes(
     return found
 
 
-def _cost(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    return None if value is None else COST_NAMES[value]
+def _flag(option: str) -> str:
+    return FLAGS.get(option) or "--" + option.replace("_", "-")
+
+
+def _options_of(holder: type) -> Callable[[Command], Command]:
+    """The options of a dataclass, each with the type, help and default that stand at its field."""
+
+    def decorated(command: Command) -> Command:
+        for name, (option, default) in reversed(options_of(holder).items()):
+            said = f"{option.help}  [default: {option.default}]" if option.default else option.help
+            shown = default is not None and default is not False
+            how = _click_options(option)
+            add = click.option(_flag(name), name, default=default, show_default=shown, help=said, **how)
+            command = add(command)
+        return command
+
+    return decorated
+
+
+def _click_options(option: Option) -> dict[str, Any]:
+    """What click has to know of the values that an option takes."""
+    match option.takes:
+        case Flag():
+            return {"is_flag": True}
+        case Number():
+            return {"type": float, "metavar": option.metavar}
+        case Whole():
+            return {"type": int, "metavar": option.metavar}
+        case Choice(offered, spelled):
+            names = {spelled.get(name, name): name for name in offered}
+            return {
+                "type": click.Choice(list(names)),
+                "callback": lambda _ctx, _option, name: names.get(name),
+            }
+        case Several():
+            return {"type": _listed, "metavar": "LIST"}
+        case Pattern():
+            return {"metavar": "REGEX"}
+        case Function(known):
+            return {"callback": _metric, "metavar": f"{known}|FILE.py:FUNCTION"}
+    raise AssertionError(f"{option} has no counterpart on the command line")
 
 
 def _output(said: str) -> Callable[[Command], Command]:
@@ -182,57 +310,23 @@ HTML_OPTION = click.option(
 )
 
 
-@main.command("optimize")
+@main.command("optimize", cls=_Configurable)
 @click.argument("model", type=click.Path(path_type=Path))
 @_output(f"Where to write the model.  [default: MODEL{SUFFIX} beside it]")
-@click.option("--calib", metavar="PATH", help="Unlabelled samples to calibrate on: a few hundred are enough.")
 @click.option(
-    "--eval", "evaluation", metavar="PATH", help="Samples to verify on; with labels, accuracy is measured."
-)
-@click.option("--samples", type=int, metavar="N", help="Calibrate on the first N samples only.")
-@click.option(
-    "--target",
-    type=click.Choice(list(TARGETS)),
-    show_default=DEFAULT_TARGET,
-    help="What is to run it.",
+    "--calib",
+    type=click.Path(),
+    metavar="PATH",
+    help="Unlabelled samples to calibrate on: a few hundred are enough.",
 )
 @click.option(
-    "--cost",
-    type=click.Choice(list(COST_NAMES)),
-    callback=_cost,
-    help="What --ratio counts.  [default: macs; bytes for the target size]",
+    "--eval",
+    "evaluation",
+    type=click.Path(),
+    metavar="PATH",
+    help="Samples to verify on; with labels, accuracy is measured.",
 )
-@click.option("--ratio", type=float, metavar="R", help="Make the whole model R times cheaper.")
-@click.option(
-    "--max-error",
-    type=float,
-    metavar="E",
-    help="Let the outputs change by at most this part of their variance.  [default: 0.01]",
-)
-@click.option(
-    "--max-drop",
-    type=float,
-    metavar="D",
-    help="Let the score on the labelled samples of --eval fall by at most D points.",
-)
-@click.option(
-    "--metric",
-    callback=_metric,
-    show_default=TOP1,
-    metavar="top1|FILE.py:FUNCTION",
-    help="The score of --max-drop; FUNCTION(outputs, labels[, inputs]) gives one number, more is better.",
-)
-@click.option(
-    "--weights",
-    type=click.Choice(list(STORAGES)),
-    help="Store all weights so, with the target size.  [default: the best mix]",
-)
-@click.option("--int8", is_flag=True, help="Then have ONNX Runtime quantise the layers that bear it.")
-@click.option(
-    "--forms", callback=_listed, metavar="LIST", help=f"Use only these forms, of {','.join(KINDS)}."
-)
-@click.option("--include", metavar="REGEX", help="Work on the layers so named only.")
-@click.option("--exclude", metavar="REGEX", help="Leave the layers so named as they are.")
+@_options_of(Options)
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), metavar="FILE", help="Replay a plan.")
 @click.option(
     "--save-plan",
@@ -244,14 +338,6 @@ HTML_OPTION = click.option(
 @JSON_OPTION
 @HTML_OPTION
 @click.option("--details", is_flag=True, help="Put into the JSON what the page draws; --html does as well.")
-@click.option(
-    "--device",
-    type=click.Choice(DEVICES),
-    default="auto",
-    show_default=True,
-    help="Where to solve.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="For what is drawn at random.")
 @_loudness
 @click.pass_context
 def optimize_command(
@@ -269,6 +355,7 @@ def optimize_command(
     details: bool,
     verbose: bool,
     quiet: bool,
+    print_config: bool,
     **options: Any,
 ) -> None:
     """Write a smaller, faster model and say what it cost.
@@ -283,6 +370,9 @@ def optimize_command(
         Options(**options).check_with(
             calibration=calib, evaluation=evaluation, plan=plan_path, output=output, dry_run=dry_run
         )
+    if print_config:
+        click.echo(write_config(ctx.meta[GIVEN]))
+        return
     target = None if dry_run else output or model.with_name(model.stem + SUFFIX)
     _check_apart((target, json_path, html_path, save_plan), (model, calib, evaluation, plan_path))
     with _usage(ctx), _progress(quiet) as progress:
@@ -316,7 +406,12 @@ def optimize_command(
 
 @main.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--calib", metavar="PATH", help="Count MACs with inputs of the shape of the first sample here.")
+@click.option(
+    "--calib",
+    type=click.Path(),
+    metavar="PATH",
+    help="Count MACs with inputs of the shape of the first sample here.",
+)
 @click.option(
     "--shape",
     "shapes",
@@ -354,7 +449,9 @@ def inspect_command(
 @main.command("compare")
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
-@click.option("--data", metavar="PATH", help="Samples, as for --eval.  [default: made-up data]")
+@click.option(
+    "--data", type=click.Path(), metavar="PATH", help="Samples, as for --eval.  [default: made-up data]"
+)
 @click.option(
     "--layers",
     is_flag=True,
@@ -471,10 +568,6 @@ def _usage(ctx: click.Context) -> Iterator[None]:
         yield
     except OptionError as error:
         raise click.UsageError(error.spelled(_flag, _typed), ctx) from error
-
-
-def _flag(option: str) -> str:
-    return FLAGS.get(option) or "--" + option.replace("_", "-")
 
 
 def _typed(option: str, value: object) -> str:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import re
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
+from typing import Annotated
 
 from onnx_lrsd.arrays import DEVICES
 from onnx_lrsd.errors import DataError, OptionError
+from onnx_lrsd.option import (
+    Choice,
+    Flag,
+    Function,
+    Number,
+    Option,
+    Pattern,
+    Several,
+    Whole,
+    check_options,
+)
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, processor, this_machine
 from onnx_lrsd.types import COSTS, KINDS, Plan, Progress, Score
@@ -32,48 +41,72 @@ TOP1 = "top1"
 class Options:
     """What to aim at and what to work on. At most one of ``ratio``, ``max_error`` and ``max_drop``.
 
-    ``target`` None: that of the plan, otherwise ``onnxruntime``. ``cost`` None: what the target counts.
-    ``ratio``: how many times cheaper the whole model gets, in the unit of ``cost``. ``max_error``: the
-    relative squared error of the model's outputs that may be reached. ``max_drop``: by how many points
-    (hundredths) the score of ``metric`` on labelled evaluation samples may fall: 'top1' (None), or a
-    function of the outputs by name and the labels. ``weights``: the one storage of the target size.
-    ``int8``: have ONNX Runtime quantise the result where its layers bear it. ``forms``: kinds of factors,
-    all if None. ``include`` and ``exclude`` are regular expressions over the names of layers. ``samples``:
-    how many calibration samples are read, at most. ``device``: where to solve. ``seed``: for what is drawn
-    at random. Raises OptionError for what is wrong by itself or does not go together.
+    Each option stands here once, with its type, its default, what it takes and its help, for the API, the
+    command line (``--max-error``) and the file of ``--config`` (``max-error``). ``ratio`` is in the unit of
+    ``cost``; ``max_error`` is the relative squared error of the model's outputs; a point of ``max_drop`` is a
+    hundredth. ``target`` None: that of the plan, otherwise ``onnxruntime``. ``cost`` None: what the target
+    counts. ``metric`` None: top1. ``forms`` None: all. Raises OptionError for what is wrong by itself or does
+    not go together.
     """
 
-    target: str | None = None
-    cost: str | None = None
-    ratio: float | None = None
-    max_error: float | None = None
-    max_drop: float | None = None
-    metric: str | Score | None = None
-    weights: str | None = None
-    int8: bool = False
-    forms: tuple[str, ...] | None = None
-    include: str | None = None
-    exclude: str | None = None
-    samples: int | None = None
-    device: str = "auto"
-    seed: int = 0
+    samples: Annotated[
+        int | None, Option("Calibrate on the first N samples only.", Whole(1), metavar="N")
+    ] = None
+    target: Annotated[str | None, Option("What is to run it.", Choice(TARGETS), default=DEFAULT_TARGET)] = (
+        None
+    )
+    cost: Annotated[
+        str | None,
+        Option(
+            "What --ratio counts.",
+            Choice(COSTS, spelled={"parameters": "params"}),
+            default="macs; bytes for the target size",
+        ),
+    ] = None
+    ratio: Annotated[
+        float | None, Option("Make the whole model R times cheaper.", Number(1), metavar="R")
+    ] = None
+    max_error: Annotated[
+        float | None,
+        Option(
+            "Let the outputs change by at most this part of their variance.",
+            Number(0, 1),
+            metavar="E",
+            default=f"{DEFAULT_ERROR:g}",
+        ),
+    ] = None
+    max_drop: Annotated[
+        float | None,
+        Option(
+            "Let the score on the labelled samples of --eval fall by at most D points.",
+            Number(0, 100),
+            metavar="D",
+        ),
+    ] = None
+    metric: Annotated[
+        str | Score | None,
+        Option(
+            "The score of --max-drop; FUNCTION(outputs, labels[, inputs]) gives one number, more is better.",
+            Function(TOP1),
+            default=TOP1,
+        ),
+    ] = None
+    weights: Annotated[
+        str | None,
+        Option("Store all weights so, with the target size.", Choice(STORAGES), default="the best mix"),
+    ] = None
+    int8: Annotated[bool, Option("Then have ONNX Runtime quantise the layers that bear it.", Flag())] = False
+    forms: Annotated[
+        tuple[str, ...] | None, Option(f"Use only these forms, of {','.join(KINDS)}.", Several(KINDS))
+    ] = None
+    include: Annotated[str | None, Option("Work on the layers so named only.", Pattern())] = None
+    exclude: Annotated[str | None, Option("Leave the layers so named as they are.", Pattern())] = None
+    device: Annotated[str, Option("Where to solve.", Choice(DEVICES))] = "auto"
+    seed: Annotated[int, Option("For what is drawn at random.", Whole(0), metavar="N")] = 0
 
     def __post_init__(self) -> None:
         """Check each option by itself, then those that have to do with each other."""
-        _check_choice(TARGETS, target=self.target)
-        _check_choice(COSTS, cost=self.cost)
-        _check_choice(STORAGES, weights=self.weights)
-        _check_choice(DEVICES, device=self.device)
-        _check_number(1, math.inf, ratio=self.ratio)
-        _check_number(0, 1, max_error=self.max_error)
-        _check_number(0, 100, max_drop=self.max_drop)
-        _check_whole(1, samples=self.samples)
-        _check_whole(0, seed=self.seed)
-        _check_pattern(include=self.include)
-        _check_pattern(exclude=self.exclude)
-        _check_forms(self.forms)
-        if not (self.metric in (None, TOP1) or callable(self.metric)):
-            raise OptionError("{metric} is neither top1 nor a function: give one.", metric=self.metric)
+        check_options(self)
         self._check_goals(None)
         if self.metric is not None and self.max_drop is None:
             raise OptionError("{metric} goes with {max_drop}, which it measures: give both.")
@@ -129,52 +162,6 @@ class Options:
 
 def _listed(names: Iterable[str]) -> str:
     return " and ".join(f"{{{name}}}" for name in names)
-
-
-def _check_choice(offered: Collection[str], **option: object) -> None:
-    """Raise OptionError for an option that is not None and none of ``offered``."""
-    for name, value in option.items():
-        if value is not None and not (isinstance(value, str) and value in offered):
-            raise OptionError(f"{{{name}}} is none of {', '.join(offered)}: choose one of them.", **option)
-
-
-def _check_number(least: float, most: float, **option: object) -> None:
-    wanted = f"a number of at least {least:g}" if most == math.inf else f"a number from {least:g} to {most:g}"
-    for name, value in option.items():
-        if value is None:
-            continue
-        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
-        if not (math.isfinite(number) and least <= number <= most):
-            raise OptionError(f"{{{name}}} is not {wanted}: give one.", **option)
-
-
-def _check_whole(least: int, **option: object) -> None:
-    for name, value in option.items():
-        if value is None:
-            continue
-        number = least - 1 if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
-        if number < least:
-            raise OptionError(f"{{{name}}} is not a whole number of at least {least}: give one.", **option)
-
-
-def _check_pattern(**option: str | None) -> None:
-    for name, value in option.items():
-        try:
-            re.compile(value or "")
-        except (re.error, TypeError) as error:
-            said = str(error).replace("{", "{{").replace("}", "}}")
-            raise OptionError(
-                f"{{{name}}} is not a regular expression ({said}): mend it.", **option
-            ) from None
-
-
-def _check_forms(forms: object) -> None:
-    if forms is None:
-        return
-    if not isinstance(forms, tuple | list) or not forms or any(kind not in KINDS for kind in forms):
-        raise OptionError(
-            f"{{forms}} is no list of some of {', '.join(KINDS)}: choose from them.", forms=forms
-        )
 
 
 @dataclass
