@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,31 +130,9 @@ def optimize(
         calibration=calibration, evaluation=evaluation, plan=plan, output=output, dry_run=dry_run
     )
     run = start(options if plan is not None else options.with_goal(), plan, progress)
-    with run.journal.clock("load"):
-        original = load(model)
-        if output is not None:
-            ensure_writable(output, original.path)
-        source, graph = _prepared(run, original)
-        layers, declined = find_layers(graph)
-        if run.target.stores_codes and DENSE in (options.forms or KINDS):
-            named = None if plan is None else plan.choices
-            layers, declined = find_constants(graph, layers, declined, named)
-        layers, declined = _select(layers, declined, options)
-        constants = tuple(layer for layer in layers if layer.constant)
-        others = share_weights(graph, [layer for layer in layers if not layer.constant])
-        if run.cost in STORED:
-            run.journal.warn(bytes_outside(graph, [*constants, *others]))
-    weight_of = partial(read_weight, graph)
-    fit_on, check_on, notes = fit_and_check(source, calibration, evaluation, limit=samples, seed=seed)
-    run.journal.warn(*notes)
-    pairs = _pairs(run, source, graph, others, constants, plan)
-    with run.journal.clock("calibrate"):
-        known = _calibrate(run, source, others, pairs, weight_of, fit_on, check_on, plan)
-        known = replace(known, layers=(*constants, *known.layers))
-        run.journal.warn(what_was_left_out(known))
-    with run.journal.clock("decompose"):
-        narrower = _narrower(run, source, known, weight_of, pairs)
-    fitter = _fitter(run, original, narrower, replace(known, moments={}), fit_on)
+    ready = prepare(run, model, calibration, evaluation, output=output, plan=plan)
+    original, source, known, weight_of = ready.original, ready.source, ready.known, ready.weight_of
+    narrower, fitter, fit_on, check_on = ready.narrower, ready.fitter, ready.fit_on, ready.check_on
     search: Proposals
     planner, curves, whole = None, Curves(()), None
     if plan is None:
@@ -162,9 +140,10 @@ def optimize(
         with run.journal.clock("plan"):
             search, check_on = planner.search(fitter, check_on)
     else:
-        search = Once(forms_of(plan, known.layers, pairs))
+        search = Once(forms_of(plan, known.layers, ready.pairs))
     spectrum = _spectra(run, known, weight_of) if details else {}
     known = replace(known, moments={})  # they may be large, and a fit takes its own
+    ready = replace(ready, known=known)
     chosen = _next(run, search) or {}
     rewritten, delivered, build = original, None, None
     if not dry_run:
@@ -190,7 +169,7 @@ def optimize(
         output=output,
         layers=known.layers,
         narrow=narrower.cut(chosen if delivered is None or delivered.factors else {})[1],
-        declined=declined,
+        declined=ready.declined,
         plan=plan,
         fit_on=fit_on,
         whole=whole,
@@ -201,7 +180,82 @@ def optimize(
     return Result(rewritten, report, plan)
 
 
-def _prepared(run: Run, original: Model) -> tuple[Model, WorkingGraph]:
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A model whose layers are found and calibrated: all that a plan and its fits start from.
+
+    ``source`` is the ``original`` as it is worked on; ``declined`` are nodes that are left alone. ``known``
+    is what the samples ``fit_on`` teach, ``check_on`` are those that results are measured on. ``pairs`` are
+    layers whose channels in between may be cut, which ``narrower`` does; ``fitter`` fits forms.
+    """
+
+    original: Model
+    source: Model
+    weight_of: WeightOf
+    declined: Sequence[Declined]
+    known: Calibration
+    pairs: Mapping[str, Pair]
+    narrower: Narrower
+    fitter: Fitter
+    fit_on: Samples | None
+    check_on: Samples
+
+
+def prepare(
+    run: Run,
+    model: str | Path | onnx.ModelProto,
+    calibration: Any,
+    evaluation: Any,
+    *,
+    output: Path | None = None,
+    plan: Plan | None = None,
+) -> Prepared:
+    """Load ``model``, find its layers and calibrate those that ``run`` or ``plan`` asks for.
+
+    Raises LrsdError for anything that is wrong with the input, or if ``output`` cannot be written.
+    """
+    options = run.options
+    with run.journal.clock("load"):
+        original = load(model)
+        if output is not None:
+            ensure_writable(output, original.path)
+        source, graph = _workable(run, original)
+        layers, declined = find_layers(graph)
+        if run.target.stores_codes and DENSE in (options.forms or KINDS):
+            named = None if plan is None else plan.choices
+            layers, declined = find_constants(graph, layers, declined, named)
+        layers, declined = _select(layers, declined, options)
+        constants = tuple(layer for layer in layers if layer.constant)
+        others = share_weights(graph, [layer for layer in layers if not layer.constant])
+        if run.cost in STORED:
+            run.journal.warn(bytes_outside(graph, [*constants, *others]))
+    weight_of = partial(read_weight, graph)
+    fit_on, check_on, notes = fit_and_check(
+        source, calibration, evaluation, limit=options.samples, seed=options.seed
+    )
+    run.journal.warn(*notes)
+    pairs = _pairs(run, source, graph, others, constants, plan)
+    with run.journal.clock("calibrate"):
+        known = _calibrate(run, source, others, pairs, weight_of, fit_on, check_on, plan)
+        known = replace(known, layers=(*constants, *known.layers))
+        run.journal.warn(what_was_left_out(known))
+    with run.journal.clock("decompose"):
+        narrower = _narrower(run, source, known, weight_of, pairs)
+    return Prepared(
+        original=original,
+        source=source,
+        weight_of=weight_of,
+        declined=declined,
+        known=known,
+        pairs=pairs,
+        narrower=narrower,
+        fitter=_fitter(run, original, narrower, replace(known, moments={}), fit_on),
+        fit_on=fit_on,
+        check_on=check_on,
+    )
+
+
+def _workable(run: Run, original: Model) -> tuple[Model, WorkingGraph]:
     """``original`` in the opset that the target needs and without fused operators, and its graph."""
     source = raised(original, run.target.opset, f"The target {run.target.name}")
     graph = source.graph()
