@@ -37,13 +37,14 @@ def test_a_damaged_file_gives_a_valid_model_or_one_sentence(count: int) -> None:
 
 def test_damage_is_said_in_words() -> None:
     model = MODELS[0]()
-    types, dims, opset, pads, none, wide, huge = (onnx.ModelProto() for _ in range(7))
-    for damaged in (types, dims, opset, pads, none, wide, huge):
+    types, dims, opset, pads, none, dead, wide, huge = (onnx.ModelProto() for _ in range(8))
+    for damaged in (types, dims, opset, pads, none, dead, wide, huge):
         damaged.CopyFrom(model)
     types.graph.output[0].type.tensor_type.elem_type = -1
     dims.graph.initializer[0].ClearField("raw_data")
     opset.opset_import[0].domain = "no such name"
     none.graph.node[0].ClearField("output")
+    dead.graph.node.append(onnx.helper.make_node("Gemm", ["f", "no such tensor"], ["unread"]))
     wide.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 1 << 31
     pads.graph.node[0].attribute[0].type = onnx.AttributeProto.FLOAT
     weight = numpy_helper.to_array(model.graph.initializer[0]).copy()
@@ -55,6 +56,7 @@ def test_damage_is_said_in_words() -> None:
         (opset, "opset"),
         (pads, "Attribute .* is damaged"),
         (none, "gives nothing"),
+        (dead, "reads no such tensor, which nothing gives"),
         (wide, "too large"),
     ):
         with pytest.raises(LrsdError, match=says):

@@ -321,6 +321,13 @@ def _must_be_sound(proto: onnx.ModelProto, name: str) -> None:
             raise ModelError(
                 f"Node {node.name or node.op_type} of {name} gives nothing: export the model again."
             )
+        # ONNX Runtime opens the model where no output depends on such a node, and drops the node.
+        missing = [read for read in node.input if read and read not in given]
+        if missing:
+            raise ModelError(
+                f"Node {node.name or node.op_type} of {name} reads {missing[0]}, which nothing gives: "
+                "export the model again."
+            )
         for attribute in node.attribute:
             if not _of_its_type(attribute):
                 raise ModelError(
