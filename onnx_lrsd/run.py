@@ -10,6 +10,7 @@ from typing import Annotated
 
 from onnx_lrsd.arrays import DEVICES
 from onnx_lrsd.errors import DataError, OptionError
+from onnx_lrsd.measure.judge import GroupsOf
 from onnx_lrsd.option import (
     Choice,
     Flag,
@@ -196,13 +197,15 @@ class Run:
     """What every stage of one call knows; only the journal changes.
 
     ``target`` has the times of ``machine``, which is None where the target has none. ``cost`` is what a
-    ratio is of.
+    ratio is of. ``groups`` are those that all comparisons judge outputs in, so that a search and the check of
+    what it found go by the same; None until there are samples.
     """
 
     options: Options
     target: Target
     cost: str
     machine: Machine | None = None
+    groups: GroupsOf | None = None
     journal: Journal = field(default_factory=Journal)
     progress: Progress | None = None
 

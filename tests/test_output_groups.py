@@ -13,7 +13,7 @@ from onnx_lrsd.facts import OutputError
 from onnx_lrsd.fit.sensitivity import Reference
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
-from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.measure.compare import compare, groups_on
 from onnx_lrsd.measure.judge import OutputGroup, output_groups
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>'
@@ -184,3 +184,21 @@ def test_a_layer_counts_by_the_group_that_it_moves_most() -> None:
     assert scores > 0.05
     assert reference.movement(detector(box=1.01)) == pytest.approx(1e-4, rel=0.05)
     assert reference.movement(detector(box=1.01, score=0.5)) == pytest.approx(scores)
+
+
+def test_parts_of_a_run_are_judged_in_the_groups_of_all_its_samples() -> None:
+    before, after = (model(
+        """g (float[n, 4] x, float[n, 4] z) => (float[n, 8] out) {
+            a = Mul (x, one)  b = Mul (z, share)  out = Concat <axis = 1> (a, b) }""",
+        one=np.float32(factor),
+        share=np.float32(0.2),
+    ) for factor in (1.0, 1.01))  # fmt: skip
+    rng = np.random.default_rng(0)
+    x, z = rng.standard_normal((2, 80, 4)).astype(np.float32)
+    z[40:] /= 10  # on the second half alone the parts are of unlike scale
+    every = read_samples({"x": x, "z": z}, inputs_of(before.proto))
+    last = every.take(slice(40, None))
+    groups = groups_on(before, every)
+    assert len(groups["out"]) == 1
+    assert len(compare(before, after, last, latency=False).outputs[0].groups) == 2
+    assert len(compare(before, after, last, latency=False, groups=groups).outputs[0].groups) == 1

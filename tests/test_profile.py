@@ -292,6 +292,46 @@ def test_a_layer_that_is_slower_within_the_model_is_left_as_it_was(monkeypatch: 
     assert "0.90 times as fast as before within the model" in made.run.journal.reasons["l0"]
 
 
+@pytest.mark.parametrize("with_them", [1.03, 0.99])
+def test_the_whole_model_decides_on_forms_of_short_layers_that_are_a_little_slower_alone(
+    monkeypatch: pytest.MonkeyPatch, with_them: float
+) -> None:
+    made, _ = latency_planner(monkeypatch, 1.0)
+    asked: list[set[str]] = []
+
+    def whole_speedup(
+        _: Any, layers: Any, forms: dict[str, Form], *more: Any, over: Any = None, **named: Any
+    ) -> float:
+        if over is None:
+            return 5e-3 / (5e-3 - sum(1e-3 - form.rank * 1e-4 for form in forms.values()))
+        asked.append(set(forms) - set(over))
+        return with_them
+
+    def alone(_: Any, layers: Any, forms: dict[str, Form], *more: Any) -> dict[str, float]:
+        return dict.fromkeys(forms, 1.1) | ({"l0": 0.9, "l1": 0.95} if "l0" in forms else {})
+
+    monkeypatch.setattr(planner, "SHORT", 2e-3)
+    monkeypatch.setattr(planner, "whole_speedup", whole_speedup)
+    monkeypatch.setattr(planner, "speedups", alone)
+    found = made.for_ratio(1.4)
+    assert asked[0] == {"l0", "l1"}
+    if with_them > 1:
+        assert {"l0", "l1"} <= set(found)
+        assert len(asked) == 1, "what gained is not timed again"
+    else:
+        assert "l0" not in found
+        assert "0.90 times as fast as before" in made.run.journal.reasons["l0"]
+
+
+def test_long_layers_are_judged_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = latency_planner(monkeypatch, 1.0)
+    monkeypatch.setattr(f"{__name__}.WITHOUT", 2.0)
+    monkeypatch.setattr(
+        planner, "speedups", lambda model, layers, forms, *more: dict.fromkeys(forms, 1.1) | {"l0": 0.99}
+    )
+    assert "l0" not in made.for_ratio(1.4)
+
+
 def test_a_layer_stays_rewritten_where_the_whole_model_is_slower_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

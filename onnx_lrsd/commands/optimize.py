@@ -36,7 +36,7 @@ from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, s
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.int8.fit import Int8Fitter
-from onnx_lrsd.measure.compare import compare, total_price
+from onnx_lrsd.measure.compare import compare, groups_on, total_price
 from onnx_lrsd.measure.layer_times import time_layers
 from onnx_lrsd.measure.load_cost import opening_cost
 from onnx_lrsd.passes.bytes_outside import bytes_outside
@@ -133,6 +133,7 @@ def optimize(
     ready = prepare(run, model, calibration, evaluation, output=output, plan=plan)
     original, source, known, weight_of = ready.original, ready.source, ready.known, ready.weight_of
     narrower, fitter, fit_on, check_on = ready.narrower, ready.fitter, ready.fit_on, ready.check_on
+    run = replace(run, groups=groups_on(source, check_on))
     search: Proposals
     planner, curves, whole = None, Curves(()), None
     if plan is None:
@@ -576,7 +577,9 @@ def _measured(
 ) -> Verification:
     """``fitted`` against the original, where weights are in codes with the parameters they stand for."""
     check(fitted.model, original)
-    found = compare(original, fitted.model, check_on, metric=run.metric, progress=run.progress)
+    found = compare(
+        original, fitted.model, check_on, metric=run.metric, groups=run.groups, progress=run.progress
+    )
     if not fitted.packed:
         return found
     return replace(found, after=replace(found.after, parameters=_held(found, layers, fitted.factors)))
@@ -591,7 +594,7 @@ def _held(found: Verification, layers: Sequence[Layer], factors: Mapping[str, Fa
 
 def _unchanged(run: Run, original: Model, check_on: Samples, found: Verification) -> Verification:
     """The original against itself, with the latency that it was ``found`` to have."""
-    same = compare(original, original, check_on, metric=run.metric, latency=False)
+    same = compare(original, original, check_on, metric=run.metric, groups=run.groups, latency=False)
     return replace(
         same,
         before=found.before,

@@ -20,7 +20,7 @@ from onnx_lrsd.data.samples import Samples, as_fed, batch_to_run, position_axes
 from onnx_lrsd.errors import DataError, LrsdError, VerificationError
 from onnx_lrsd.facts import ModelCost, OutputError, ScoreChange, Verification
 from onnx_lrsd.graph.model import Model, model_bytes
-from onnx_lrsd.measure.judge import OutputJudge
+from onnx_lrsd.measure.judge import GroupsOf, OutputJudge
 from onnx_lrsd.passes.count import compute_tensors, macs, not_counted, parameters, without_functions
 from onnx_lrsd.runtime.divergence import is_scores
 from onnx_lrsd.runtime.session import open_session, shapes
@@ -28,6 +28,8 @@ from onnx_lrsd.runtime.timing import FEWEST_ROUNDS, busy_clock, pair_latency
 from onnx_lrsd.types import Feed, Price, Progress, Score
 
 TRIAL_SECONDS, COMPARE_SECONDS = 0.25, 4.0
+SCALES_ON = 32
+"""Samples that scales of outputs are looked at on, for all that is compared in one run."""
 STARTS = 6
 """Sessions that a whole model is timed in."""
 
@@ -76,6 +78,7 @@ def compare(
     bytes_before: int | None = None,
     bytes_after: int | None = None,
     metric: str | Score | None = None,
+    groups: GroupsOf | None = None,
     latency: bool = True,
     threads: int | None = THREADS,
     seconds: float = COMPARE_SECONDS,
@@ -85,8 +88,9 @@ def compare(
 
     Bytes are those given, or what the models take when they are written. ``metric`` 'top1' asks for the
     score of both on ``samples.labels``, a function is such a score itself; None gives top1 where there are
-    labels of classes and an output with scores. ``latency`` takes ``seconds`` on ``threads``. Raises
-    VerificationError when the models differ in their inputs or outputs or only the first one runs,
+    labels of classes and an output with scores. ``groups`` are those that outputs are judged in, by default
+    such as ``groups_on`` finds on the first of the samples. ``latency`` takes ``seconds`` on ``threads``.
+    Raises VerificationError when the models differ in their inputs or outputs or only the first one runs,
     DataError when the metric cannot be had.
 
     >>> import numpy as np, onnx, onnx_lrsd
@@ -101,7 +105,7 @@ def compare(
     _same_interface(before.proto, after.proto)
     labels = _labels(samples, metric)
     collect = None if labels is None else _classes if not callable(metric) else _whole
-    outputs, warnings, kept = _differences(before, after, samples, collect, progress)
+    outputs, warnings, kept = _differences(before, after, samples, collect, groups, progress)
     score = None
     if labels is not None:
         score = _scored(metric, *kept, labels, samples) if callable(metric) else _score(*kept, labels, metric)
@@ -181,8 +185,27 @@ def _pace(
     return Pace(ratio, interval, old, new)
 
 
+def groups_on(model: Model, samples: Samples) -> GroupsOf:
+    """The groups of channels that the outputs of ``model`` have on some of ``samples``.
+
+    Where scales are about as unlike as makes two groups, others of the samples may make one of them.
+    """
+    session = open_session(model.proto, folder=model.folder)
+    samples = as_fed(samples, session.run).some(SCALES_ON)
+    judge = OutputJudge(model, session.outputs, position_axes(samples, session.run), look=SCALES_ON)
+    for feed in samples.batches(batch_to_run(samples)):
+        outputs = session.run(feed)
+        judge.add(feed, outputs, outputs, samples.real(feed), samples.size_of(feed))
+    return judge.found_groups()
+
+
 def _differences(
-    before: Model, after: Model, samples: Samples, collect: Collect | None, progress: Progress | None
+    before: Model,
+    after: Model,
+    samples: Samples,
+    collect: Collect | None,
+    groups: GroupsOf | None,
+    progress: Progress | None,
 ) -> tuple[tuple[OutputError, ...], tuple[str, ...], tuple[list[Any], list[Any]]]:
     """Errors of all outputs where there is no padding, warnings, and what ``collect`` keeps of both."""
     old = open_session(before.proto, folder=before.folder)
@@ -190,7 +213,7 @@ def _differences(
         new = open_session(after.proto, folder=after.folder)
     samples = as_fed(samples, old.run)
     axes = position_axes(samples, old.run)
-    judge = OutputJudge(before, old.outputs, axes)
+    judge = OutputJudge(before, old.outputs, axes, groups)
     kept: tuple[list[Any], list[Any]] = [], []
     done = 0
     for feed in samples.batches(batch_to_run(samples)):

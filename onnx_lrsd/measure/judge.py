@@ -77,6 +77,10 @@ class OutputGroup:
         return np.take(rows, channels, axis=self.axis)
 
 
+GroupsOf = Mapping[str, tuple[OutputGroup, ...]]
+"""The groups of each output, by its name."""
+
+
 class _Batch(NamedTuple):
     """Outputs of both models for ``size`` samples; ``real`` (samples, positions) are no padding."""
 
@@ -90,14 +94,20 @@ class _Batch(NamedTuple):
 class OutputJudge:
     """Takes in what two models give, batch by batch, and says how far apart their outputs are.
 
-    ``positions`` are the axes of each output that count as samples do. The groups are those of ``model``,
-    the first of the two, on its first LOOK samples.
+    ``positions`` are the axes of each output that count as samples do. ``groups`` are those to judge by;
+    without them those of ``model``, the first of the two, on its first ``look`` samples.
     """
 
     def __init__(
-        self, model: Model, outputs: Sequence[str], positions: Mapping[str, tuple[int, ...]]
+        self,
+        model: Model,
+        outputs: Sequence[str],
+        positions: Mapping[str, tuple[int, ...]],
+        groups: GroupsOf | None = None,
+        look: int = LOOK,
     ) -> None:
-        self.model, self.outputs, self.positions = model, outputs, positions
+        self.model, self.outputs, self.positions, self.groups = model, outputs, positions, groups
+        self._look = look
         self.samples = 0
         self._waiting: list[_Batch] = []
         self._streams: dict[str, _Stream] = {}
@@ -109,11 +119,13 @@ class OutputJudge:
         one, two = ({name: as_array(given[name]) for name in self.outputs} for given in (old, new))
         self._waiting.append(_Batch(feed, one, two, real, size))
         self.samples += size
-        if self._streams or self.samples >= LOOK:
+        if self._streams or self.samples >= self._look:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._streams and self._waiting:
+        if not self._streams and self.groups is not None:
+            self._streams = {n: _Stream(self.groups[n], self.positions.get(n, ())) for n in self.outputs}
+        elif not self._streams and self._waiting:
             first = self._waiting[0]
             axes, rows = dict[str, tuple[int, ...]](), dict[str, list[Values]]()
             for name in self.outputs:
@@ -126,6 +138,11 @@ class OutputJudge:
             for name, stream in self._streams.items():
                 stream.add(batch.old[name], batch.new[name], batch.real, batch.size)
         self._waiting.clear()
+
+    def found_groups(self) -> GroupsOf:
+        """The groups that outputs are judged in."""
+        self._flush()
+        return {name: tuple(stream.groups) for name, stream in self._streams.items()}
 
     def errors(self) -> tuple[OutputError, ...]:
         """What was found of every output."""

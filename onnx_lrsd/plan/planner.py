@@ -44,6 +44,14 @@ SPARE, LAVISH = 1.01, 1.05
 WHOLE_SECONDS = 3.0
 """How long the whole model is timed in a trial of a plan for latency."""
 
+SHORT = 5e-5
+"""Seconds below which a layer alone does not tell what it takes in the model: what a run takes beside it
+counts as well, and its weight stays in a cache that those of the whole model fill (results/decisions.md)."""
+UNSURE = 0.85
+"""A form of a short layer that is at least this many times as fast alone may gain within the model."""
+UNSURE_SECONDS = 1.0
+"""How long the whole model is timed with and without forms that are unsure."""
+
 
 class Planner:
     """Chooses a form for every layer; what measurement finds to be no faster is left dense.
@@ -68,6 +76,8 @@ class Planner:
         self.whole = self.cost(Point(Form(DENSE), 0.0, total))
         self.rest = max(self.whole - sum(self.cost(curve.points[0]) for curve in curves.layers), 0.0)
         self.times: dict[object, float] = {}
+        self.gaining: dict[str, list[Form]] = {}
+        """Forms by layer that were unsure alone, and by which the whole model gained."""
         keys = [*(curve.layer.output for curve in curves.layers), *(pair.key for pair in curves.pairs)]
         self.sensitivity = dict.fromkeys(keys, 1.0)
         self.weighed = False
@@ -230,8 +240,15 @@ class Planner:
         return Search(run.target.first_ratio, self.for_ratio, bound, error_limit, run.announce), other
 
     def _compared(self, model: Model, samples: Samples) -> Verification:
+        run = self.run
         return compare(
-            self.source, model, samples, latency=False, metric=self.run.metric, progress=self.run.progress
+            self.source,
+            model,
+            samples,
+            latency=False,
+            metric=run.metric,
+            groups=run.groups,
+            progress=run.progress,
         )
 
     def frontier(self, ratios: Iterable[float]) -> list[Trial]:
@@ -295,7 +312,8 @@ class Planner:
     def _drop_slow(self, chosen: Forms) -> set[str]:
         """Names of the layers whose form is not faster here; it leaves their curves with others of its kind.
 
-        Each is timed alone; once all are faster so, within the whole model.
+        Each is timed alone; once all are faster so, within the whole model. Of short layers that are only a
+        little slower alone the whole model decides at once.
         """
         if not chosen or not self.run.target.timed_here:
             return set()
@@ -304,6 +322,9 @@ class Planner:
         shapes = {**self.shapes, **_input_shapes(layers, self.shapes)}
         measured = self._together(speedups(model, layers, forms, shapes, self.times, self.run.progress))
         slow, where = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}, ""
+        slow = {name: ratio for name, ratio in slow.items() if not self._gains(name, chosen[name])}
+        if slow and all(self._unsure(name, ratio) for name, ratio in slow.items()):
+            slow = self._unsure_in_vain(model, layers, chosen, slow)
         if not slow:
             slow, where = self._slow_within(model, layers, chosen), " within the model"
         for layer in layers:
@@ -316,6 +337,37 @@ class Planner:
                 stays = _stays([layer, *self.curves.sharing(name)], form)
                 self.curves = self.curves.where(name, stays, narrow=layer.full is not None)
         return set(slow)
+
+    def _gains(self, name: str, form: Form) -> bool:
+        """Whether the whole model gained by a form of this kind and layer that saves no more."""
+        layer = self.curves.layer(name)
+        return any(
+            (form.kind, form.pattern.kind) == (other.kind, other.pattern.kind)
+            and price(layer, form).macs <= price(layer, other).macs
+            for other in self.gaining.get(name, ())
+        )
+
+    def _unsure(self, name: str, ratio: float) -> bool:
+        """Whether ``ratio``, of a layer alone, leaves open if it gains within the model."""
+        seconds = self.curves.points(name, {})[0].price.seconds
+        return seconds is not None and seconds < SHORT and ratio >= UNSURE
+
+    def _unsure_in_vain(
+        self, model: Model, layers: Sequence[Layer], chosen: Forms, unsure: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Of the forms that are ``unsure``, those to drop: none where the whole model is faster with them.
+
+        Otherwise the half that is slower alone: the next round asks for the others.
+        """
+        others = {name: form for name, form in chosen.items() if name not in unsure}
+        pair = self._of_all(chosen), self._of_all(others)
+        gained = whole_speedup(model, layers, pair[0], self.samples, UNSURE_SECONDS, over=pair[1])
+        if gained > 1:
+            for name in unsure:
+                self.gaining.setdefault(name, []).append(chosen[name])
+            return {}
+        slowest = sorted(unsure, key=unsure.__getitem__)[: (len(unsure) + 1) // 2]
+        return {name: unsure[name] for name in slowest}
 
     def _slow_within(self, model: Model, layers: Sequence[Layer], chosen: Forms) -> dict[str, float]:
         """How many times faster, less than once, what is slower within the model, if it is so twice.

@@ -90,6 +90,10 @@ class Curves:
             return self._by_output[output].points
         return self.narrow[output, (given, read)]
 
+    def layer(self, output: str) -> Layer:
+        """The first layer of a curve."""
+        return self._by_output[output].layer
+
     def sharing(self, output: str) -> tuple[Layer, ...]:
         """The other layers that apply the weight of a curve's first layer; none for any other."""
         return self._by_output[output].others if output in self._by_output else ()
