@@ -37,14 +37,17 @@ def test_a_damaged_file_gives_a_valid_model_or_one_sentence(count: int) -> None:
 
 def test_damage_is_said_in_words() -> None:
     model = MODELS[0]()
-    types, dims, opset, pads, none, dead, wide, huge = (onnx.ModelProto() for _ in range(8))
-    for damaged in (types, dims, opset, pads, none, dead, wide, huge):
+    types, dims, opset, pads, none, dead, few, wide, huge = (onnx.ModelProto() for _ in range(9))
+    for damaged in (types, dims, opset, pads, none, dead, few, wide, huge):
         damaged.CopyFrom(model)
     types.graph.output[0].type.tensor_type.elem_type = -1
     dims.graph.initializer[0].ClearField("raw_data")
     opset.opset_import[0].domain = "no such name"
     none.graph.node[0].ClearField("output")
     dead.graph.node.append(onnx.helper.make_node("Gemm", ["f", "no such tensor"], ["unread"]))
+    few.graph.node[0].op_type = "MatMul"
+    del few.graph.node[0].input[1:]
+    few.graph.node[0].ClearField("attribute")
     wide.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 1 << 31
     pads.graph.node[0].attribute[0].type = onnx.AttributeProto.FLOAT
     weight = numpy_helper.to_array(model.graph.initializer[0]).copy()
@@ -57,9 +60,19 @@ def test_damage_is_said_in_words() -> None:
         (pads, "Attribute .* is damaged"),
         (none, "gives nothing"),
         (dead, "reads no such tensor, which nothing gives"),
+        (few, "does not open the model"),
         (wide, "too large"),
     ):
         with pytest.raises(LrsdError, match=says):
             onnx_lrsd.optimize(damaged, ratio=1.3, target="size", dry_run=True)
     found = onnx_lrsd.inspect(huge)
     assert any("entries above" in declined.reason for declined in found.declined)
+
+
+def test_what_onnx_runtime_runs_is_worked_on_though_onnx_cannot_infer_its_shapes() -> None:
+    odd = onnx.ModelProto()
+    odd.CopyFrom(MODELS[0]())
+    odd.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["unread"], value_float=1.0))
+    odd.opset_import[0].domain = "another"  # ONNX Runtime takes the newest opset it has
+    names = {layer.output for layer in onnx_lrsd.find_layers(onnx_lrsd.load(odd).graph())[0]}
+    assert set(onnx_lrsd.optimize(odd, ratio=1.05, dry_run=True).plan.choices) <= names != set()

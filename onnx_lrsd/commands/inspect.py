@@ -21,6 +21,7 @@ from onnx_lrsd.passes.find_layers import find_layers
 from onnx_lrsd.passes.shared_weights import share_weights
 from onnx_lrsd.passes.unfuse import optimised_by_runtime, unfuse
 from onnx_lrsd.run import DEFAULT_TARGET, NO_FORM
+from onnx_lrsd.runtime.session import sound
 from onnx_lrsd.targets import TARGETS, price
 from onnx_lrsd.types import DENSE, KINDS, Declined, Form, InputSpec, Price
 
@@ -41,13 +42,14 @@ def inspect(
     if calibration is not None and shapes:
         raise OptionError("{calibration} and {shapes} exclude each other: give one.")
     source = original = load(model)
-    graph = source.graph()
-    fused = optimised_by_runtime(graph)
-    if unfuse(graph):
-        source = source.splice(graph)
+    with sound(source.proto, source.folder):
         graph = source.graph()
-    layers, declined = find_layers(graph)
-    layers = share_weights(graph, layers)
+        fused = optimised_by_runtime(graph)
+        if unfuse(graph):
+            source = source.splice(graph)
+            graph = source.graph()
+        layers, declined = find_layers(graph)
+        layers = share_weights(graph, layers)
     check_shapes(shapes or {}, inputs_of(source.proto))
     samples = made_up_samples(source, shapes) if calibration is None else _first(calibration, source)
     located = locate(layers, input_shapes(source, layers, samples), samples)

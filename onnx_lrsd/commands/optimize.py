@@ -54,6 +54,7 @@ from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.report.build import Delivered, make_report
 from onnx_lrsd.report.details import RATIOS, collect, spectra, trade_off
 from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start
+from onnx_lrsd.runtime.session import sound
 from onnx_lrsd.targets import price
 from onnx_lrsd.types import DENSE, KINDS, WIDTH, Declined, Factors, Form, Layer, Plan, Price, Progress, Score
 
@@ -220,16 +221,17 @@ def prepare(
         original = load(model)
         if output is not None:
             ensure_writable(output, original.path)
-        source, graph = _workable(run, original)
-        layers, declined = find_layers(graph)
-        if run.target.stores_codes and DENSE in (options.forms or KINDS):
-            named = None if plan is None else plan.choices
-            layers, declined = find_constants(graph, layers, declined, named)
-        layers, declined = _select(layers, declined, options)
-        constants = tuple(layer for layer in layers if layer.constant)
-        others = share_weights(graph, [layer for layer in layers if not layer.constant])
-        if run.cost in STORED:
-            run.journal.warn(bytes_outside(graph, [*constants, *others]))
+        with sound(original.proto, original.folder):
+            source, graph = _workable(run, original)
+            layers, declined = find_layers(graph)
+            if run.target.stores_codes and DENSE in (options.forms or KINDS):
+                named = None if plan is None else plan.choices
+                layers, declined = find_constants(graph, layers, declined, named)
+            layers, declined = _select(layers, declined, options)
+            constants = tuple(layer for layer in layers if layer.constant)
+            others = share_weights(graph, [layer for layer in layers if not layer.constant])
+            if run.cost in STORED:
+                run.journal.warn(bytes_outside(graph, [*constants, *others]))
     weight_of = partial(read_weight, graph)
     fit_on, check_on, notes = fit_and_check(
         source, calibration, evaluation, limit=options.samples, seed=options.seed

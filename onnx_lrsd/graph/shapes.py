@@ -11,7 +11,10 @@ OpenShape = tuple[int | str | None, ...]
 
 def inferred_shapes(proto: onnx.ModelProto) -> Mapping[str, OpenShape]:
     """Shapes of the tensors of the main graph that ONNX can infer, symbols for sizes that are open."""
-    graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    try:
+        graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    except Exception:  # it raises RuntimeError and more for what ONNX Runtime may still run
+        return {}
     return {
         value.name: tuple(
             dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None

@@ -7,8 +7,8 @@ import io
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
-from onnx_lrsd.errors import DataError, DeviceError, ModelError
+from onnx_lrsd.errors import DataError, DeviceError, LrsdError, ModelError
 from onnx_lrsd.graph.subgraph import extract, inputs_of
 from onnx_lrsd.types import Feed, InputSpec
 
@@ -47,6 +47,21 @@ def onnxruntime() -> ModuleType:
             f"ONNX Runtime is installed but does not load ({error}): install it again, or run once more if "
             "this was interrupted."
         ) from error
+
+
+@contextmanager
+def sound(proto: onnx.ModelProto, folder: Path | None) -> Iterator[None]:
+    """Where the block fails unforeseen and ONNX Runtime does not open the model either, it is to blame.
+
+    Raises ModelError then, as ``open_session`` does. A model that is opened costs nothing here.
+    """
+    try:
+        yield
+    except LrsdError:
+        raise
+    except Exception:
+        open_session(proto, folder=folder)
+        raise
 
 
 def simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
