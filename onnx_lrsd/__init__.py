@@ -8,11 +8,12 @@ Every stage of ``optimize`` is public as well.
 
 from onnx_lrsd.commands.inspect import inspect
 from onnx_lrsd.commands.optimize import Result, optimize
+from onnx_lrsd.commands.sweep import SweepOptions, sweep
 from onnx_lrsd.commands.unpack import unpack
 from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError, OptionError
-from onnx_lrsd.facts import Report, Verification
+from onnx_lrsd.facts import Report, Sweep, Verification
 from onnx_lrsd.fit.calibrate import Calibration, calibrate
 from onnx_lrsd.graph.model import Model, load, save
 from onnx_lrsd.measure.compare import compare
@@ -41,6 +42,8 @@ __all__ = [
     "Report",
     "Result",
     "Samples",
+    "Sweep",
+    "SweepOptions",
     "Verification",
     "allocate",
     "calibrate",
@@ -59,6 +62,7 @@ __all__ = [
     "report_to_json",
     "save",
     "split",
+    "sweep",
     "unpack",
     "without_padding",
 ]

@@ -13,7 +13,7 @@ import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from onnx_lrsd.commands.doctor import examine
 from onnx_lrsd.commands.inspect import inspect
 from onnx_lrsd.commands.optimize import optimize
 from onnx_lrsd.commands.profile import measure
+from onnx_lrsd.commands.sweep import SweepOptions, sweep
 from onnx_lrsd.commands.unpack import unpack
 from onnx_lrsd.config import Value, read_config, write_config
 from onnx_lrsd.data.made_up import made_up_samples, spelled_shapes
@@ -45,6 +46,7 @@ from onnx_lrsd.option import (
     Flag,
     Function,
     Number,
+    Numbers,
     Option,
     Pattern,
     Several,
@@ -63,6 +65,8 @@ from onnx_lrsd.report import (
     report_page,
     report_table,
     report_to_json,
+    sweep_table,
+    sweep_to_json,
 )
 from onnx_lrsd.report.progress import BarProgress, PlainProgress
 from onnx_lrsd.run import TOP1, Options
@@ -114,6 +118,11 @@ class _Commands(click.Group):
 def _listed(value: str | Sequence[str]) -> tuple[str, ...]:
     """A list as a command line has it, with commas between, or as the file of --config has it."""
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
+
+
+def _numbers(value: str | Sequence[str]) -> tuple[float, ...]:
+    """A list of numbers, as ``_listed`` has it."""
+    return tuple(float(part) for part in _listed(value))
 
 
 class _Configurable(click.Command):
@@ -184,7 +193,7 @@ def _as_typed(parameter: click.Parameter, value: Value, name: str, path: str) ->
 
 
 def _is_list(parameter: click.Parameter) -> bool:
-    return getattr(parameter.type, "func", None) is _listed
+    return getattr(parameter.type, "func", None) in (_listed, _numbers)
 
 
 def _as_written(value: Any, typed: Any) -> Value:
@@ -249,13 +258,17 @@ def _flag(option: str) -> str:
     return FLAGS.get(option) or "--" + option.replace("_", "-")
 
 
-def _options_of(holder: type) -> Callable[[Command], Command]:
+def _options_of(holder: type, *, without: Collection[str] = ()) -> Callable[[Command], Command]:
     """The options of a dataclass, each with the type, help and default that stand at its field."""
 
     def decorated(command: Command) -> Command:
         for name, (option, default) in reversed(options_of(holder).items()):
+            if name in without:
+                continue
             said = f"{option.help}  [default: {option.default}]" if option.default else option.help
-            shown = default is not None and default is not False
+            shown: bool | str = default is not None and default is not False
+            if isinstance(default, tuple):
+                default, shown = ",".join(f"{one:g}" for one in default), True
             how = _click_options(option)
             add = click.option(_flag(name), name, default=default, show_default=shown, help=said, **how)
             command = add(command)
@@ -271,6 +284,8 @@ def _click_options(option: Option) -> dict[str, Any]:
             return {"is_flag": True}
         case Number():
             return {"type": float, "metavar": option.metavar}
+        case Numbers():
+            return {"type": _numbers, "metavar": option.metavar}
         case Whole():
             return {"type": int, "metavar": option.metavar}
         case Choice(offered, spelled):
@@ -310,22 +325,26 @@ HTML_OPTION = click.option(
 )
 
 
-@main.command("optimize", cls=_Configurable)
-@click.argument("model", type=click.Path(path_type=Path))
-@_output(f"Where to write the model.  [default: MODEL{SUFFIX} beside it]")
-@click.option(
+CALIB_OPTION = click.option(
     "--calib",
     type=click.Path(),
     metavar="PATH",
     help="Unlabelled samples to calibrate on: a few hundred are enough.",
 )
-@click.option(
+EVAL_OPTION = click.option(
     "--eval",
     "evaluation",
     type=click.Path(),
     metavar="PATH",
     help="Samples to verify on; with labels, accuracy is measured.",
 )
+
+
+@main.command("optimize", cls=_Configurable)
+@click.argument("model", type=click.Path(path_type=Path))
+@_output(f"Where to write the model.  [default: MODEL{SUFFIX} beside it]")
+@CALIB_OPTION
+@EVAL_OPTION
 @_options_of(Options)
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), metavar="FILE", help="Replay a plan.")
 @click.option(
@@ -401,6 +420,58 @@ def optimize_command(
         _write(html_path, report_page(report_to_json(report)))
     if report.promise is not None and not report.promise.kept:
         _say(_broken(report.promise, report.output))
+        ctx.exit(BROKEN_PROMISE)
+
+
+@main.command("sweep", cls=_Configurable)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    required=True,
+    help="Where to write the models, sweep.json and sweep.html.",
+)
+@CALIB_OPTION
+@EVAL_OPTION
+@_options_of(SweepOptions, without=["ratio"])
+@_loudness
+@click.pass_context
+def sweep_command(
+    ctx: click.Context,
+    /,
+    model: Path,
+    output: Path,
+    calib: str | None,
+    evaluation: str | None,
+    verbose: bool,
+    quiet: bool,
+    print_config: bool,
+    **options: Any,
+) -> None:
+    """Write models for several ratios and say what each gains and costs.
+
+    One calibration serves them all; with --int8 each is made with int8 as well, and int8 alone. The one that
+    gains most within --max-error or --max-drop is named. PATH is as for optimize.
+    """
+    with _usage(ctx):
+        wanted = SweepOptions(**options)
+        wanted.check_with(calibration=calib, evaluation=evaluation, plan=None, output=None, dry_run=False)
+    if print_config:
+        click.echo(write_config(ctx.meta[GIVEN]))
+        return
+    _make_folder(output)
+    _check_apart([output / "sweep.json", output / "sweep.html"], [model, calib, evaluation])
+    with _usage(ctx), _progress(quiet) as progress:
+        found = sweep(model, calib, folder=output, evaluation=evaluation, options=wanted, progress=progress)
+    written = sweep_to_json(found)
+    _write(output / "sweep.json", written)
+    _write(output / "sweep.html", report_page(written))
+    if not quiet:
+        _say(sweep_table(found, colour=_colour()))
+        _say(f"\nWritten to {output}: sweep.html shows the curves.")
+    if found.best is None:
         ctx.exit(BROKEN_PROMISE)
 
 
@@ -574,10 +645,14 @@ def _typed(option: str, value: object) -> str:
     if value is True:
         return _flag(option)
     if isinstance(value, tuple):
-        return f"{_flag(option)} {','.join(value)}"
+        return f"{_flag(option)} {','.join(map(_one, value))}"
     if isinstance(value, dict):
         return f"{_flag(option)} {spelled_shapes(value)}"
     return f"{_flag(option)} {value}"
+
+
+def _one(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _broken(promise: Promise, output: str) -> str:

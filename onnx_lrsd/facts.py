@@ -348,6 +348,41 @@ class Report:
     details: Details | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepPoint:
+    """One model of a sweep, measured beside the original.
+
+    ``ratio`` is what was asked of low rank, None for int8 alone; ``int8`` says whether it is quantised.
+    ``promise`` says whether the model keeps what the user asked of outputs or score.
+    """
+
+    ratio: float | None
+    int8: bool
+    output: str
+    verification: Verification
+    promise: Promise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What a model can gain: one model for each ratio, with and without int8.
+
+    ``best`` is the place in ``points`` of the one that gains most, in the unit ``gains``, of those that keep
+    the promise; None where none does.
+    """
+
+    input: str
+    target: str
+    cost: str
+    gains: str
+    calibration_samples: int
+    calibration_source: str
+    points: tuple[SweepPoint, ...]
+    best: int | None
+    warnings: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Inspection:
     """What was found in a model: layers with their dense price, what was declined, and the whole.

@@ -115,6 +115,25 @@ class Number:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """Finite numbers of at least ``least``, at least one of them."""
+
+    least: float
+
+    def check(self, name: str, value: object) -> None:
+        """Raise OptionError for what is no list of such numbers."""
+        try:
+            if not isinstance(value, tuple | list) or not value:
+                raise OptionError("", **{name: value})
+            for one in value:
+                Number(self.least).check(name, one)
+        except OptionError:
+            raise OptionError(
+                f"{{{name}}} is no list of numbers of at least {self.least:g}: give some.", **{name: value}
+            ) from None
+
+
+@dataclass(frozen=True)
 class Whole:
     """A whole number of at least ``least``."""
 

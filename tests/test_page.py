@@ -216,6 +216,44 @@ def a_comparison() -> dict[str, Any]:
     }
 
 
+def a_sweep() -> dict[str, Any]:
+    """A sweep of two ratios with and without int8, the second of which breaks the promise."""
+    base = a_report()
+    points = []
+    for ratio, int8, speed, error in (
+        (1.5, False, 1.4, 0.001),
+        (3.0, False, 2.4, 0.02),
+        (None, True, 2.0, 0.004),
+        (1.5, True, 2.9, 0.005),
+        (3.0, True, 4.4, 0.03),
+    ):
+        share = ratio or 1.0
+        points.append(
+            {key: base[key] for key in ("before", "after", "outputs", "metric")}
+            | {
+                "ratio_asked": ratio,
+                "int8": int8,
+                "output": f"out/net.{ratio}.onnx",
+                "ratio": {
+                    "bytes": share * (4 if int8 else 1),
+                    "macs": share,
+                    "parameters": share,
+                    "latency": {"median": speed, "interval": [speed * 0.95, speed * 1.05]},
+                },
+                "error": error,
+                "error_interval": [error / 2, error * 1.5],
+                "samples": 400,
+                "promise": {"kind": "max_error", "asked": 0.01, "got": error * 1.5, "kept": error < 0.006},
+            }
+        )
+    return {key: base[key] for key in ("schema", "tool", "target", "cost", "calibration", "warnings")} | {
+        "model": {"input": "models/net.onnx"},
+        "gains": "latency",
+        "points": points,
+        "best": 3,
+    }
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Debian's Chromium, headless; no browser is ever downloaded."""
@@ -470,9 +508,43 @@ def test_a_comparison_says_where_two_models_part(browser: Any, tmp_path: Path) -
     found.page.context.close()
 
 
+def test_the_page_of_a_sweep_names_the_last_model_within_the_promise(browser: Any, tmp_path: Path) -> None:
+    found = Opened(browser, tmp_path / "page.html", a_sweep())
+    assert (
+        found.page.locator(".verdict").inner_text().split("\n")[0].startswith("\u2713 1.5\u202f\u00d7 + int8")
+    )
+    assert found.rows() == [
+        "as it was",
+        "1.5\u202f\u00d7",
+        "3\u202f\u00d7",
+        "int8 alone",
+        "1.5\u202f\u00d7 + int8",
+        "3\u202f\u00d7 + int8",
+    ]
+    charts = found.page.locator("svg[role=img]")
+    assert charts.count() == 2, "errors, and the score"
+    before = charts.first.inner_html()
+    assert "as it was" in before and "asked: at most 1" in before
+    found.page.get_by_role("button", name="bytes", exact=True).focus()
+    found.page.keyboard.press("Enter")
+    assert charts.first.inner_html() != before and "times smaller" in charts.first.inner_html()
+    assert found.said == [] and len(found.asked) == 1
+    found.page.context.close()
+
+
+@pytest.mark.slow
+def test_a_sweep_without_models_or_gain_has_a_page(browser: Any, tmp_path: Path) -> None:
+    for points, said in ((a_sweep()["points"], "Nothing gained"), ([], "What net.onnx can gain")):
+        found = Opened(browser, tmp_path / "page.html", a_sweep() | {"points": points, "best": None})
+        assert found.said == [] and said in found.page.locator("main").inner_text()
+        found.page.context.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("facts", [a_report(), a_comparison()], ids=["report", "comparison"])
+@pytest.mark.parametrize(
+    "facts", [a_report(), a_comparison(), a_sweep()], ids=["report", "comparison", "sweep"]
+)
 def test_axe_finds_nothing_that_shuts_people_out(
     browser: Any, tmp_path: Path, facts: dict[str, Any], scheme: str
 ) -> None:

@@ -138,7 +138,9 @@ def optimize(
     search: Proposals
     planner, curves, whole = None, Curves(()), None
     if plan is None:
-        planner, curves, whole = _planner(run, source, known, weight_of, narrower, weighed=fit_on is not None)
+        planner, curves, whole = make_planner(
+            run, source, known, weight_of, narrower, weighed=fit_on is not None
+        )
         with run.journal.clock("plan"):
             search, check_on = planner.search(fitter, check_on)
     else:
@@ -427,7 +429,7 @@ def _calibrate(
     )
 
 
-def _planner(
+def make_planner(
     run: Run,
     source: Model,
     known: Calibration,
@@ -540,9 +542,7 @@ def _deliver(
         run.announce("check of what was found")
         with run.journal.clock("verify"):
             steps = {step.step: step for step in (fitted, *fitted.alternatives())}
-            measured = {
-                name: _measured(run, original, layers, step, check_on) for name, step in steps.items()
-            }
+            measured = {name: verify(run, original, layers, step, check_on) for name, step in steps.items()}
         outcome = judge(measured, run.options, run.target, run.cost, planned=planned)
         best = outcome.kept
         if not outcome.refused:
@@ -574,7 +574,7 @@ def _deliver(
     )
 
 
-def _measured(
+def verify(
     run: Run, original: Model, layers: Sequence[Layer], fitted: Fitted, check_on: Samples
 ) -> Verification:
     """``fitted`` against the original, where weights are in codes with the parameters they stand for."""

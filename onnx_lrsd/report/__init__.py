@@ -7,6 +7,7 @@ from onnx_lrsd.report.json import (
     plan_from_json,
     plan_to_json,
     report_to_json,
+    sweep_to_json,
 )
 from onnx_lrsd.report.table import (
     comparison_table,
@@ -14,6 +15,7 @@ from onnx_lrsd.report.table import (
     inspection_table,
     machine_table,
     report_table,
+    sweep_table,
 )
 
 __all__ = [
@@ -28,4 +30,6 @@ __all__ = [
     "report_page",
     "report_table",
     "report_to_json",
+    "sweep_table",
+    "sweep_to_json",
 ]

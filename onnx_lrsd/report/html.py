@@ -16,11 +16,11 @@ from typing import Any
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.report.json import SCHEMA
 
-SCRIPTS = ("charts.js", "report.js", "compare.js", "main.js")
+SCRIPTS = ("charts.js", "report.js", "compare.js", "sweep.js", "main.js")
 
 
 def report_page(text: str) -> str:
-    """The page of a report or a comparison, whose JSON is ``text``.
+    """The page of a report, a comparison or a sweep, whose JSON is ``text``.
 
     Raises DataError for what is neither, or of another schema.
     """
@@ -29,8 +29,12 @@ def report_page(text: str) -> str:
     except ValueError as error:
         raise DataError(f"The report is not valid JSON ({error}): make one with --json.") from None
     model = facts.get("model") if isinstance(facts, dict) else None
-    if not isinstance(model, dict) or "outputs" not in facts or not {"input", "before"} & model.keys():
-        raise DataError("This JSON is no report of optimize or compare: make one with --json.")
+    if (
+        not isinstance(model, dict)
+        or not {"outputs", "points"} & facts.keys()
+        or not {"input", "before"} & model.keys()
+    ):
+        raise DataError("This JSON is no report of optimize, compare or sweep: make one with --json.")
     if facts.get("schema") != SCHEMA:
         raise DataError(f"The report has schema {facts.get('schema')!r}, not {SCHEMA}: make one with --json.")
     return _page(facts, PurePath(str(model.get("input") or model.get("before"))).name)

@@ -23,6 +23,7 @@ from onnx_lrsd.facts import (
     LoadCosts,
     ModelCost,
     Report,
+    Sweep,
     Verification,
 )
 from onnx_lrsd.storage import FP16, STORAGES
@@ -105,6 +106,36 @@ def comparison_to_json(
         named = {"first": drift.first, "most": drift.most}
         facts["drift"] = {which: tensor and tensor.name for which, tensor in named.items()}
         facts["tensors"] = [asdict(tensor) for tensor in drift.tensors]
+    return _dump(facts)
+
+
+def sweep_to_json(found: Sweep) -> str:
+    """The models of a sweep, each beside the original; ``best`` is a place in ``points``, or null."""
+    facts: Json = {
+        **_head(),
+        "model": {"input": found.input},
+        "target": found.target,
+        "cost": found.cost,
+        "gains": found.gains,
+        "calibration": {"samples": found.calibration_samples, "source": found.calibration_source or None},
+        "points": [
+            {
+                "ratio_asked": point.ratio,
+                "int8": point.int8,
+                "output": point.output,
+                **_sides(point.verification),
+                "error": point.verification.error,
+                "error_interval": list(point.verification.error_interval),
+                "samples": point.verification.samples,
+                "metric": _metric(point.verification),
+                "promise": asdict(point.promise),
+            }
+            for point in found.points
+        ],
+        "best": found.best,
+        "warnings": list(found.warnings),
+        "seconds": dict(found.seconds),
+    }
     return _dump(facts)
 
 

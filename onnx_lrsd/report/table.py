@@ -24,6 +24,8 @@ from onnx_lrsd.facts import (
     Promise,
     Report,
     ScoreChange,
+    Sweep,
+    SweepPoint,
     TensorDrift,
     Verification,
 )
@@ -145,6 +147,82 @@ def drift_table(found: Drift, *, colour: bool = False, every: bool = False) -> s
     rows += _more(len(found.tensors) - len(shown), 6)
     grid = _grid(("tensor", "op", "before it", "error", "cosine", "largest"), rows, "llrrrr", ink)
     return "\n".join([*said, "", grid])
+
+
+def sweep_table(found: Sweep, *, colour: bool = False) -> str:
+    """The original and every model of a sweep, and the one that gains most within the promise."""
+    ink = _Ink(colour)
+    samples = counted(found.calibration_samples, "sample") if found.calibration_samples else "no samples"
+    parts = [
+        ink.strong(Path(found.input).name) + ink.faint(f"   target {found.target}, calibrated on {samples}")
+    ]
+    if found.points:
+        first = found.points[0].verification
+        metric = "" if first.metric is None else first.metric.name
+        score = "" if first.metric is None else f"{100 * first.metric.before:.2f} %"
+        rows: list[Row] = [
+            (
+                "as it was",
+                _milliseconds(first.before.latency_ms),
+                "",
+                "",
+                _size(first.before.bytes),
+                "",
+                score,
+                "",
+            )
+        ]
+        for point in found.points:
+            rows.append(_sweep_row(point))
+        header = ("model", "latency", "faster", "at 95 %", "size", "output error, at most", metric, "promise")
+        parts.append(_grid(header, rows, "lrrlrrrl", ink))
+    parts.append(ink.verdict(_sweep_verdict(found), found.best is not None))
+    parts += [_paragraph(f"Warning: {warning}") for warning in found.warnings]
+    return "\n\n".join(parts)
+
+
+def _sweep_row(point: SweepPoint) -> Row:
+    seen = point.verification
+    low, high = seen.latency_interval or (0.0, 0.0)
+    return (
+        point_name(point.ratio, point.int8),
+        _milliseconds(seen.after.latency_ms),
+        "" if seen.latency_ratio is None else f"{_down(seen.latency_ratio):.2f} x",
+        "" if seen.latency_interval is None else f"{_down(low):.2f} to {_down(high):.2f}",
+        _size(seen.after.bytes),
+        _percent(seen.error_bound),
+        "" if seen.metric is None else f"{100 * seen.metric.after:.2f} %",
+        "kept" if point.promise.kept else "not kept",
+    )
+
+
+def _sweep_verdict(found: Sweep) -> str:
+    asked = next((_limit(point.promise) for point in found.points), "")
+    if found.best is None:
+        return f"No model gains anything{f' with {asked}' if asked else ''}."
+    best = found.points[found.best]
+    return f"{point_name(best.ratio, best.int8)} gains most with {asked}: {Path(best.output).name}"
+
+
+def _limit(promise: Promise) -> str:
+    if promise.kind == "max_drop":
+        return f"a score that falls by at most {promise.asked:g} points"
+    return f"an output error of at most {100 * promise.asked:g} %"
+
+
+def point_name(ratio: float | None, int8: bool) -> str:
+    """What a model of a sweep is called.
+
+    >>> point_name(1.5, True), point_name(2, False), point_name(None, True)
+    ('1.5 x + int8', '2 x', 'int8 alone')
+    """
+    if ratio is None:
+        return "int8 alone"
+    return f"{ratio:g} x + int8" if int8 else f"{ratio:g} x"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else _time(value)
 
 
 def inspection_table(found: Inspection, model: str, *, colour: bool = False, every: bool = False) -> str:
