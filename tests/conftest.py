@@ -1,14 +1,32 @@
 """What every test stands on."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from onnx_lrsd.runtime.timing import pair_latency
 
 # No deadline: a busy machine is no failure. .ci/run asks for the thorough profile.
 settings.register_profile("quick", deadline=None, max_examples=25)
 settings.register_profile("thorough", deadline=None, max_examples=100)
 settings.load_profile("quick")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def brief_timings() -> Iterator[None]:
+    """Whatever is timed is timed for a moment: what these tests promise holds at any speed."""
+
+    def for_a_moment(*runs: Any, **options: Any) -> Any:
+        return pair_latency(*runs, **{**options, "seconds": 0.02})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnx_lrsd.measure.compare.pair_latency", for_a_moment)
+        patch.setattr("onnx_lrsd.measure.layer_times.SECONDS", 0.02)
+        patch.setattr("onnx_lrsd.measure.layer_times.SESSIONS", 1)
+        yield
 
 
 @pytest.fixture(autouse=True)

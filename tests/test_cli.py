@@ -26,7 +26,6 @@ from onnx_lrsd.commands.doctor import Finding
 from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.facts import Promise, Report
 from onnx_lrsd.report.progress import PlainProgress
-from onnx_lrsd.runtime.timing import pair_latency
 from onnx_lrsd.types import Choice, Form, Plan, Price
 
 ROOT = Path(__file__).parents[1]
@@ -65,16 +64,6 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latency is measured for a moment only."""
-
-    def for_a_moment(*runs: Any, **options: Any) -> Any:
-        return pair_latency(*runs, **{**options, "seconds": 0.1})
-
-    monkeypatch.setattr("onnx_lrsd.measure.compare.pair_latency", for_a_moment)
-
-
-@pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """``optimize`` replaced by one that notes what it was given and returns what ``answer`` holds."""
     called: dict[str, Any] = {"kept": True, "raises": None}
@@ -106,7 +95,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 # What a run is
 
 
-def test_the_main_job_writes_beside_the_model(folder: Path, hasty: None) -> None:
+def test_the_main_job_writes_beside_the_model(folder: Path) -> None:
     result = run("optimize", folder / "model.onnx", "--calib", folder / "calib.npz", "--ratio", 2)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
@@ -115,7 +104,7 @@ def test_the_main_job_writes_beside_the_model(folder: Path, hasty: None) -> None
     assert {path.name for path in folder.iterdir()} == {"model.onnx", "calib.npz", "model.lrsd.onnx"}
 
 
-def test_a_saved_plan_replays_to_the_same_bytes(folder: Path, hasty: None) -> None:
+def test_a_saved_plan_replays_to_the_same_bytes(folder: Path) -> None:
     common = "optimize", folder / "model.onnx", "--calib", folder / "calib.npz"
     first = run(*common, "--ratio", 2, "--save-plan", folder / "plan.json", "-o", folder / "first.onnx", "-q")
     second = run(*common, "--plan", folder / "plan.json", "-o", folder / "second.onnx", "-q")
@@ -135,7 +124,7 @@ def test_a_dry_run_writes_no_model_and_the_plan_may_go_to_stdout(folder: Path) -
     assert set(folder.iterdir()) == before
 
 
-def test_inspect_and_compare_keep_stdout_for_json(folder: Path, hasty: None) -> None:
+def test_inspect_and_compare_keep_stdout_for_json(folder: Path) -> None:
     model = folder / "model.onnx"
     found = run("inspect", model, "--json", "-")
     assert [layer["name"] for layer in json.loads(found.stdout)["layers"]] == ["conv"]
@@ -562,7 +551,7 @@ PLAN = (
         ("onnxruntime", "abacus"),
     ],
 )
-def test_a_bad_plan_is_one_sentence(folder: Path, hasty: None, right: str, wrong: str) -> None:
+def test_a_bad_plan_is_one_sentence(folder: Path, right: str, wrong: str) -> None:
     (folder / "plan.json").write_text(PLAN.replace(right, wrong))
     common = "optimize", folder / "model.onnx", "--calib", folder / "calib.npz"
     _assert_one_sentence(run(*common, "--plan", folder / "plan.json"))

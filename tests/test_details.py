@@ -4,7 +4,6 @@ import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +27,6 @@ from onnx_lrsd.report.details import (
     picture,
     spectrum,
 )
-from onnx_lrsd.runtime.timing import pair_latency
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.types import (
@@ -157,20 +155,15 @@ SAMPLES = {"x": np.random.default_rng(1).standard_normal((200, 96)).astype(np.fl
 
 
 @pytest.fixture(scope="module", autouse=True)
-def hasty() -> Iterator[None]:
-    """Latency is measured for a moment only, and what opening takes not at all."""
-
-    def for_a_moment(*runs: Any, **options: Any) -> Any:
-        return pair_latency(*runs, **{**options, "seconds": 0.05})
-
+def opening_untimed() -> Iterator[None]:
+    """What opening takes is not measured."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onnx_lrsd.measure.compare.pair_latency", for_a_moment)
         patch.setattr("onnx_lrsd.commands.optimize.opening_cost", lambda model: LoadCost(0.1, 1))
         yield
 
 
 @pytest.fixture(scope="module")
-def result(hasty: None) -> Result:
+def result(opening_untimed: None) -> Result:
     """A search for an output error of 5 %, with details."""
     return onnx_lrsd.optimize(a_model(), SAMPLES, target="size", max_error=0.05, details=True)
 

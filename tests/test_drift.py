@@ -21,7 +21,6 @@ from onnx_lrsd.measure.drift import drift
 from onnx_lrsd.report import drift_table
 from onnx_lrsd.runtime.likeness import Likeness
 from onnx_lrsd.runtime.session import open_session
-from onnx_lrsd.runtime.timing import pair_latency
 
 WIDTH = 32
 VALUES = np.random.default_rng(1).standard_normal((40, WIDTH)).astype(np.float32)
@@ -164,10 +163,6 @@ def test_values_that_are_not_finite_in_both_models_are_no_difference() -> None:
 def test_the_command_says_it_in_a_table_in_json_and_on_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "onnx_lrsd.measure.compare.pair_latency",
-        lambda *runs, **options: pair_latency(*runs, **{**options, "seconds": 0.05}),
-    )
     for name, model in (("a.onnx", chain()), ("b.onnx", chain(changed=1))):
         onnx.save(model.proto, tmp_path / name)
     np.savez(tmp_path / "data.npz", x=VALUES)

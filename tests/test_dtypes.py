@@ -21,7 +21,6 @@ from onnx_lrsd.graph.model import Model, check, load
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.session import open_session
-from onnx_lrsd.runtime.timing import pair_latency
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
 from onnx_lrsd.solver.problem import pose
@@ -152,17 +151,7 @@ def test_no_factor_leaves_the_range_of_half_precision(form: Form, scale: float) 
     assert np.linalg.norm(expand(layer, again) - whole) < 2 * EPSILON["float16"] * np.linalg.norm(whole)
 
 
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latency is measured for no longer than it must."""
-
-    def for_a_moment(*runs: Any, **options: Any) -> Any:
-        return pair_latency(*runs, **{**options, "seconds": 0.0})
-
-    monkeypatch.setattr("onnx_lrsd.measure.compare.pair_latency", for_a_moment)
-
-
-def test_the_whole_tool_keeps_half_precision(hasty: None) -> None:
+def test_the_whole_tool_keeps_half_precision() -> None:
     rng = np.random.default_rng(0)
     weight = (rng.standard_normal((256, 8)) @ rng.standard_normal((8, 256)) / 50).astype(np.float16)
     graph = helper.make_graph(
@@ -279,9 +268,7 @@ def model_with(quantised: Callable[[], Any], floats: bool) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("quantised", QUANTISED, ids=lambda made: made.__name__)
-def test_a_quantised_layer_is_named_and_comes_back_to_the_byte(
-    quantised: Callable[[], Any], hasty: None
-) -> None:
+def test_a_quantised_layer_is_named_and_comes_back_to_the_byte(quantised: Callable[[], Any]) -> None:
     proto = model_with(quantised, floats=True)
     x = np.random.default_rng(3).standard_normal((40, 64, 8, 8)).astype(np.float32)
     free = Price(0, 0, 0)

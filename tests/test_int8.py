@@ -129,7 +129,9 @@ def test_the_report_names_the_share_of_each_step_and_the_fastest_is_kept(
         return replace(found, latency_ratio=speed, latency_interval=(speed, speed))
 
     monkeypatch.setattr(sys.modules["onnx_lrsd.commands.optimize"], "compare", timed)
-    result = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, ratio=1.5, int8=True, samples=80)
+    result = onnx_lrsd.optimize(
+        MODEL, CALIB, evaluation=EVAL, ratio=1.5, int8=True, samples=80, forms=("channel",)
+    )
     int8 = result.report.int8
     assert int8 is not None and set(int8.steps) == {"both", "int8", "low rank"}
     assert int8.kept == "int8" and "handed back alone" in result.report.warnings[-1]
@@ -162,7 +164,7 @@ def test_a_model_that_the_quantiser_refuses_keeps_its_low_rank_and_the_report_sa
         raise ModelError("ONNX Runtime cannot quantise the model (no): leave out --int8.")
 
     monkeypatch.setattr(sys.modules["onnx_lrsd.int8.fit"], "quantise", refuse)
-    result = onnx_lrsd.optimize(MODEL, CALIB, ratio=1.5, int8=True, samples=80)
+    result = onnx_lrsd.optimize(MODEL, CALIB, ratio=1.5, int8=True, samples=80, forms=("channel",))
     assert "cannot quantise" in result.report.warnings[0] and quantised_nodes(result.model) == 0
     assert result.report.int8 is not None and result.report.int8.nodes == 0
     assert result.report.promise is not None and result.report.promise.got > 1.5

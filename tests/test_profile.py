@@ -404,7 +404,18 @@ def test_cost_latency_promises_what_is_measured(monkeypatch: pytest.MonkeyPatch,
     plan = tmp_path / "plan.json"
     report = tmp_path / "report.json"
     asked = ["optimize", MODELS / "digits.onnx", "--calib", MODELS / "digits_calib.npz", "--samples", 60]
-    asked += ["--cost", "latency", "--ratio", 1.2, "--save-plan", plan, "--json", report]
+    asked += [
+        "--cost",
+        "latency",
+        "--ratio",
+        1.2,
+        "--forms",
+        "channel",
+        "--save-plan",
+        plan,
+        "--json",
+        report,
+    ]
     asked += ["-o", tmp_path / "out.onnx"]
     result = CliRunner().invoke(cli.main, [str(word) for word in asked])
     assert result.exit_code in (0, 3), result.stderr  # another job may slow one model down

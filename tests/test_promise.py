@@ -32,17 +32,9 @@ from onnx_lrsd.targets import TARGETS
 from onnx_lrsd.types import Form
 
 MODELS = Path(__file__).parents[1] / "models"
+PLAIN = ("channel",)
+"""What is promised does not hang on the forms, and one kind of them is quick."""
 MODEL, CALIB, EVAL = (MODELS / name for name in ("digits.onnx", "digits_calib.npz", "digits_eval.npz"))
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnx_lrsd.runtime.timing import pair_latency
-
-    def for_a_moment(*runs: Any, **options: Any) -> Any:
-        return pair_latency(*runs, **{**options, "seconds": 0.0})
-
-    monkeypatch.setattr("onnx_lrsd.measure.compare.pair_latency", for_a_moment)
 
 
 def right(outputs: Mapping[str, Any], labels: Any) -> float:
@@ -51,7 +43,9 @@ def right(outputs: Mapping[str, Any], labels: Any) -> float:
 
 @pytest.mark.parametrize("metric", ["top1", pytest.param(right, marks=pytest.mark.slow)])
 def test_the_drop_is_that_of_all_labelled_samples_and_its_confidence_is_said(metric: Any) -> None:
-    found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, max_drop=2, metric=metric, samples=100)
+    found = onnx_lrsd.optimize(
+        MODEL, CALIB, evaluation=EVAL, max_drop=2, metric=metric, samples=100, forms=PLAIN
+    )
     promise, verification = found.report.promise, found.report.verification
     assert promise is not None and verification is not None and verification.metric is not None
     score = verification.metric
@@ -70,7 +64,9 @@ def test_a_drop_that_nothing_is_sure_to_keep_hands_back_the_original() -> None:
         apart = np.abs(outputs["scores"][:, None] - original).max(axis=2)
         return float(np.mean(apart.min(axis=1) < 1e-5))
 
-    found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, max_drop=0, metric=unchanged, samples=60)
+    found = onnx_lrsd.optimize(
+        MODEL, CALIB, evaluation=EVAL, max_drop=0, metric=unchanged, samples=60, forms=PLAIN
+    )
     assert found.report.promise is not None and not found.report.promise.kept
     assert found.model.proto == onnx_lrsd.load(MODEL).proto
     assert "the best one lost" in found.report.warnings[-1]
@@ -298,7 +294,9 @@ def test_a_model_that_others_refuse_is_followed_by_a_smaller_gain_not_by_none() 
             np.mean(costs * ((found["scores"] - outputs[labels]) ** 2).mean(axis=1)) / outputs.var()
         )
 
-    found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=numbered, max_drop=1, metric=closeness, samples=60)
+    found = onnx_lrsd.optimize(
+        MODEL, CALIB, evaluation=numbered, max_drop=1, metric=closeness, samples=60, forms=PLAIN
+    )
     promise, verification = found.report.promise, found.report.verification
     assert promise is not None and promise.kept and verification is not None
     assert 0.2 < promise.got <= 1
@@ -316,7 +314,7 @@ def test_a_model_that_gains_no_time_as_a_whole_is_handed_back_where_time_counts(
         return replace(found, latency_ratio=1.01, latency_interval=(0.99, 1.03))
 
     monkeypatch.setattr(sys.modules["onnx_lrsd.commands.optimize"], "compare", timed)
-    found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, ratio=1.5, cost=cost, samples=80)
+    found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, ratio=1.5, cost=cost, samples=80, forms=PLAIN)
     assert (found.model.proto == onnx_lrsd.load(MODEL).proto) is back
     assert (
         any("runs 1.01 times as fast as a whole (0.99 to 1.03)" in said for said in found.report.warnings)
@@ -335,7 +333,7 @@ def test_much_error_for_little_time_is_handed_back(
         return replace(found, latency_ratio=1.1, latency_interval=(1.05, 1.15), outputs=outputs)
 
     monkeypatch.setattr(sys.modules["onnx_lrsd.commands.optimize"], "compare", judged)
-    found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, ratio=1.5, samples=80)
+    found = onnx_lrsd.optimize(MODEL, CALIB, evaluation=EVAL, ratio=1.5, samples=80, forms=PLAIN)
     assert (found.model.proto == onnx_lrsd.load(MODEL).proto) is back
     assert any("changes the outputs by 20%" in said for said in found.report.warnings) is back
 

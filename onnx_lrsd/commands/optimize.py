@@ -36,7 +36,7 @@ from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, s
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.int8.fit import Int8Fitter
-from onnx_lrsd.measure.compare import compare, groups_on, total_price
+from onnx_lrsd.measure.compare import compare, groups_on, labels_for, total_price
 from onnx_lrsd.measure.layer_times import time_layers
 from onnx_lrsd.measure.load_cost import opening_cost
 from onnx_lrsd.passes.bytes_outside import bytes_outside
@@ -238,6 +238,7 @@ def prepare(
     fit_on, check_on, notes = fit_and_check(
         source, calibration, evaluation, limit=options.samples, seed=options.seed
     )
+    labels_for(run.metric, check_on)  # where they are missed it is said before the work
     run.journal.warn(*notes)
     pairs = _pairs(run, source, graph, others, constants, plan)
     with run.journal.clock("calibrate"):

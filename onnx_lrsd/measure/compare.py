@@ -103,7 +103,7 @@ def compare(
     ('y', 0.0, (0.0, 0.0), 0)
     """
     _same_interface(before.proto, after.proto)
-    labels = _labels(samples, metric)
+    labels = labels_for(metric, samples)
     collect = None if labels is None else _classes if not callable(metric) else _whole
     outputs, warnings, kept = _differences(before, after, samples, collect, groups, progress)
     score = None
@@ -243,7 +243,7 @@ def _second() -> Iterator[None]:
         ) from error
 
 
-def _labels(samples: Samples, metric: str | Score | None) -> npt.NDArray[Any] | None:
+def labels_for(metric: str | Score | None, samples: Samples) -> npt.NDArray[Any] | None:
     """The label of every sample, where ``metric`` can use it. Raises DataError if ``metric`` needs them."""
     if callable(metric):
         if samples.labels is None:
