@@ -13,9 +13,12 @@ import pytest
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.fit.calibrate import calibrate
 from onnx_lrsd.fit.reconstruct import reconstruct
+from onnx_lrsd.fit.resume import resumed
+from onnx_lrsd.fit.sensitivity import Reference
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import frontier, inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.activation_cache import Relay
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import Factors, Form
@@ -96,3 +99,34 @@ def test_what_is_too_much_is_not_held_and_the_point_before_is_kept() -> None:
     for index in range(2):
         relay.offer(index, 2, {"a": small, "b": large}, ["b"])
     assert relay.types == {"a": np.float32} and relay.feed(1)["a"][0] == 1
+
+
+@pytest.mark.parametrize("most", [0, 1 << 30])
+def test_a_change_moves_the_outputs_as_much_from_where_it_begins_as_in_the_whole_network(most: int) -> None:
+    model = residual()
+    model.proto.graph.output.append(onnx.ValueInfoProto(name="s1"))  # which later layers do not reach
+    x = np.random.default_rng(3).standard_normal((12, CHANNELS, 8, 8)).astype(np.float32)
+    samples = read_samples({"x": x}, inputs_of(model.proto))
+    layers, _ = find_layers(model.graph())
+    reference = Reference(model, samples)
+    units = [*((layer,) for layer in layers), (layers[1], layers[3])]
+    units.sort(key=lambda unit: layers.index(unit[0]))
+    changing = [{name for layer in unit for name in (layer.output, layer.weight)} for unit in units]
+    opened: list[int] = []
+    for unit, rest in zip(units, resumed(model, samples, changing, most), strict=True):
+        moved = []
+        for source in (model, rest.model):
+            working = source.graph()
+            for layer in unit:
+                weight = np.random.default_rng(4).standard_normal((CHANNELS, CHANNELS, 3, 3)) / 15
+                channels = tuple(range(CHANNELS))
+                factors = Factors(
+                    form=Form(), kernels=(), bias=np.zeros(CHANNELS), sparse=weight, channels=channels
+                )
+                split(working, layer, factors)
+            moved.append(source.splice(working))
+        opened.append(len(rest.model.proto.graph.node))
+        assert reference.moved(rest.outputs(moved[1])) == pytest.approx(
+            reference.movement(moved[0]), rel=1e-4
+        )
+    assert (min(opened) < len(model.proto.graph.node)) == (most > 0)

@@ -130,6 +130,25 @@ class Narrower:
         """The problem of ``layer`` in the original network."""
         return pose(layer, *self.weight_of(layer), self.moments.get(layer.output), self.device)
 
+    def readers(self, key: str) -> tuple[Layer, ...]:
+        """The layers that read the channels of a pair, in the order of the graph."""
+        outputs = {end.output for end in self.inner[key].pair.consumers}
+        return tuple(layer for layer in self.layers if layer.output in outputs)
+
+    def masked(self, key: str, width: int) -> dict[str, Factors]:
+        """What a pair's readers are at that width, by output, with zeros where they read what is gone.
+
+        They give the same as in the narrower network, of which nothing else has to be made.
+        """
+        pair, widths = self.inner[key].pair, self.inner[key].widths
+        ends = {end.output: end for end in pair.consumers}
+        return {
+            layer.output: _in_place(
+                layer, fit_width(self.problem(layer), columns(layer, ends[layer.output]), widths.kept(width))
+            )
+            for layer in self.readers(key)
+        }
+
     def _calibration(
         self, known: Calibration, layers: tuple[Layer, ...], left: Mapping[str, _Left]
     ) -> Calibration:
@@ -197,6 +216,19 @@ class _Left:
         sparse = factors.sparse[self.outputs].reshape(len(self.outputs), channels, *layer.kernel)
         bias = factors.bias[self.outputs]
         return replace(factors, form=Form(DENSE), sparse=sparse, bias=bias, channels=tuple(range(channels)))
+
+
+def _in_place(layer: Layer, factors: Factors) -> Factors:
+    """A dense weight of some inputs, as one of all that the layer has."""
+    assert factors.sparse is not None
+    weight = np.zeros((layer.n, layer.m))
+    weight[:, list(factors.channels)] = factors.sparse
+    return replace(
+        factors,
+        form=Form(DENSE),
+        sparse=weight.reshape(layer.n, layer.channels, *layer.kernel),
+        channels=tuple(range(layer.channels)),
+    )
 
 
 def columns(layer: Layer, end: End) -> _Positions:

@@ -6,14 +6,15 @@ final outputs are compared on a few dozen samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from onnx_lrsd.data.samples import Samples, batch_to_run, position_axes
 from onnx_lrsd.fit.calibrate import WeightOf
 from onnx_lrsd.fit.narrow import Narrower
+from onnx_lrsd.fit.resume import resumed
 from onnx_lrsd.fit.shared import fit_shared
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.judge import OutputGroup, output_groups
@@ -27,7 +28,7 @@ from onnx_lrsd.runtime.divergence import (
     positions_first,
     row_axes,
 )
-from onnx_lrsd.runtime.session import open_session
+from onnx_lrsd.runtime.session import Session, open_session
 from onnx_lrsd.solver.effort import BRIEF
 from onnx_lrsd.storage import INT3
 from onnx_lrsd.types import DENSE, N_OF_M, UNSTRUCTURED, WIDTH, Form, Layer, Moments, Progress, Values
@@ -65,38 +66,63 @@ def sensitivities(
     a floating number, or nothing was lost. Layers whose form has single entries are left out, which take too
     long to fit, but for those of few rows.
     """
-    probes = [
-        (unit, _probe(unit[0], forms.get(unit[0].output), moments.get(unit[0].output)))
-        for unit in groups(layers)
-    ]
-    chosen = [(unit, form) for unit, form in probes if form is not None]
-    wanted = max(_FEWEST, min(_MOST_SAMPLES, _RUNS * samples.count // max(len(chosen), 1)))
+    probes = _probes(layers, forms, moments, narrower)
+    of_layers = sum(probe.form.kind != WIDTH for probe in probes)
+    wanted = max(_FEWEST, min(_MOST_SAMPLES, _RUNS * samples.count // max(of_layers, 1)))
     if samples.count >= wanted + 2 * samples.smallest_batch:
         samples = samples.split(wanted, 0)[1]
     reference = Reference(model, samples)
+    changing = [{name for la in probe.layers for name in (la.output, la.weight)} for probe in probes]
     found = {}
-    for done, (unit, form) in enumerate(chosen):
-        fitted = fit_shared(unit, form, weight_of, moments, device, BRIEF)
-        working = model.graph()
-        for layer in unit:
+    for done, (probe, rest) in enumerate(zip(probes, resumed(model, samples, changing), strict=True)):
+        if probe.form.kind == WIDTH:
+            assert narrower is not None
+            fitted = narrower.masked(probe.key, probe.form.rank)
+            error = float(narrower.inner[probe.key].widths.errors[:, probe.form.rank].sum())
+        else:
+            fitted = fit_shared(probe.layers, probe.form, weight_of, moments, device, BRIEF)
+            error = sum(factors.error for factors in fitted.values()) / len(fitted)
+        working = rest.model.graph()
+        for layer in probe.layers:
             split(working, layer, fitted[layer.output])
-        error = sum(factors.error for factors in fitted.values()) / len(unit)
-        moved = reference.movement(model.splice(working))
+        moved = reference.moved(rest.outputs(rest.model.splice(working)))
         if error > 0 and moved > 0:
-            found[unit[0].output] = moved / error
+            found[probe.key] = moved / error
         if progress is not None:
-            progress("sensitivity", done + 1, len(chosen))
-    for key, form in forms.items():
-        if form.kind == WIDTH and narrower is not None:
-            moved = reference.movement(narrower.narrow({key: form}, None).model)
-            error = float(narrower.inner[key].widths.errors[:, form.rank].sum())
-            if error > 0 and moved > 0:
-                found[key] = moved / error
+            progress("sensitivity", done + 1, len(probes))
     middle = float(np.median(list(found.values()))) if found else 0.0
     return {name: min(max(value, _LEAST * middle), MOST * middle) for name, value in found.items()}
 
 
-def _probe(layer: Layer, form: Form | None, moments: Moments | None) -> Form | None:
+class _Probe(NamedTuple):
+    """What is changed to measure one sensitivity: ``layers`` in ``form``, or a pair's readers at a width."""
+
+    key: str
+    layers: tuple[Layer, ...]
+    form: Form
+
+
+def _probes(
+    layers: Sequence[Layer],
+    forms: Mapping[str, Form],
+    moments: Mapping[str, Moments],
+    narrower: Narrower | None,
+) -> list[_Probe]:
+    """What is measured for ``forms``, in the order of the graph."""
+    found = list[_Probe]()
+    for unit in groups(layers):
+        first = unit[0].output
+        form = _injected(unit[0], forms.get(first), moments.get(first))
+        if form is not None:
+            found.append(_Probe(first, unit, form))
+    for key, form in forms.items():
+        if form.kind == WIDTH and narrower is not None:
+            found.append(_Probe(key, narrower.readers(key), form))
+    place = {layer.output: index for index, layer in enumerate(layers)}
+    return sorted(found, key=lambda probe: min(place[layer.output] for layer in probe.layers))
+
+
+def _injected(layer: Layer, form: Form | None, moments: Moments | None) -> Form | None:
     """The form whose error is injected for ``form``, if one is.
 
     On its own few rows an S loses nothing; elsewhere it errs in all directions, as rounding does.
@@ -112,15 +138,23 @@ class Reference:
 
     def __init__(self, model: Model, samples: Samples) -> None:
         self.samples = samples
-        self.outputs = final_outputs(model, samples)
+        self.outputs, self.positions = _run(open_session(model.proto, folder=model.folder), samples)
         rows = {name: found.batches for name, found in self.outputs.items()}
         axes = {name: found.axes for name, found in self.outputs.items()}
         feed = next(samples.batches(batch_to_run(samples)))
         self.groups = output_groups(model, feed, rows, axes)
 
     def movement(self, other: Model) -> float:
-        """Squared change of the group of channels that moves most, relative to its variance."""
-        after = final_outputs(other, self.samples)
+        """How far the outputs of ``other`` are from those of the model, as ``moved`` has it."""
+        session = open_session(other.proto, folder=other.folder)
+        return self.moved(session.run(feed) for feed in self.samples.batches(batch_to_run(self.samples)))
+
+    def moved(self, outputs: Iterable[Mapping[str, Any]]) -> float:
+        """Squared change of the group of channels that moves most, relative to its variance.
+
+        ``outputs`` are those of another model for the same samples, batch by batch.
+        """
+        after = _collected(outputs, self.samples, self.positions)
         return max(
             (
                 self._moved(group, before, after[name])
@@ -151,12 +185,23 @@ class FinalOutput(NamedTuple):
 
 def final_outputs(model: Model, samples: Samples) -> dict[str, FinalOutput]:
     """Every floating output of the model, by name."""
-    session = open_session(model.proto, folder=model.folder)
+    return _run(open_session(model.proto, folder=model.folder), samples)[0]
+
+
+def _run(session: Session, samples: Samples) -> tuple[dict[str, FinalOutput], dict[str, tuple[int, ...]]]:
+    """Every floating output, and the axes of all outputs along which positions lie."""
     positions = position_axes(samples, session.run)
+    outputs = (session.run(feed) for feed in samples.batches(batch_to_run(samples)))
+    return _collected(outputs, samples, positions), positions
+
+
+def _collected(
+    outputs: Iterable[Mapping[str, Any]], samples: Samples, positions: Mapping[str, tuple[int, ...]]
+) -> dict[str, FinalOutput]:
     found: dict[str, FinalOutput] = {}
-    for feed in samples.batches(batch_to_run(samples)):
+    for feed, values in zip(samples.batches(batch_to_run(samples)), outputs, strict=True):
         real = samples.real(feed)
-        for name, value in session.run(feed).items():
+        for name, value in values.items():
             array, along = as_array(value), positions.get(name, ())
             if array.dtype.kind == "f":
                 output = found.setdefault(name, FinalOutput(row_axes(array, real, along), []))

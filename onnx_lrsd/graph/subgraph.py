@@ -86,15 +86,23 @@ def frontier(proto: onnx.ModelProto, changing: Collection[str]) -> list[str]:
     """
     constants = {tensor.name for tensor in proto.graph.initializer}
     inputs = {value.name for value in proto.graph.input} - constants
-    varying, late, found = set(inputs), set(changing), dict[str, None]()
+    varying, late, found = set(inputs), affected(proto, changing), dict[str, None]()
     for node in proto.graph.node:
         read = reads(node)
-        if not late.isdisjoint(read) or not late.isdisjoint(node.output):
-            late.update(name for name in node.output if name)
+        if not late.isdisjoint(node.output):
             found |= dict.fromkeys(name for name in read if name in varying)
         elif not varying.isdisjoint(read):
             varying.update(node.output)
     return [name for name in found if name not in inputs]
+
+
+def affected(proto: onnx.ModelProto, changing: Collection[str]) -> set[str]:
+    """Names of the tensors ``changing`` and of all that nodes give which give or read one of them."""
+    late = set(changing)
+    for node in proto.graph.node:
+        if not late.isdisjoint(reads(node)) or not late.isdisjoint(node.output):
+            late.update(name for name in node.output if name)
+    return late
 
 
 def inputs_of(proto: onnx.ModelProto) -> list[InputSpec]:
