@@ -13,7 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
+from onnx_lrsd.plan.allocate import lower_hull
 from onnx_lrsd.types import DENSE, WIDTH, CostOf, ErrorCurve, Form, Layer, Point
 
 CHEAPEST = 1e12
@@ -86,9 +91,25 @@ class Curves:
         """The points of a layer where the pairs in ``widths`` are cut."""
         given = widths.get(self.giving.get(output, ""), 0)
         read = widths.get(self.reading.get(output, ""), 0)
-        if not given and not read:
-            return self._by_output[output].points
-        return self.narrow[output, (given, read)]
+        return self.points_at(output, (given, read))
+
+    def points_at(self, output: str, kept: KeptOf) -> tuple[Point, ...]:
+        """The points of a layer that gives and reads so many channels; 0 for all of them."""
+        return self.narrow[output, kept] if any(kept) else self._by_output[output].points
+
+    def widths(self, key: str | None) -> list[int]:
+        """The widths of a pair in the order of its points, 0 for all channels; 0 alone without a pair."""
+        return next(([p.form.rank for p in pair.points] for pair in self.pairs if pair.key == key), [0])
+
+    def table(self, output: str, cost: CostOf) -> _Table:
+        """The points of a layer by its widths that can be best at some price of ``cost``."""
+        if (output, cost) not in self._tables:
+            self._tables[output, cost] = _Table.of(self, output, cost)
+        return self._tables[output, cost]
+
+    @cached_property
+    def _tables(self) -> dict[tuple[str, CostOf], _Table]:
+        return {}
 
     def layer(self, output: str) -> Layer:
         """The first layer of a curve."""
@@ -156,6 +177,45 @@ class Curves:
 
 
 @dataclass(frozen=True)
+class _Table:
+    """The points of one layer for all widths on either side of it, those that can be best at some price.
+
+    ``points`` are by the places of the widths in the pairs that it gives and reads. ``errors`` and ``costs``
+    (given, read, points) repeat the first point where there are fewer than elsewhere.
+    """
+
+    points: Sequence[Sequence[Sequence[Point]]]
+    errors: npt.NDArray[np.float64]
+    costs: npt.NDArray[np.float64]
+
+    @staticmethod
+    def of(curves: Curves, output: str, cost: CostOf) -> _Table:
+        given, read = (curves.widths(key.get(output)) for key in (curves.giving, curves.reading))
+        points = [[lower_hull(curves.points_at(output, (g, r)), cost) for r in read] for g in given]
+        most = max(len(found) for row in points for found in row)
+        filled = [[[*found, *found[:1] * (most - len(found))] for found in row] for row in points]
+        errors = np.array([[[point.error for point in found] for found in row] for row in filled])
+        costs = np.array([[[cost(point) for point in found] for found in row] for row in filled])
+        return _Table(points, errors, costs)
+
+    def worths(self, weight: float, price: float) -> npt.NDArray[np.float64]:
+        """Error times ``weight`` and cost times ``price``, together, of every point."""
+        found: npt.NDArray[np.float64] = weight * self.errors + price * self.costs
+        return found
+
+
+Widths: TypeAlias = dict[str, int]
+"""By pair, the place of its width among its points."""
+
+
+class _Choice(NamedTuple):
+    """A point for each layer, and for each pair that is cut, and what they are together."""
+
+    members: Mapping[str, Point]
+    joint: Joint
+
+
+@dataclass(frozen=True)
 class _Unit:
     """Layers and the pairs that join them."""
 
@@ -167,84 +227,109 @@ class _Unit:
     def points(self, costs: Sequence[CostOf]) -> tuple[Joint, ...]:
         """Its joint choices; the first one leaves all as it is."""
         found: dict[tuple[tuple[str, Form], ...], Joint] = {}
-        whole = {output: self.curves.points(output, {})[0] for output in self.outputs}
-        for members in (whole, *(m for cost in costs for m in self._along_the_hull(cost))):
-            joint = self._joint(members)
-            found.setdefault(tuple((key, point.form) for key, point in sorted(members.items())), joint)
+        whole = self._choice({output: self.curves.points(output, {})[0] for output in self.outputs})
+        for choice in (whole, *(c for cost in costs for c in self._along_the_hull(cost))):
+            key = tuple((key, point.form) for key, point in sorted(choice.members.items()))
+            found.setdefault(key, choice.joint)
         return tuple(found.values())
 
-    def _joint(self, members: Mapping[str, Point]) -> Joint:
+    def _choice(self, members: Mapping[str, Point]) -> _Choice:
         between = [members.get(pair.key, pair.points[0]) for pair in self.pairs]
         points = [*(members[output] for output in self.outputs), *between]
-        return Joint(
+        joint = Joint(
             form=points[0].form,
             error=sum(point.error * self.sensitivity[key] for key, point in members.items()),
             price=sum((point.price for point in points[1:]), start=points[0].price),
             time=sum(point.time for point in points),
             members=members,
         )
+        return _Choice(members, joint)
 
-    def _along_the_hull(self, cost: CostOf) -> list[dict[str, Point]]:
+    def _along_the_hull(self, cost: CostOf) -> list[_Choice]:
         """The choices at the corners of the lower hull, from all as it is to the cheapest.
 
         Between two corners the price at which both are worth the same tells whether there is another.
         """
-        found: list[dict[str, Point]] = []
-        dear = self._members({}, 0.0, cost)
-        waiting = [(dear, self._members(self._best_widths({}, CHEAPEST, cost), CHEAPEST, cost))]
+        found: list[_Choice] = []
+        dear, cheap = self._at(0.0, cost), self._at(CHEAPEST, cost)
+        waiting = [(dear.chosen({}), cheap.chosen(cheap.best_widths({})))]
         while waiting:
             left, right = waiting.pop()
-            one, two = self._joint(left), self._joint(right)
+            one, two = left.joint, right.joint
             found += [left, right]
             if cost(one) <= cost(two) or one.error >= two.error:
                 continue
             price = (two.error - one.error) / (cost(one) - cost(two))
-            starts = [_widths(near) for near in (left, right)]
-            tried = [self._members(self._best_widths(s, price, cost), price, cost) for s in starts]
-            worths = [self._worth(members, price, cost) for members in tried]
+            priced = self._at(price, cost)
+            starts = [self._widths(near.members) for near in (left, right)]
+            tried = [priced.chosen(widths) for widths in map(priced.best_widths, starts)]
+            worths = [choice.joint.error + price * cost(choice.joint) for choice in tried]
             if min(worths) < (1 - SAME) * (one.error + price * cost(one)):
                 middle = tried[worths.index(min(worths))]
                 waiting += [(left, middle), (middle, right)]
         return found
 
-    def _worth(self, members: Mapping[str, Point], price: float, cost: CostOf) -> float:
-        joint = self._joint(members)
-        return joint.error + price * cost(joint)
+    def _at(self, price: float, cost: CostOf) -> _Priced:
+        layers = {
+            output: self.curves.table(output, cost).worths(self.sensitivity[output], price)
+            for output in self.outputs
+        }
+        pairs = {
+            pair.key: np.array([p.error * self.sensitivity[pair.key] + price * cost(p) for p in pair.points])
+            for pair in self.pairs
+        }
+        return _Priced(self, cost, layers, {key: found.min(axis=2) for key, found in layers.items()}, pairs)
 
-    def _best_widths(self, widths: Mapping[str, int], price: float, cost: CostOf) -> dict[str, int]:
-        """From ``widths`` on, one pair after the other, until none changes."""
-        now = dict(widths)
+    def _widths(self, members: Mapping[str, Point]) -> Widths:
+        return {pair.key: pair.points.index(members[pair.key]) for pair in self.pairs if pair.key in members}
+
+
+@dataclass(frozen=True)
+class _Priced:
+    """A unit at a price of its cost: what each point of its ``layers`` is worth, and each of its ``pairs``.
+
+    ``least`` (given, read) is the worth of the best point of a layer.
+    """
+
+    unit: _Unit
+    cost: CostOf
+    layers: Mapping[str, npt.NDArray[np.float64]]
+    least: Mapping[str, npt.NDArray[np.float64]]
+    pairs: Mapping[str, npt.NDArray[np.float64]]
+
+    def best_widths(self, start: Widths) -> Widths:
+        """From the widths ``start`` on, one pair after the other, until none changes."""
+        now = {pair.key: start.get(pair.key, 0) for pair in self.unit.pairs}
         for _ in range(ROUNDS if len(self.pairs) > 1 else 1):
             before = dict(now)
-            for pair in self.pairs:
-                near = [o for o in (*pair.producers, *pair.consumers) if o in self.outputs]
-
-                def lost(point: Point, pair: PairCurve = pair, near: Sequence[str] = near) -> float:
-                    others = {**now, pair.key: point.form.rank}
-                    own = point.error * self.sensitivity[pair.key] + price * cost(point)
-                    return own + sum(self._best(output, others, price, cost)[0] for output in near)
-
-                now[pair.key] = min(pair.points, key=lost).form.rank
+            for pair in self.unit.pairs:
+                worth = self.pairs[pair.key].copy()
+                for output in (*pair.producers, *pair.consumers):
+                    if output in self.least:
+                        worth += self._by_width_of(pair.key, output, now)
+                now[pair.key] = int(worth.argmin())
             if now == before:
                 break
         return now
 
-    def _best(
-        self, output: str, widths: Mapping[str, int], price: float, cost: CostOf
-    ) -> tuple[float, Point]:
-        weight = self.sensitivity[output]
-        points = self.curves.points(output, widths)
-        values = [point.error * weight + price * cost(point) for point in points]
-        least = min(range(len(values)), key=values.__getitem__)
-        return values[least], points[least]
+    def _by_width_of(self, key: str, output: str, now: Widths) -> npt.NDArray[np.float64]:
+        """The worth of a layer by the width of the pair ``key``, with others as they are ``now``."""
+        least, given = self.least[output], self.unit.curves.giving.get(output)
+        read = self.unit.curves.reading.get(output)
+        if given == read:
+            return np.diagonal(least)
+        if given == key:
+            return least[:, now.get(read or "", 0)]
+        return least[now.get(given or "", 0), :]
 
-    def _members(self, widths: Mapping[str, int], price: float, cost: CostOf) -> dict[str, Point]:
-        members = {output: self._best(output, widths, price, cost)[1] for output in self.outputs}
-        for pair in self.pairs:
+    def chosen(self, widths: Widths) -> _Choice:
+        """The best points of the layers at these widths."""
+        curves, members = self.unit.curves, dict[str, Point]()
+        for output in self.unit.outputs:
+            given, read = (widths.get(keys.get(output, ""), 0) for keys in (curves.giving, curves.reading))
+            points = curves.table(output, self.cost).points[given][read]
+            members[output] = points[int(self.layers[output][given, read].argmin())]
+        for pair in self.unit.pairs:
             if widths.get(pair.key):
-                members[pair.key] = next(p for p in pair.points if p.form.rank == widths[pair.key])
-        return members
-
-
-def _widths(members: Mapping[str, Point]) -> dict[str, int]:
-    return {key: point.form.rank for key, point in members.items() if point.form.kind == WIDTH}
+                members[pair.key] = pair.points[widths[pair.key]]
+        return self.unit._choice(members)
