@@ -36,6 +36,7 @@ DEFAULT_TARGET = "onnxruntime"
 DEFAULT_ERROR = 0.01
 """What the outputs may change by where nothing else is asked for."""
 TOP1 = "top1"
+PRECISIONS = ("fp16",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,10 @@ class Options:
     weights: Annotated[
         str | None,
         Option("Store all weights so, with the target size.", Choice(STORAGES), default="the best mix"),
+    ] = None
+    precision: Annotated[
+        str | None,
+        Option("Write the result in half precision, for the target tensorrt.", Choice(PRECISIONS)),
     ] = None
     int8: Annotated[bool, Option("Then have ONNX Runtime quantise the layers that bear it.", Flag())] = False
     forms: Annotated[
@@ -236,7 +241,8 @@ class Run:
 def start(options: Options, plan: Plan | None = None, progress: Progress | None = None) -> Run:
     """A run for ``options``, of which ``plan`` settles target and cost.
 
-    Raises DataError for a plan whose target or cost is not known.
+    Raises DataError for a plan whose target or cost is not known, OptionError for half precision where the
+    target does not compute in it.
     """
     if plan is not None:
         for asked, offered in ((plan.target, TARGETS), (plan.cost, COSTS)):
@@ -245,6 +251,11 @@ def start(options: Options, plan: Plan | None = None, progress: Progress | None 
                     f"The plan asks for {asked}, which is none of {', '.join(offered)}: change it there."
                 )
     target = TARGETS[plan.target if plan is not None else options.target or DEFAULT_TARGET]
+    if options.precision is not None and not target.half:
+        able = next(name for name, other in TARGETS.items() if other.half)
+        raise OptionError(
+            "{precision} goes with {target}, which computes in half precision: give both.", target=able
+        )
     cost = plan.cost if plan is not None else options.cost or target.counts
     if not target.times:
         return Run(options=options, target=target, cost=cost, progress=progress)

@@ -431,7 +431,7 @@ def test_int8_codes_engines_and_broken_promises_have_their_place(browser: Any, t
         "steps": {"low rank": sides, "int8": sides, "both": sides},
     }
     facts["tensorrt"] = {
-        "trtexec": "trtexec --onnx=a.onnx --fp16",
+        "trtexec": "trtexec --onnx=a.onnx --stronglyTyped",
         "sparse": ["conv7"],
         "notes": ["Build it there."],
     }
@@ -448,7 +448,7 @@ def test_int8_codes_engines_and_broken_promises_have_their_place(browser: Any, t
         "drop of at most 0.5 points asked, 0.75 got",
         "both, kept",
         "head (20",
-        "trtexec --onnx=a.onnx --fp16",
+        "trtexec --onnx=a.onnx --stronglyTyped",
         "conv7",
         "Opening the model",
     ):

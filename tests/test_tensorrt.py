@@ -20,7 +20,7 @@ import onnx_lrsd
 from benchmarks.engines import build
 from onnx_lrsd.cli import main
 from onnx_lrsd.data.samples import Samples, read_samples
-from onnx_lrsd.errors import OptionError
+from onnx_lrsd.errors import ModelError, OptionError
 from onnx_lrsd.graph.model import Model, check, load, save
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import Pace
@@ -327,11 +327,58 @@ def test_the_command_can_be_run_as_it_is_printed() -> None:
     rounded = rewritten(network(batch=2), Form(CHANNEL, 0, TWO_OF_FOUR))
     told = engine(rounded, samples_for(rounded), None)
     assert shlex.split(told.command)[1:] == [
-        *("--onnx=model.onnx", "--saveEngine=model.engine", "--sparsity=enable", "--fp16")
+        *("--onnx=model.onnx", "--saveEngine=model.engine", "--sparsity=enable", "--stronglyTyped")
     ]
-    assert "float32" in told.notes[0]
+    assert "--precision fp16" in told.notes[0]
     dense = engine(network(), samples_for(network()), None)
     assert "--stronglyTyped" in dense.command and not dense.sparse
+
+
+def wide() -> tuple[onnx.ModelProto, dict[str, Values]]:
+    """Two products of 256 channels with a Relu between, and samples for them."""
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.standard_normal((256, 256)).astype(np.float32) / 16 for name in "ab"}
+    text = "g (float[n, 256] x) => (float[n, 256] y) { h = MatMul (x, a) r = Relu (h) y = MatMul (r, b) }"
+    graph = onnx.parser.parse_graph(text)
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in tensors.items())
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return proto, {"x": rng.standard_normal((60, 256)).astype(np.float32)}
+
+
+def test_half_precision_is_written_verified_and_sparse_cores_take_it(tmp_path: Path) -> None:
+    (model, samples), output = wide(), tmp_path / "half.onnx"
+    found = onnx_lrsd.optimize(
+        model, samples, target="tensorrt", ratio=1.2, forms=("width",), precision="fp16", output=output
+    )
+    written = onnx.load(output)
+    onnx.checker.check_model(written, full_check=True)
+    assert {t.data_type for t in written.graph.initializer if len(t.dims) > 1} == {TensorProto.FLOAT16}
+    assert written.graph.input == model.graph.input
+    assert [o.type for o in written.graph.output] == [o.type for o in model.graph.output]
+    plain = onnx_lrsd.optimize(model, samples, plan=found.plan)
+    verified, before = found.report.verification, plain.report.verification
+    assert verified is not None and before is not None
+    assert verified.after.bytes < 0.6 * before.after.bytes
+    assert verified.error == pytest.approx(before.error, rel=0.05, abs=1e-5)
+    assert found.report.engine is not None and "--stronglyTyped" in found.report.engine.command
+
+
+def test_half_precision_is_refused_where_the_target_does_not_compute_in_it() -> None:
+    with pytest.raises(OptionError, match="precision goes with target='tensorrt'"):
+        onnx_lrsd.optimize(wide()[0], ratio=2, precision="fp16")
+
+
+def test_a_model_that_cannot_be_converted_keeps_its_low_rank_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(proto: onnx.ModelProto) -> onnx.ModelProto:
+        raise ModelError("ONNX Runtime cannot write it: leave out --precision.")
+
+    monkeypatch.setattr("onnx_lrsd.fit.half.to_float16", refuses)
+    found = onnx_lrsd.optimize(wide()[0], target="tensorrt", ratio=1.2, forms=("width",), precision="fp16")
+    assert "leave out --precision" in " ".join(found.report.warnings)
+    assert found.report.verification is not None
+    assert found.report.verification.after.macs < found.report.verification.before.macs
 
 
 def test_names_that_trtexec_would_cut_are_quoted() -> None:

@@ -29,6 +29,7 @@ from onnx_lrsd.fit.calibrate import (
     what_was_left_out,
 )
 from onnx_lrsd.fit.fitter import ORIGINAL, Fitted, Fitter, KeepingFitter, LowRankFitter
+from onnx_lrsd.fit.half import HalfFitter
 from onnx_lrsd.fit.narrow import Narrower, drop_orders, plannable
 from onnx_lrsd.fit.reconstruct import biases_added
 from onnx_lrsd.fit.sensitivity import sensitivities
@@ -84,6 +85,7 @@ def optimize(
     max_drop: float | None = None,
     metric: str | Score | None = None,
     weights: str | None = None,
+    precision: str | None = None,
     int8: bool = False,
     forms: tuple[str, ...] | None = None,
     include: str | None = None,
@@ -119,6 +121,7 @@ def optimize(
         max_drop=max_drop,
         metric=metric,
         weights=weights,
+        precision=precision,
         int8=int8,
         forms=forms,
         include=include,
@@ -496,7 +499,10 @@ def _fitter(
     known: Calibration,
     fit_on: Samples | None,
 ) -> Fitter:
-    """What fits forms, with int8 behind it if asked; without samples to fit on the weights alone decide."""
+    """What fits forms, with half precision or int8 behind it if asked.
+
+    Without samples to fit on the weights alone decide.
+    """
     plain = LowRankFitter(
         original=original,
         narrower=narrower,
@@ -505,6 +511,8 @@ def _fitter(
         clock=run.journal.clock,
         progress=run.progress,
     )
+    if run.options.precision is not None:
+        return KeepingFitter(HalfFitter(plain, run.journal.warn))
     return KeepingFitter(Int8Fitter(run, plain, known.samples) if run.options.int8 else plain)
 
 

@@ -58,8 +58,9 @@ class Target:
     ``coded_errors(problem, kinds, weights)`` gives the errors of forms in codes, which only the layer's data
     can tell, in the storage ``weights`` if it is not None; without it weights are stored as numbers.
     ``counts`` is what a ratio is of, if nothing else is asked for. ``opset`` is the oldest its operators are
-    in. A search for a promise begins at ``first_ratio``. ``engine(model, samples, output)`` says how the
-    engine that runs the result is built from it; None where ONNX Runtime runs it.
+    in. A search for a promise begins at ``first_ratio``. ``half``: it computes in half precision.
+    ``engine(model, samples, output)`` says how the engine that runs the result is built from it; None where
+    ONNX Runtime runs it.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Target:
     counts: str = "macs"
     opset: int = 1
     first_ratio: float = 2.0
+    half: bool = False
     engine: Callable[[Model, Samples, Path | None], Engine] | None = None
 
     @property

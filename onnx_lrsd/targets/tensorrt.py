@@ -45,7 +45,7 @@ SPARSE_FROM = 256
 SPARSE_TIME = 0.85
 """Share of the dense arithmetic's time that 2:4 takes: what whole networks gain, as if by this alone."""
 SPARSE_DTYPES = ("float16", "float32")
-"""float32 runs so where the user lets TensorRT take half precision; the command in the report does."""
+"""float32 runs so once the model is written in half precision, which the report then advises."""
 SPARSE_RANKS = (RANK_MULTIPLE, 2 * RANK_MULTIPLE)
 """Ranks tried beside a 2:4 part, whose dense-sized branch leaves them little to win."""
 
@@ -94,5 +94,11 @@ def _low_ranks(layer: Layer, kind: str) -> tuple[int, ...]:
 
 CHAINS = Chains(pays, _low_ranks)
 TENSORRT = Target(
-    "tensorrt", _forms, predicted_time, patterns=(CHANNELS, N_OF_M), timed_here=False, engine=engine
+    "tensorrt",
+    _forms,
+    predicted_time,
+    patterns=(CHANNELS, N_OF_M),
+    timed_here=False,
+    half=True,
+    engine=engine,
 )
