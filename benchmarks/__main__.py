@@ -21,7 +21,7 @@ STUDIES = {
     "gpu": "the solver on a GPU beside the CPU",
     "spectra": "how singular values of trained layers fall",
     "honesty": "whether the stated error holds on samples that the tool never saw",
-    "detections": "how many detections of a detector stay",
+    "detections": "how many detections of a detector stay, or lines of text as they were read",
     "mutate": "mutated model files: a valid model or one sentence each",
     "replay": "plans replayed by two checkouts give the same bytes",
 }

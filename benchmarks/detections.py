@@ -1,9 +1,13 @@
-"""How many detections of a detector stay: anchors whose best score is above a threshold in both models.
+"""What a user sees of a changed model: how many detections of a detector stay, or lines of text as read.
 
     python -m benchmarks detections BEFORE.onnx AFTER.onnx DATA.npz [--first 4] [--threshold .25]
+    python -m benchmarks detections BEFORE.onnx AFTER.onnx DATA.npz --lines
 
-For models whose one output is (samples, channels, anchors), boxes first, scores from channel FIRST on, as
-YOLO exports are (prepare.py nudenet_photos).
+Detections are anchors whose best score is above a threshold in both models, of the same class. For models
+whose one output is (samples, channels, anchors), boxes first, scores from channel FIRST on, as YOLO exports
+are (prepare.py nudenet_photos). Lines are those of models that read text, with one output of scores
+(samples, steps, characters): the best character of each step, repeats and the blank 0 dropped, is what is
+read (prepare.py ppocrv4_rec_lines).
 """
 
 from __future__ import annotations
@@ -38,11 +42,22 @@ def detections(old: npt.NDArray[Any], new: npt.NDArray[Any], threshold: float) -
     return Detections(*(int(np.sum(which)) for which in (found, same, still)))
 
 
+def read_lines(scores: npt.NDArray[Any]) -> list[tuple[int, ...]]:
+    """The characters that scores (samples, steps, characters) are read as, greedily.
+
+    Source: Graves et al., Connectionist temporal classification, ICML 2006, section 3.2.
+    """
+    best = scores.argmax(axis=-1)
+    changed = np.diff(best, axis=1, prepend=-1) != 0
+    return [tuple(map(int, line[new & (line > 0)])) for line, new in zip(best, changed, strict=True)]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of this study alone."""
     parser.add_argument("files", type=Path, nargs=3, metavar="FILE")
     parser.add_argument("--first", type=int, default=4, help="first channel of scores")
     parser.add_argument("--threshold", type=float, default=0.25)
+    parser.add_argument("--lines", action="store_true", help="compare lines of text")
 
 
 def run(given: argparse.Namespace) -> None:
@@ -50,9 +65,18 @@ def run(given: argparse.Namespace) -> None:
     before, after = (onnx_lrsd.load(path) for path in given.files[:2])
     samples = read_samples(given.files[2], inputs_of(before.proto))
     one, two = (open_session(model.proto, folder=model.folder) for model in (before, after))
+    feeds = samples.batches(batch_to_run(samples))
+    pairs = ((next(iter(one.run(feed).values())), next(iter(two.run(feed).values()))) for feed in feeds)
+    if given.lines:
+        same = [
+            line == other
+            for old, new in pairs
+            for line, other in zip(*map(read_lines, (old, new)), strict=True)
+        ]
+        print(f"{len(same)} lines: {sum(same)} are read as before ({np.mean(same):.1%}).")
+        return
     total = np.zeros(3, int)
-    for feed in samples.batches(batch_to_run(samples)):
-        old, new = (next(iter(session.run(feed).values()))[:, given.first :] for session in (one, two))
-        total += detections(old, new, given.threshold)
+    for old, new in pairs:
+        total += detections(old[:, given.first :], new[:, given.first :], given.threshold)
     found = Detections(*map(int, total))
     print(f"{found.before} detections above {given.threshold:g}: {found.stay} stay, {found.after} after.")

@@ -5,7 +5,11 @@
     python -m benchmarks honesty --show FILE
 
 A MODEL is a folder with model.onnx, calib.npz and eval.npz, or an .onnx file, with a .npz of the same name
-beside it or on samples that are made up. The tool gets the calibration samples alone (of one .npz, the first
+beside it or on samples that are made up, or a folder that holds such. Of files that are alike the one with
+samples is taken. The model with the fewest MACs is first. With --json each row is written as it comes, and
+rows that came to an end in an earlier call are kept: the same command goes on where it was cut off.
+
+The tool gets the calibration samples alone (of one .npz, the first
 half) and is asked for nothing (*default*: outputs change by at most 1 %), and for --ratio 1.5. Its result is
 then compared with the original on the samples kept apart. A row has what was asked and got, the exit code of
 the command line, the error that the report states, the upper end of its interval, the error on the samples
@@ -16,10 +20,12 @@ whether the error apart is within the interval; where the original was handed ba
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +41,7 @@ from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import DataError, LrsdError
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
-from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.measure.compare import compare, total_price
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import Values
 
@@ -93,10 +99,42 @@ def parts(path: Path) -> tuple[Path, Samples, Samples, str]:
     return path, invented(source, MADE_UP, 0), invented(source, MADE_UP, 1), "made up"
 
 
+def models(paths: Iterable[Path]) -> list[Path]:
+    """The models at ``paths`` and in the folders there, each once, by their MACs; those without layers go."""
+    found = dict[str, tuple[bool, Path]]()
+    for path in paths:
+        for each in [path] if path.is_file() or (path / "model.onnx").exists() else sorted(path.iterdir()):
+            file = each / "model.onnx" if each.is_dir() else each
+            if file.suffix != ".onnx" or not file.exists():
+                continue
+            given = (each / "calib.npz").exists() or file.with_suffix(".npz").exists()
+            key = hashlib.sha256(file.read_bytes()).hexdigest()
+            if key not in found or given > found[key][0]:
+                found[key] = given, each
+    return sorted((path for _, path in found.values()), key=_macs)
+
+
+def _macs(path: Path) -> int:
+    """MACs of one sample; all that cannot be counted is last."""
+    model = load(path / "model.onnx" if path.is_dir() else path)
+    try:
+        given = path / "calib.npz" if path.is_dir() else path.with_suffix(".npz")
+        few = (
+            read_samples(given, inputs_of(model.proto), limit=64) if given.exists() else invented(model, 2, 0)
+        )
+        return total_price(model, few).macs
+    except LrsdError:
+        return sys.maxsize
+
+
+def name_of(path: Path) -> str:
+    """What tables call a model."""
+    return path.parent.name if path.name == "model.onnx" else path.name
+
+
 def row(path: Path, goal: str, limit: int | None, judges: int) -> dict[str, Any]:
     """What the tool says, and what is found on samples kept apart."""
-    name = path.name if path.name != "model.onnx" else path.parent.name
-    facts: dict[str, Any] = {"model": name, "asked": goal}
+    facts: dict[str, Any] = {"model": name_of(path), "asked": goal}
     try:
         model, calibration, apart, origin = parts(path)
     except LrsdError as error:
@@ -110,7 +148,8 @@ def row(path: Path, goal: str, limit: int | None, judges: int) -> dict[str, Any]
     try:
         result, report, _ = onnx_lrsd.optimize(model, calibration, **GOALS[goal])
     except LrsdError as error:
-        return facts | {"code": error.code, "says": str(error)}
+        said = str(error).replace(f"{path.parent}/", "")
+        return facts | {"code": error.code, "says": said, "seconds": round(time.perf_counter() - start, 1)}
     facts["seconds"] = round(time.perf_counter() - start, 1)
     found, promise = report.verification, report.promise
     assert found is not None and promise is not None
@@ -184,15 +223,25 @@ def run(given: argparse.Namespace) -> None:
     if given.here:
         print(json.dumps(row(given.models[0], given.goal[0], given.samples, given.judges)))
         return
-    rows = []
-    print(HEADING)
-    for path in given.models:
+    rows = kept_rows(given.json)
+    print("\n".join([HEADING, *map(line, rows)]), flush=True)
+    done = {(row["model"], row["asked"]) for row in rows}
+    for path in models(given.models):
         for goal in given.goal or GOALS:
+            if (name_of(path), goal) in done:
+                continue
             rows.append(apart_from_us(path, goal, given))
             print(line(rows[-1]), flush=True)
             if given.json is not None:
                 given.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(counts(rows))
+
+
+def kept_rows(file: Path | None) -> list[dict[str, Any]]:
+    """The rows in ``file`` that came to an end."""
+    if file is None or not file.exists():
+        return []
+    return [row for row in json.loads(file.read_text()) if row["code"] is not None]
 
 
 def apart_from_us(path: Path, goal: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -201,7 +250,7 @@ def apart_from_us(path: Path, goal: str, given: argparse.Namespace) -> dict[str,
     command += ["--judges", str(given.judges)]
     if given.samples is not None:
         command += ["--samples", str(given.samples)]
-    failed = {"model": path.name, "asked": goal, "code": None}
+    failed = {"model": name_of(path), "asked": goal, "code": None}
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=given.timeout, cwd=ROOT

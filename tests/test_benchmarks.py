@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
+import onnx
 import pytest
 
-from benchmarks import rules
+from benchmarks import honesty, rules
 from benchmarks.__main__ import STUDIES, main
+from benchmarks.detections import read_lines
+from benchmarks.mutate import dense
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,3 +50,25 @@ def test_without_a_study_they_are_listed(arguments: list[str], code: int) -> Non
 def test_every_rule_replaces_something_of_the_package(place: str) -> None:
     with patch(place):
         pass
+
+
+def test_lines_are_read_without_blanks_and_repeats() -> None:
+    best = np.array([[0, 3, 3, 0, 3, 5], [0, 0, 0, 0, 0, 0]])
+    assert read_lines(np.eye(6)[best]) == [(3, 3, 5), ()]
+
+
+def test_each_model_is_judged_once_with_its_own_samples_and_the_smallest_first(tmp_path: Path) -> None:
+    small, large = dense(), dense()
+    large.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 60
+    large.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 60
+    (tmp_path / "with_samples").mkdir()
+    onnx.save(large, tmp_path / "a.onnx")
+    onnx.save(small, tmp_path / "b.onnx")
+    onnx.save(small, tmp_path / "with_samples" / "model.onnx")
+    for name in ("calib", "eval"):
+        np.savez(tmp_path / "with_samples" / f"{name}.npz", x=np.zeros((4, 6, 96), np.float32))
+    found = honesty.models([tmp_path])
+    assert [path.name for path in found] == ["with_samples", "a.onnx"]
+    rows = [{"model": "a.onnx", "asked": "1.5", "code": code} for code in (0, None)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert honesty.kept_rows(tmp_path / "rows.json") == rows[:1]
