@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 import onnx_lrsd
+from onnx_lrsd.commands.cache import clear, listed
 from onnx_lrsd.commands.doctor import examine
 from onnx_lrsd.commands.inspect import inspect
 from onnx_lrsd.commands.optimize import optimize
@@ -44,6 +44,7 @@ from onnx_lrsd.measure.drift import drift
 from onnx_lrsd.option import (
     Choice,
     Flag,
+    FolderName,
     Function,
     Number,
     Numbers,
@@ -72,6 +73,7 @@ from onnx_lrsd.report.progress import BarProgress, PlainProgress
 from onnx_lrsd.run import TOP1, Options
 from onnx_lrsd.targets.machine import stored_at, to_json
 from onnx_lrsd.types import Plan, Progress, Score
+from onnx_lrsd.whole_files import written_whole
 
 COMMANDLINE, DEFAULT_MAP = click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.DEFAULT_MAP
 BROKEN_PROMISE, INTERRUPTED = 3, 130
@@ -296,6 +298,8 @@ def _click_options(option: Option) -> dict[str, Any]:
             }
         case Several():
             return {"type": _listed, "metavar": "LIST"}
+        case FolderName():
+            return {"type": click.Path(path_type=Path), "metavar": option.metavar}
         case Pattern():
             return {"metavar": "REGEX"}
         case Function(known):
@@ -620,6 +624,24 @@ def profile_command(output: Path | None, verbose: bool, quiet: bool) -> None:
         _say(f"{machine_table(machine, colour=_colour())}\n\nWritten to {path}.")
 
 
+@main.command("cache")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--clear", "clears", is_flag=True, help="Remove what it keeps.")
+@click.option(
+    "--keep", metavar="SIZE", help="Remove what was used least recently, until SIZE (say 4GB) is left."
+)
+@click.pass_context
+def cache_command(ctx: click.Context, /, folder: Path, clears: bool, keep: str | None) -> None:
+    """List what a work dir keeps, or make room in it.
+
+    DIR is what --work-dir of optimize was given.
+    """
+    if clears and keep is not None:
+        raise click.UsageError("--clear and --keep exclude each other: give one.")
+    with _usage(ctx):
+        click.echo(clear(folder, keep or 0) if clears or keep is not None else listed(folder))
+
+
 @main.command("doctor")
 @click.pass_context
 def doctor_command(ctx: click.Context, /) -> None:
@@ -721,10 +743,8 @@ def _write(path: Path, text: str) -> None:
         click.echo(text)
         return
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-lrsd-") as folder:
-            written = Path(folder) / path.name
-            written.write_text(text + "\n", encoding="utf-8")
-            os.replace(written, path)
+        with written_whole(path) as (file,):
+            file.write(f"{text}\n".encode())
     except OSError as error:
         raise LrsdError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
 

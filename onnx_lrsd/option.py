@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
 from onnx_lrsd.errors import OptionError
@@ -160,6 +161,16 @@ class Pattern:
             raise OptionError(
                 f"{{{name}}} is not a regular expression ({said}): mend it.", **{name: value}
             ) from None
+
+
+@dataclass(frozen=True)
+class FolderName:
+    """The path of a folder."""
+
+    def check(self, name: str, value: object) -> None:
+        """Raise OptionError for what is no path."""
+        if not isinstance(value, str | Path) or not str(value):
+            raise OptionError(f"{{{name}}} is no path: give that of a folder.", **{name: value})
 
 
 @dataclass(frozen=True)

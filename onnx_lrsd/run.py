@@ -5,15 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import onnx
+
+import onnx_lrsd.passes
 from onnx_lrsd.arrays import DEVICES
+from onnx_lrsd.data.samples import Samples, run_on
 from onnx_lrsd.errors import DataError, OptionError
+from onnx_lrsd.graph.external_data import content_hash
+from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.judge import GroupsOf
 from onnx_lrsd.option import (
     Choice,
     Flag,
+    FolderName,
     Function,
     Number,
     Option,
@@ -24,7 +35,9 @@ from onnx_lrsd.option import (
 )
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, processor, this_machine
+from onnx_lrsd.targets.machine import runtime
 from onnx_lrsd.types import COSTS, KINDS, Plan, Progress, Score
+from onnx_lrsd.work_dir import KEEP_NOTHING, Keep, Kept, hash_of, open_work_dir
 
 NO_FORM = "no smaller form is predicted to be faster"
 NO_STORAGE = "no storage that the runtime folds makes it smaller"
@@ -37,6 +50,8 @@ DEFAULT_ERROR = 0.01
 """What the outputs may change by where nothing else is asked for."""
 TOP1 = "top1"
 PRECISIONS = ("fp16",)
+GOALS = ("ratio", "max_error", "max_drop", "metric", "samples", "work_dir", "int8")
+"""Options that nothing in the work dir depends on: the samples themselves are part of the key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +124,14 @@ class Options:
     exclude: Annotated[str | None, Option("Leave the layers so named as they are.", Pattern())] = None
     device: Annotated[str, Option("Where to solve.", Choice(DEVICES))] = "auto"
     seed: Annotated[int, Option("For what is drawn at random.", Whole(0), metavar="N")] = 0
+    work_dir: Annotated[
+        str | Path | None,
+        Option(
+            "Keep there what is worked out, for the next run or to go on after an interruption.",
+            FolderName(),
+            metavar="DIR",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         """Check each option by itself, then those that have to do with each other."""
@@ -203,7 +226,8 @@ class Run:
 
     ``target`` has the times of ``machine``, which is None where the target has none. ``cost`` is what a
     ratio is of. ``groups`` are those that all comparisons judge outputs in, so that a search and the check of
-    what it found go by the same; None until there are samples.
+    what it found go by the same; None until there are samples. ``keep`` looks into the work dir first, where
+    there is one.
     """
 
     options: Options
@@ -213,6 +237,7 @@ class Run:
     groups: GroupsOf | None = None
     journal: Journal = field(default_factory=Journal)
     progress: Progress | None = None
+    keep: Keep = KEEP_NOTHING
 
     @property
     def table(self) -> str:
@@ -269,3 +294,36 @@ def start(options: Options, plan: Plan | None = None, progress: Progress | None 
             "run `onnx-lrsd profile` once for a better plan on this machine."
         )
     return run
+
+
+def with_work_dir(run: Run, model: Model, samples: Samples, *, calibrated: bool) -> Run:
+    """``run``, to keep in its work dir, if it has one, what is worked out of ``model`` and ``samples``.
+
+    ``calibrated``: the samples are fitted to. What is asked for in the end (a ratio, a promise) is no part of
+    the key: all that comes before it serves the next run as well. Raises LrsdError for a folder that is no
+    work dir.
+    """
+    options = run.options
+    if options.work_dir is None:
+        return run
+    work_dir = open_work_dir(Path(options.work_dir))
+    base = {
+        "model": content_hash(model.proto, model.folder),
+        "samples": [run_on(samples), calibrated],
+        "target": [run.target.name, run.cost, run.machine],
+        "options": {one.name: getattr(options, one.name) for one in fields(options) if one.name not in GOALS},
+        "processor": processor(),
+        "versions": versions(),
+    }
+    said = {"model": "a model in memory" if model.path is None else model.path.name}
+    return replace(run, keep=Kept(work_dir, hash_of(base), said, run.journal.warn))
+
+
+@cache
+def versions() -> tuple[str, ...]:
+    """What results depend on beside their inputs: the source of this package, and versions of others."""
+    hashed = blake2b(digest_size=16)
+    for package in (onnx_lrsd, onnx_lrsd.passes):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            hashed.update(path.read_bytes())
+    return hashed.hexdigest(), np.__version__, onnx.__version__, runtime()

@@ -1,6 +1,12 @@
-"""Words that every message writes alike."""
+"""Words that every message writes alike, and sizes as users write them."""
 
 from __future__ import annotations
+
+import re
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 def counted(count: int, one: str, many: str = "") -> str:
@@ -12,3 +18,15 @@ def counted(count: int, one: str, many: str = "") -> str:
     '1 node left as it is'
     """
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def bytes_of(text: str | int) -> int | None:
+    """How many bytes ``text`` names: 4GB, 512MiB, or a number; None for what is no size.
+
+    >>> bytes_of("4GB"), bytes_of("1.5 MiB"), bytes_of(300), bytes_of("much")
+    (4000000000, 1572864, 300, None)
+    """
+    found = _SIZE.fullmatch(str(text))
+    if isinstance(text, bool) or found is None or found[2].upper() not in UNITS:
+        return None
+    return round(float(found[1]) * UNITS[found[2].upper()])

@@ -250,17 +250,27 @@ def test_external_data_that_is_cut_short_is_refused(tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unnamed", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_failed_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool, unnamed: bool
+) -> None:
     model = load(external(tmp_path))
-    before = sorted(tmp_path.iterdir())
+    if there:
+        save(model, tmp_path / "out.onnx")
+    if not unnamed:
+        monkeypatch.setattr("onnx_lrsd.whole_files._UNNAMED", 0)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", fail)
+    if not there:
+        monkeypatch.setattr("os.link", fail)
     with pytest.raises(ModelError, match="No space left"):
         save(model, tmp_path / "out.onnx")
-    assert sorted(tmp_path.iterdir()) == before
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_input_is_never_written_over(tmp_path: Path) -> None:

@@ -25,12 +25,13 @@ from onnx_lrsd.fit.calibrate import (
     WeightOf,
     calibrate,
     input_shapes,
+    kept_calibration,
     locate,
     what_was_left_out,
 )
 from onnx_lrsd.fit.fitter import ORIGINAL, Fitted, Fitter, KeepingFitter, LowRankFitter
 from onnx_lrsd.fit.half import HalfFitter
-from onnx_lrsd.fit.narrow import Narrower, drop_orders, plannable
+from onnx_lrsd.fit.narrow import Inner, Narrower, drop_orders, key_of, plannable
 from onnx_lrsd.fit.reconstruct import biases_added
 from onnx_lrsd.fit.sensitivity import sensitivities
 from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, save
@@ -38,7 +39,7 @@ from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.int8.fit import Int8Fitter
 from onnx_lrsd.measure.compare import compare, groups_on, labels_for, total_price
-from onnx_lrsd.measure.layer_times import time_layers
+from onnx_lrsd.measure.layer_times import LayerTimes, time_layers
 from onnx_lrsd.measure.load_cost import opening_cost
 from onnx_lrsd.passes.bytes_outside import bytes_outside
 from onnx_lrsd.passes.find_constants import find_constants
@@ -54,8 +55,9 @@ from onnx_lrsd.plan.search import Forms, Once, Proposals
 from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.report.build import Delivered, make_report
 from onnx_lrsd.report.details import RATIOS, collect, spectra, trade_off
-from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start
+from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start, with_work_dir
 from onnx_lrsd.runtime.session import sound
+from onnx_lrsd.solver.width import Widths
 from onnx_lrsd.targets import price
 from onnx_lrsd.types import DENSE, KINDS, WIDTH, Declined, Factors, Form, Layer, Plan, Price, Progress, Score
 
@@ -93,6 +95,7 @@ def optimize(
     samples: int | None = None,
     device: str = "auto",
     seed: int = 0,
+    work_dir: str | Path | None = None,
 ) -> Result:
     """Make ``model`` smaller and faster with outputs close to the original's.
 
@@ -129,6 +132,7 @@ def optimize(
         samples=samples,
         device=device,
         seed=seed,
+        work_dir=work_dir,
     )
     options.check_with(
         calibration=calibration, evaluation=evaluation, plan=plan, output=output, dry_run=dry_run
@@ -137,7 +141,7 @@ def optimize(
     ready = prepare(run, model, calibration, evaluation, output=output, plan=plan)
     original, source, known, weight_of = ready.original, ready.source, ready.known, ready.weight_of
     narrower, fitter, fit_on, check_on = ready.narrower, ready.fitter, ready.fit_on, ready.check_on
-    run = replace(run, groups=groups_on(source, check_on))
+    run = replace(ready.run, groups=groups_on(source, check_on))
     search: Proposals
     planner, curves, whole = None, Curves(()), None
     if plan is None:
@@ -191,11 +195,13 @@ def optimize(
 class Prepared:
     """A model whose layers are found and calibrated: all that a plan and its fits start from.
 
+    ``run`` knows from here on where the work dir keeps what belongs to this model and these samples.
     ``source`` is the ``original`` as it is worked on; ``declined`` are nodes that are left alone. ``known``
     is what the samples ``fit_on`` teach, ``check_on`` are those that results are measured on. ``pairs`` are
     layers whose channels in between may be cut, which ``narrower`` does; ``fitter`` fits forms.
     """
 
+    run: Run
     original: Model
     source: Model
     weight_of: WeightOf
@@ -243,6 +249,7 @@ def prepare(
     )
     labels_for(run.metric, check_on)  # where they are missed it is said before the work
     run.journal.warn(*notes)
+    run = with_work_dir(run, original, fit_on or check_on, calibrated=fit_on is not None)
     pairs = _pairs(run, source, graph, others, constants, plan)
     with run.journal.clock("calibrate"):
         known = _calibrate(run, source, others, pairs, weight_of, fit_on, check_on, plan)
@@ -251,6 +258,7 @@ def prepare(
     with run.journal.clock("decompose"):
         narrower = _narrower(run, source, known, weight_of, pairs)
     return Prepared(
+        run=run,
         original=original,
         source=source,
         weight_of=weight_of,
@@ -388,7 +396,15 @@ def _narrower(
             for end in pair.consumers
         )
     }
-    return replace(plain, inner=drop_orders(sound, known.layers, plain.problem))
+    inner = {}
+    for key, pair in sound.items():
+        order = partial(_drop_order, pair, known.layers, plain)
+        inner[key] = Inner(pair, run.keep("widths", key, order, (Widths,)))
+    return replace(plain, inner=inner)
+
+
+def _drop_order(pair: Pair, layers: Sequence[Layer], narrower: Narrower) -> Widths:
+    return drop_orders({key_of(pair): pair}, layers, narrower.problem)[key_of(pair)].widths
 
 
 def _calibrate(
@@ -422,15 +438,20 @@ def _calibrate(
     planned |= {end.output for pair in pairs.values() for end in pair.consumers}
     # Of layers that apply one weight all are asked for: only the one that stores it would gain bytes.
     together = {layer.output for group in groups(layers) if len(group) > 1 for layer in group}
-    return calibrate(
-        source,
-        layers,
-        fit_on,
-        weight_of,
-        asked=lambda layer: layer.output in planned | together or bool(run.target.forms(layer, kinds)),
-        seed=run.options.seed,
-        progress=run.progress,
-    )
+
+    def taught() -> Calibration:
+        return calibrate(
+            source,
+            layers,
+            fit_on,
+            weight_of,
+            asked=lambda layer: layer.output in planned | together or bool(run.target.forms(layer, kinds)),
+            seed=run.options.seed,
+            progress=run.progress,
+        )
+
+    facts = [layers, sorted(planned | together)]
+    return kept_calibration(run.keep, facts, fit_on, taught)
 
 
 def make_planner(
@@ -467,6 +488,7 @@ def _sensitivities(
         narrower=narrower,
         device=run.options.device,
         progress=run.progress,
+        keep=run.keep,
     )
 
 
@@ -477,7 +499,7 @@ def _curves(
     with run.journal.clock("decompose"):
         curves = error_curves(run, known, weight_of)
     with run.journal.clock("plan"):
-        total = total_price(source, known.samples)
+        total = run.keep("price", None, partial(total_price, source, known.samples), (Price,))
         if run.target.times:
             inner = narrower.outputs
             able = [
@@ -486,7 +508,8 @@ def _curves(
                 if len(curve.points) > 1 or curve.layer.output in inner
                 for layer in curve.layers
             ]
-            measured = time_layers(source, able, known.shapes, known.samples, progress=run.progress)
+            timed = partial(time_layers, source, able, known.shapes, known.samples, progress=run.progress)
+            measured = run.keep("times", able, timed, (LayerTimes,))
             curves, total = with_seconds(curves, measured), replace(total, seconds=measured.whole)
     with run.journal.clock("decompose"):
         return pair_curves(run, curves, narrower), total
@@ -510,6 +533,7 @@ def _fitter(
         device=run.options.device,
         clock=run.journal.clock,
         progress=run.progress,
+        keep=run.keep,
     )
     if run.options.precision is not None:
         return KeepingFitter(HalfFitter(plain, run.journal.warn))

@@ -64,7 +64,7 @@ def sweep(
     run = start(options.with_goal(), progress=progress)
     ensure_writable(folder / "model.onnx", None)
     ready = prepare(run, model, calibration, evaluation)
-    original = ready.original
+    run, original = ready.run, ready.original
     stem = "model" if original.path is None else original.path.stem
     points = list[SweepPoint]()
     for ratio, fitted in _models(run, ready, sorted(set(options.ratios))):

@@ -262,6 +262,17 @@ def batch_to_run(samples: Samples) -> int:
     return samples.batch_size(each, RUN_BYTES)
 
 
+def run_on(samples: Samples) -> Samples:
+    """``samples`` with nothing but what a run of a model depends on, in arrays of plain types."""
+
+    def plain(array: Values) -> Values:
+        return array.astype(str) if array.dtype.kind == "O" else array
+
+    groups = tuple({name: plain(array) for name, array in group.items()} for group in samples.groups)
+    constants = {name: plain(array) for name, array in samples.constants.items()}
+    return replace(samples, groups=groups, constants=constants, labels=None, source="", notes=())
+
+
 def as_fed(samples: Samples, run: Callable[[Mapping[str, Values]], Any]) -> Samples:
     """``samples``, to be fed one by one where ``run`` takes one but not two.
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from math import ceil, frexp, isfinite, prod
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.moments import MomentAccumulator, sample_positions
 from onnx_lrsd.types import Feed, Layer, Moments, Progress, Rows, Values
 from onnx_lrsd.wording import counted
+from onnx_lrsd.work_dir import Keep
 
 ROWS_PER_INPUT = 8
 FEWEST_ROWS, MOST_ROWS = 4096, 20_000
@@ -199,6 +200,21 @@ def calibrate(
         left_out={name: LeftOut(rows, done[name]) for name, rows in bad.items() if rows},
         silent=silent,
     )
+
+
+def kept_calibration(
+    keep: Keep, facts: object, samples: Samples, make: Callable[[], Calibration]
+) -> Calibration:
+    """What ``make`` gives, or what was kept of an earlier run over ``samples`` for the same ``facts``."""
+
+    def without_samples() -> dict[str, Any]:
+        made = make()
+        found = {one.name: getattr(made, one.name) for one in fields(made) if one.name != "samples"}
+        return found | {"fixed": made.samples.fixed}
+
+    found = keep("calibration", facts, without_samples, (LeftOut, Layer, Moments, Quota))
+    fixed = found.pop("fixed")
+    return Calibration(samples=replace(samples, fixed=fixed), **found)
 
 
 def what_was_left_out(known: Calibration) -> str:

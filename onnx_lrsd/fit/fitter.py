@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol, TypeAlias
+
+import onnx
 
 from onnx_lrsd.fit.calibrate import Calibration
 from onnx_lrsd.fit.narrow import Narrower
 from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.graph.model import Model
-from onnx_lrsd.types import Factors, Form, Progress
+from onnx_lrsd.types import Codes, Entries, Factors, Form, Packed, Pattern, Progress
+from onnx_lrsd.work_dir import KEEP_NOTHING, Keep
 
 ORIGINAL, LOW_RANK, INT8, BOTH = "original", "low rank", "int8", "both"
 """What was done to a model."""
 
 MODELS_KEPT = 3
 """Fitted models that are kept: a search takes one of the last that it tried."""
+
+CLASSES = (onnx.ModelProto, Codes, Entries, Factors, Form, Packed, Pattern)
+"""What a fit is made of, to be kept between runs."""
 
 Clock: TypeAlias = Callable[[str], AbstractContextManager[None]]
 """Books the time of a block under the name of a stage."""
@@ -69,24 +76,29 @@ class LowRankFitter:
     device: str
     clock: Clock
     progress: Progress | None = None
+    keep: Keep = KEEP_NOTHING
 
     def fit(self, forms: Mapping[str, Form]) -> Fitted:
         """The model with every layer in ``forms`` rewritten; the original without any."""
         if not forms:
             return Fitted(step=ORIGINAL, model=self.original, factors={})
         with self.clock("decompose"):
-            narrowed = self.narrower.narrow(forms, self.calibration)
-            model, factors = reconstruct(
-                narrowed.model,
-                narrowed.layers,
-                forms,
-                narrowed.weight_of,
-                narrowed.calibration,
-                refitted=narrowed.readers,
-                device=self.device,
-                progress=self.progress,
-            )
-        return Fitted(step=LOW_RANK, model=model, factors=factors)
+            proto, factors = self.keep("fit", forms, partial(self._fitted, forms), CLASSES)
+        return Fitted(step=LOW_RANK, model=replace(self.narrower.model, proto=proto), factors=factors)
+
+    def _fitted(self, forms: Mapping[str, Form]) -> tuple[onnx.ModelProto, Mapping[str, Factors]]:
+        narrowed = self.narrower.narrow(forms, self.calibration)
+        model, factors = reconstruct(
+            narrowed.model,
+            narrowed.layers,
+            forms,
+            narrowed.weight_of,
+            narrowed.calibration,
+            refitted=narrowed.readers,
+            device=self.device,
+            progress=self.progress,
+        )
+        return model.proto, factors
 
 
 @dataclass(frozen=True)

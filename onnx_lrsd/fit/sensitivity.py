@@ -7,6 +7,7 @@ final outputs are compared on a few dozen samples.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from onnx_lrsd.runtime.session import Session, open_session
 from onnx_lrsd.solver.effort import BRIEF
 from onnx_lrsd.storage import INT3
 from onnx_lrsd.types import DENSE, N_OF_M, UNSTRUCTURED, WIDTH, Form, Layer, Moments, Progress, Values
+from onnx_lrsd.work_dir import KEEP_NOTHING, Keep
 
 _FEWEST, _MOST_SAMPLES = 8, 32
 """Samples that are run once for every layer: enough to know a sensitivity within a fourth or so."""
@@ -55,6 +57,7 @@ def sensitivities(
     narrower: Narrower | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    keep: Keep = KEEP_NOTHING,
 ) -> dict[str, float]:
     """Error of the model's outputs for each unit of relative error of a layer in ``forms``, by layer name.
 
@@ -71,9 +74,11 @@ def sensitivities(
     wanted = max(_FEWEST, min(_MOST_SAMPLES, _RUNS * samples.count // max(of_layers, 1)))
     if samples.count >= wanted + 2 * samples.smallest_batch:
         samples = samples.split(wanted, 0)[1]
-    reference = Reference(model, samples)
+    known = {probe.key: keep.look("sensitivity", (probe.key, probe.form, wanted)) for probe in probes}
+    measured = {key: float(value[0]) for key, value in known.items() if value is not None}
+    probes = [probe for probe in probes if probe.key not in measured]
+    reference = cache(partial(Reference, model, samples))
     changing = [{name for la in probe.layers for name in (la.output, la.weight)} for probe in probes]
-    found = {}
     for done, (probe, rest) in enumerate(zip(probes, resumed(model, samples, changing), strict=True)):
         if probe.form.kind == WIDTH:
             assert narrower is not None
@@ -85,11 +90,12 @@ def sensitivities(
         working = rest.model.graph()
         for layer in probe.layers:
             split(working, layer, fitted[layer.output])
-        moved = reference.moved(rest.outputs(rest.model.splice(working)))
-        if error > 0 and moved > 0:
-            found[probe.key] = moved / error
+        moved = reference().moved(rest.outputs(rest.model.splice(working)))
+        value = moved / error if error > 0 and moved > 0 else 0.0
+        measured[probe.key] = keep("sensitivity", (probe.key, probe.form, wanted), partial(float, value))
         if progress is not None:
             progress("sensitivity", done + 1, len(probes))
+    found = {key: value for key, value in measured.items() if value > 0}
     middle = float(np.median(list(found.values()))) if found else 0.0
     return {name: min(max(value, _LEAST * middle), MOST * middle) for name, value in found.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def located(tensor: onnx.TensorProto, folder: Path | None) -> tuple[Path, int]:
     if offset + stored_bytes(tensor) > path.stat().st_size:
         raise ModelError(f"The data file {path} is too short for tensor {tensor.name}: copy it again, whole.")
     return path, offset
+
+
+def content_hash(proto: onnx.ModelProto, folder: Path | None) -> str:
+    """What stands for all that a model holds, its data files in ``folder`` included: 32 hex digits."""
+    hashed = blake2b(proto.SerializeToString(deterministic=True), digest_size=16)
+    for tensor in stored_tensors(proto):
+        if uses_external_data(tensor):
+            hashed.update(content(tensor, folder).data)
+    return hashed.hexdigest()
 
 
 def embed(tensor: onnx.TensorProto, folder: Path | None) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +37,7 @@ from onnx_lrsd.graph.external_data import (
     tensor_values,
 )
 from onnx_lrsd.graph.working_graph import WorkingGraph
+from onnx_lrsd.whole_files import try_folder, written_whole
 
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # it logs to stdout, which belongs to the user
 
@@ -374,8 +374,7 @@ def ensure_writable(path: str | Path, source: Path | None) -> None:
     if path.exists() and not path.is_file():
         raise ModelError(f"{path} is no ordinary file: name the output file.")
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-lrsd-"):
-            pass
+        try_folder(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from None
 
@@ -392,17 +391,11 @@ def save(model: Model, path: str | Path) -> None:
     path = Path(path)
     ensure_writable(path, model.path)
     external = model.external or model.proto.ByteSize() > PROTOBUF_LIMIT
+    data = path.with_name(f"{path.name}.data")
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-lrsd-") as folder:
-            written = Path(folder)
-            proto = model.proto
-            if external:
-                data = f"{path.name}.data"
-                proto = _externalise(model, written / data, data)
-            (written / path.name).write_bytes(proto.SerializeToString(deterministic=True))
-            if external:
-                os.replace(written / data, path.with_name(data))
-            os.replace(written / path.name, path)
+        with written_whole(*([data, path] if external else [path])) as files:
+            proto = _externalise(model, files[0], data.name) if external else model.proto
+            files[-1].write(proto.SerializeToString(deterministic=True))
     except OSError as error:
         raise _unwritable(path, error) from None
     except EncodeError:
@@ -411,8 +404,8 @@ def save(model: Model, path: str | Path) -> None:
         ) from None
 
 
-def _externalise(model: Model, data: Path, location: str) -> onnx.ModelProto:
-    """A copy of the model whose large initializers are written to the file ``data``, one by one.
+def _externalise(model: Model, file: BinaryIO, location: str) -> onnx.ModelProto:
+    """A copy of the model whose large initializers are written to ``file``, one by one.
 
     Everything else that lay in the data file of the original is taken into the copy.
     """
@@ -425,22 +418,21 @@ def _externalise(model: Model, data: Path, location: str) -> onnx.ModelProto:
             _assign(proto.graph, descriptor, value)
     for tensor in stored_tensors(proto):
         embed(tensor, model.folder)
-    with data.open("wb") as file:
-        for tensor in model.proto.graph.initializer:
-            kept = proto.graph.initializer.add()
-            if tensor.data_type == onnx.TensorProto.STRING or stored_bytes(tensor) < EXTERNAL_THRESHOLD:
-                kept.CopyFrom(tensor)
-                embed(kept, model.folder)
-                continue
-            for descriptor, value in tensor.ListFields():
-                if descriptor.name in DESCRIPTION:
-                    _assign(kept, descriptor, value)
-            file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            kept.data_location = onnx.TensorProto.EXTERNAL
-            entries = {"location": location, "offset": file.tell(), "length": stored_bytes(tensor)}
-            for key, entry in entries.items():
-                kept.external_data.add(key=key, value=str(entry))
-            content(tensor, model.folder).tofile(file)
+    for tensor in model.proto.graph.initializer:
+        kept = proto.graph.initializer.add()
+        if tensor.data_type == onnx.TensorProto.STRING or stored_bytes(tensor) < EXTERNAL_THRESHOLD:
+            kept.CopyFrom(tensor)
+            embed(kept, model.folder)
+            continue
+        for descriptor, value in tensor.ListFields():
+            if descriptor.name in DESCRIPTION:
+                _assign(kept, descriptor, value)
+        file.write(b"\0" * (-file.tell() % ALIGNMENT))
+        kept.data_location = onnx.TensorProto.EXTERNAL
+        entries = {"location": location, "offset": file.tell(), "length": stored_bytes(tensor)}
+        for key, entry in entries.items():
+            kept.external_data.add(key=key, value=str(entry))
+        file.write(content(tensor, model.folder).data)
     return proto
 
 

@@ -8,12 +8,13 @@ looks faster by half than it then is (results/predicted_time.md).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.graph.model import Model
-from onnx_lrsd.measure.compare import STARTS, time_pair
+from onnx_lrsd.measure.compare import STARTS, Pace, time_pair
 from onnx_lrsd.measure.layer_times import unrecorded
 from onnx_lrsd.passes.isolate import isolate
 from onnx_lrsd.passes.kernel_owners import kernel_owners
@@ -22,6 +23,7 @@ from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.kernel_times import kernels
 from onnx_lrsd.solver.layout import factor_kernels, shared_groups
 from onnx_lrsd.types import N_OF_M, UNSTRUCTURED, Factors, Feed, Form, Layer, Progress
+from onnx_lrsd.work_dir import KEEP_NOTHING, Keep
 
 CLEARLY = 1.02
 """A rewrite that is not this many times faster alone does not pay."""
@@ -34,10 +36,11 @@ def speedups(
     shapes: Mapping[str, tuple[int, ...]],
     known: dict[object, float],
     progress: Progress | None = None,
+    keep: Keep = KEEP_NOTHING,
 ) -> dict[str, float]:
     """How many times faster each layer in ``forms`` gets, measured; layers alike are timed once.
 
-    ``shapes`` are those of the layers' inputs; ``known`` keeps results between calls.
+    ``shapes`` are those of the layers' inputs; ``known`` keeps results between calls, ``keep`` between runs.
     """
     chosen = [layer for layer in layers if layer.output in forms]
     rewritten = _rewritten(model, chosen, forms)
@@ -49,7 +52,8 @@ def speedups(
         if key not in known:
             feed = {layer.input: rng.standard_normal(shape).astype(layer.dtype)}
             before, after = isolate(model.proto, layer, shape), isolate(rewritten.proto, layer, shape)
-            known[key] = time_pair(before, after, feed, folder=model.folder)[0]
+            timed = partial(time_pair, before, after, feed, folder=model.folder)
+            known[key] = keep("trial", key, timed, (Pace,)).ratio
         found[layer.output] = known[key]
         if progress is not None:
             progress("trial", done + 1, len(chosen))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf
@@ -14,10 +15,11 @@ from onnx_lrsd.passes.shared_weights import groups
 from onnx_lrsd.plan.promise import STORED
 from onnx_lrsd.plan.units import Curves, KeptOf, PairCurve
 from onnx_lrsd.run import NO_FORM, NO_STORAGE, Run
-from onnx_lrsd.solver.width import narrowed
+from onnx_lrsd.solver.problem import Problem
+from onnx_lrsd.solver.width import Columns, narrowed
 from onnx_lrsd.targets import Target, price
 from onnx_lrsd.targets.chains import RANK_MULTIPLE
-from onnx_lrsd.types import DENSE, KINDS, WIDTH, ErrorCurve, Form, Layer, Point, Price
+from onnx_lrsd.types import DENSE, KINDS, WIDTH, ErrorCurve, Form, Layer, Pattern, Point, Price
 
 NOTHING = Price(0, 0, 0, 0.0)
 SHARES = 16
@@ -51,8 +53,8 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
         points = [_point(run.target, layers, Form(DENSE), 0.0)]
         if forms:
             others = [layer for layer in layers if layer.output != often.output]
-            problem = pose_shared([often, *others], weight_of, known.moments, run.options.device)
-            found = run.target.errors(problem, kinds, run.weights)
+            pose = partial(pose_shared, [often, *others], weight_of, known.moments, run.options.device)
+            found = _errors(run, (names,), pose)
             points += [_point(run.target, layers, f, e) for f, e in found.items() if e <= MOST_ERROR]
             if len(points) == 1:
                 run.journal.leave(names, "every smaller form loses too much of its output")
@@ -61,6 +63,14 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
         if run.progress is not None:
             run.progress("curves", done, len(known.layers))
     return curves
+
+
+def _errors(run: Run, what: tuple[object, ...], posed: Callable[[], Problem]) -> Mapping[Form, float]:
+    """The errors of every form worth trying for ``what``, whose problem is posed where they are not kept."""
+    kinds = run.options.forms or KINDS
+    return run.keep(
+        "errors", what, lambda: dict(run.target.errors(posed(), kinds, run.weights)), (Form, Pattern)
+    )
 
 
 def _positions(layer: Layer) -> int:
@@ -113,7 +123,6 @@ def _narrow_points(
         for pair in (giving, reading)
     )
     few = [_few(widths) for widths in (given, read)]
-    kinds = run.options.forms or KINDS
     whole = curve.points[0]
     rate = None if whole.price.seconds is None or not whole.time else whole.price.seconds / whole.time
     found: dict[tuple[str, KeptOf], tuple[Point, ...]] = {}
@@ -126,14 +135,20 @@ def _narrow_points(
         points = [_timed_by(_point(run.target, [small], Form(DENSE), 0.0), rate)]
         if len(curve.points) > 1 and 0 in widths and (widths[0] in few[0] and widths[1] in few[1]):
             outputs, inputs = narrower.left(layer, kept)
-            problem = narrowed(
-                narrower.problem(layer), small, outputs if widths[0] else None, inputs if widths[1] else None
-            )
-            for form, error in run.target.errors(problem, kinds, run.weights).items():
+            cut = outputs if widths[0] else None, inputs if widths[1] else None
+            posed = partial(_narrow_problem, narrower, layer, small, cut)
+            for form, error in _errors(run, (output, widths), posed).items():
                 if error <= MOST_ERROR:
                     points.append(_timed_by(_point(run.target, [small], form, error), rate))
         found[output, widths] = tuple(points)
     return found
+
+
+def _narrow_problem(
+    narrower: Narrower, layer: Layer, small: Layer, cut: tuple[Columns | None, Columns | None]
+) -> Problem:
+    """The problem of ``small``, which is ``layer`` with the outputs and inputs that are left."""
+    return narrowed(narrower.problem(layer), small, *cut)
 
 
 def _few(widths: Sequence[int]) -> set[int]:

@@ -320,7 +320,9 @@ class Planner:
         model, layers = self._narrow(chosen)
         forms = self._of_all(chosen)
         shapes = {**self.shapes, **_input_shapes(layers, self.shapes)}
-        measured = self._together(speedups(model, layers, forms, shapes, self.times, self.run.progress))
+        measured = self._together(
+            speedups(model, layers, forms, shapes, self.times, self.run.progress, self.run.keep)
+        )
         slow, where = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}, ""
         slow = {name: ratio for name, ratio in slow.items() if not self._gains(name, chosen[name])}
         if slow and all(self._unsure(name, ratio) for name, ratio in slow.items()):
