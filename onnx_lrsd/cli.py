@@ -26,6 +26,7 @@ import onnx_lrsd
 from onnx_lrsd.commands.cache import clear, listed
 from onnx_lrsd.commands.doctor import examine
 from onnx_lrsd.commands.inspect import inspect
+from onnx_lrsd.commands.node_data import node_data
 from onnx_lrsd.commands.optimize import optimize
 from onnx_lrsd.commands.profile import measure
 from onnx_lrsd.commands.sweep import SweepOptions, sweep
@@ -34,10 +35,10 @@ from onnx_lrsd.config import Value, read_config, write_config
 from onnx_lrsd.data.made_up import made_up_samples, spelled_shapes
 from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.readers import script_function
-from onnx_lrsd.data.samples import read_samples
+from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError, OptionError
-from onnx_lrsd.facts import Promise
-from onnx_lrsd.graph.model import load, save, size_on_disk
+from onnx_lrsd.facts import NodeData, Promise
+from onnx_lrsd.graph.model import Model, load, save, size_on_disk
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.measure.drift import drift
@@ -61,6 +62,7 @@ from onnx_lrsd.report import (
     inspection_table,
     inspection_to_json,
     machine_table,
+    node_data_files,
     plan_from_json,
     plan_to_json,
     report_page,
@@ -344,6 +346,15 @@ EVAL_OPTION = click.option(
 )
 
 
+NODE_DATA_OPTION = click.option(
+    "--node-data",
+    "node_folder",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Write time, error and form of every node into this folder, for Model Explorer.",
+)
+
+
 @main.command("optimize", cls=_Configurable)
 @click.argument("model", type=click.Path(path_type=Path))
 @_output(f"Where to write the model.  [default: MODEL{SUFFIX} beside it]")
@@ -360,6 +371,7 @@ EVAL_OPTION = click.option(
 @click.option("--dry-run", is_flag=True, help="Stop at the plan: write no model.")
 @JSON_OPTION
 @HTML_OPTION
+@NODE_DATA_OPTION
 @click.option("--details", is_flag=True, help="Put into the JSON what the page draws; --html does as well.")
 @_loudness
 @click.pass_context
@@ -375,6 +387,7 @@ def optimize_command(
     dry_run: bool,
     json_path: Path | None,
     html_path: Path | None,
+    node_folder: Path | None,
     details: bool,
     verbose: bool,
     quiet: bool,
@@ -396,6 +409,8 @@ def optimize_command(
     if print_config:
         click.echo(write_config(ctx.meta[GIVEN]))
         return
+    if dry_run and node_folder is not None:
+        raise click.UsageError("--node-data is of the written model: leave out --dry-run.")
     target = None if dry_run else output or model.with_name(model.stem + SUFFIX)
     _check_apart((target, json_path, html_path, save_plan), (model, calib, evaluation, plan_path))
     with _usage(ctx), _progress(quiet) as progress:
@@ -422,6 +437,12 @@ def optimize_command(
         _write(json_path, report_to_json(report))
     if html_path is not None:
         _write(html_path, report_page(report_to_json(report)))
+    if node_folder is not None and target is not None:
+        original = load(model)
+        with _progress(quiet) as progress:
+            samples = _samples_of(original, evaluation or calib)
+            found = node_data(original, load(target), samples, report, progress=progress)
+        _write_node_data(node_folder, target.stem, found)
     if report.promise is not None and not report.promise.kept:
         _say(_broken(report.promise, report.output))
         ctx.exit(BROKEN_PROMISE)
@@ -534,6 +555,7 @@ def inspect_command(
 )
 @JSON_OPTION
 @HTML_OPTION
+@NODE_DATA_OPTION
 @_loudness
 def compare_command(
     before: Path,
@@ -542,6 +564,7 @@ def compare_command(
     layers: bool,
     json_path: Path | None,
     html_path: Path | None,
+    node_folder: Path | None,
     verbose: bool,
     quiet: bool,
 ) -> None:
@@ -551,8 +574,7 @@ def compare_command(
     """
     _check_apart((json_path, html_path), (before, after, data))
     one, two = load(before), load(after)
-    samples = made_up_samples(one) if data is None else read_samples(data, inputs_of(one.proto))
-    samples = without_padding(one, samples)
+    samples = _samples_of(one, data)
     with _progress(quiet) as progress:
         apart = drift(one, two, samples, progress=progress) if layers else None
         found = compare(
@@ -563,6 +585,8 @@ def compare_command(
             bytes_after=size_on_disk(after),
             progress=progress,
         )
+        if node_folder is not None:
+            _write_node_data(node_folder, after.stem, node_data(one, two, samples, progress=progress))
     if not quiet:
         _say(comparison_table(found, str(before), str(after), colour=_colour()))
         if apart is not None:
@@ -747,6 +771,18 @@ def _write(path: Path, text: str) -> None:
             file.write(f"{text}\n".encode())
     except OSError as error:
         raise LrsdError(f"{path} cannot be written ({error.strerror}): choose another place.") from None
+
+
+def _samples_of(model: Model, data: str | None) -> Samples:
+    """The samples at ``data``, without padding; made up where there are none."""
+    samples = made_up_samples(model) if data is None else read_samples(data, inputs_of(model.proto))
+    return without_padding(model, samples)
+
+
+def _write_node_data(folder: Path, stem: str, found: NodeData) -> None:
+    _make_folder(folder)
+    for what, text in node_data_files(found).items():
+        _write(folder / f"{stem}.{what}.json", text)
 
 
 def _say(text: str) -> None:

@@ -383,6 +383,19 @@ class Sweep:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeData:
+    """What is known of the nodes of a model, by the name that viewers give them.
+
+    ``seconds`` are those of a node's kernel for one sample in one thread, ``errors`` those of its output
+    against the original's, and ``forms`` say what was made of the layer it belongs to.
+    """
+
+    seconds: Mapping[str, float]
+    errors: Mapping[str, float]
+    forms: Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class Inspection:
     """What was found in a model: layers with their dense price, what was declined, and the whole.

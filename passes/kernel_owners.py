@@ -22,16 +22,24 @@ def kernel_owners(proto: onnx.ModelProto, layers: Sequence[Layer], names: Sequen
     node is the layer's, or was written in its place, or reads it through channel-wise nodes alone: a kernel
     that does what several nodes did may have the name of the last one.
     """
-    nodes = {node.name: node for node in proto.graph.node if node.name}
     producers = {name: node for node in proto.graph.node for name in node.output if name}
     outputs = {layer.output for layer in layers}
     written = {layer.name: layer.output for layer in layers}
+    return [
+        None if node is None else _owner(node, producers, outputs, written)
+        for node in kernel_nodes(proto, names)
+    ]
+
+
+def kernel_nodes(proto: onnx.ModelProto, names: Sequence[str]) -> list[onnx.NodeProto | None]:
+    """The node of ``proto`` that each kernel is named after, None where the runtime made one of its own."""
+    nodes = {node.name: node for node in proto.graph.node if node.name}
+    producers = {name: node for node in proto.graph.node for name in node.output if name}
     found = []
     for name in names:
         for fusion in FUSIONS:
             name = name.split(fusion)[0]
-        node = nodes.get(name) or producers.get(name)
-        found.append(None if node is None else _owner(node, producers, outputs, written))
+        found.append(nodes.get(name) or producers.get(name))
     return found
 
 

@@ -30,15 +30,15 @@ def drift(before: Model, after: Model, samples: Samples, *, progress: Progress |
     """Error of every floating tensor that both main graphs compute under one name, in the order of the first.
 
     A tensor that is quantised for all of its readers counts as they read it. At most MOST_SAMPLES samples
-    are run. Tensors that depend on no input are left out. Raises VerificationError where the models share no
-    name.
+    are run. Tensors that depend on no input are left out, and those whose channels were cut. Raises
+    VerificationError where the models share no name.
     """
     nodes = {name: node for node in before.proto.graph.node for name in node.output if name}
     shared = _shared(before.proto, after.proto, nodes)
     if not shared:
         raise VerificationError(
-            "The two models share no name of a tensor: compare them without --layers, or a model with what "
-            "was made of it."
+            "The two models share no name of a tensor: compare them without --layers and --node-data, or a "
+            "model with what was made of it."
         )
     axes = _softmax_axes(before.proto)
     found = {name: _Tensor(axes.get(name)) for name in shared}
@@ -50,14 +50,14 @@ def drift(before: Model, after: Model, samples: Samples, *, progress: Progress |
         done += size
         if progress is not None:
             progress("tensors", done, samples.count)
-    floating = {name: tensor for name, tensor in found.items() if tensor.floating}
+    comparable = {name: tensor for name, tensor in found.items() if tensor.comparable}
     carried: dict[str, float] = {}
     result = []
     for name, node in nodes.items():
         inherited = max((carried.get(source, 0.0) for source in reads(node)), default=0.0)
         carried[name] = inherited
-        if name in floating:
-            tensor = floating[name]
+        if name in comparable:
+            tensor = comparable[name]
             carried[name] = error = tensor.divergence.relative()
             result.append(
                 TensorDrift(
@@ -126,11 +126,12 @@ class _Tensor:
     def __init__(self, softmax: int | None) -> None:
         self.softmax = softmax
         self.divergence, self.likeness = Divergence(), Likeness()
-        self.floating = False
+        self.comparable = True
 
     def add(self, old: Values, new: Values, real: Values | None, size: int) -> None:
-        self.floating = old.dtype.kind == new.dtype.kind == "f"
-        if self.floating:
+        if old.dtype.kind != "f" or new.dtype.kind != "f" or old.shape != new.shape:
+            self.comparable = False
+        if self.comparable:
             if self.softmax is not None:
                 old, new = (_as_softmax_sees(values, self.softmax) for values in (old, new))
             self.divergence.add(old, new, real, size)

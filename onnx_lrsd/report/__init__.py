@@ -9,6 +9,7 @@ from onnx_lrsd.report.json import (
     report_to_json,
     sweep_to_json,
 )
+from onnx_lrsd.report.node_data import node_data_files
 from onnx_lrsd.report.table import (
     comparison_table,
     drift_table,
@@ -25,6 +26,7 @@ __all__ = [
     "inspection_table",
     "inspection_to_json",
     "machine_table",
+    "node_data_files",
     "plan_from_json",
     "plan_to_json",
     "report_page",

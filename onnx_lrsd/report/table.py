@@ -519,7 +519,7 @@ def _range(sorted_texts: Sequence[str]) -> str:
 
 def _forms(group: Sequence[LayerReport]) -> str:
     """The form of all, or the kinds with the ranges of their ranks or widths; of dense codes the storages."""
-    forms = {*map(_form, group)}
+    forms = {*map(form_of, group)}
     if len(forms) == 1:
         return forms.pop()
     counts = defaultdict[str, list[int]](list)
@@ -543,7 +543,7 @@ def _kind(layer: LayerReport) -> tuple[str, int]:
     return (layer.form, layer.rank) if layer.rank or kept is None else ("width", kept[0])
 
 
-def _form(layer: LayerReport) -> str:
+def form_of(layer: LayerReport) -> str:
     """The form of the weight, and how many channels are left where some were cut."""
     kept = layer.gives or layer.reads
     width = f"width {kept[0]} of {kept[1]}" if kept is not None else ""
