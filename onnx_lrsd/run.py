@@ -33,6 +33,7 @@ from onnx_lrsd.option import (
     Whole,
     check_options,
 )
+from onnx_lrsd.runtime.quantiser import saturates
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, processor, this_machine
 from onnx_lrsd.targets.machine import runtime
@@ -256,6 +257,11 @@ class Run:
     def metric(self) -> str | Score | None:
         """The score to keep; None where none is asked for."""
         return None if self.options.max_drop is None else self.options.metric or TOP1
+
+    @property
+    def int8_may_gain(self) -> bool:
+        """Whether --int8, which was not asked for, is likely to make the result faster on this processor."""
+        return not self.options.int8 and self.target.timed_here and not saturates()
 
     @property
     def weights(self) -> str | None:

@@ -310,6 +310,16 @@ def test_nothing_is_said_on_the_console_and_nothing_is_fetched(opened: Opened) -
 
 
 @pytest.mark.slow
+def test_what_is_not_counted_stands_beside_the_macs(browser: Any, tmp_path: Path) -> None:
+    facts = a_report()
+    facts["before"]["not_counted"] = ["2 Loop whose rounds depend on the data"]
+    found = Opened(browser, tmp_path / "page.html", facts)
+    figure = found.page.locator("dl.figures > div", has_text="MACs").inner_text()
+    assert "not counted: 2 Loop whose rounds depend on the data" in figure
+    found.page.context.close()
+
+
+@pytest.mark.slow
 def test_names_in_a_model_are_text_on_the_page(browser: Any, tmp_path: Path) -> None:
     facts = a_report()
     facts["layers"][0]["name"] = facts["model"]["input"] = EVIL

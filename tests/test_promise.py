@@ -27,7 +27,7 @@ from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.plan.promise import judge
 from onnx_lrsd.plan.search import Drop, DropLimit, ErrorLimit, RatioSearch, Search, bearable, cross_fitted
-from onnx_lrsd.run import Options
+from onnx_lrsd.run import Options, start
 from onnx_lrsd.targets import TARGETS
 from onnx_lrsd.types import Form
 
@@ -229,6 +229,27 @@ def test_the_original_keeps_no_promise_and_gains_nothing(options: Options) -> No
     assert outcome.kept == ORIGINAL and outcome.promise is not None and not outcome.refused
     assert not outcome.promise.kept and not outcome.promise.gained
     assert "the original is handed back" in outcome.warnings[-1]
+
+
+def test_int8_is_named_to_who_gets_no_speed_and_to_no_one_else() -> None:
+    slower = replace(measured(0.0, 50), latency_ratio=0.9, latency_interval=(0.8, 0.95))
+    larger = replace(measured(0.0, 50), after=replace(slower.after, bytes=2 * slower.before.bytes))
+    target, options = TARGETS["onnxruntime"], Options(ratio=2)
+    assert "--int8" in judge({LOW_RANK: slower}, options, target, "macs", int8_may_gain=True).warnings[-1]
+    assert "--int8" not in judge({LOW_RANK: slower}, options, target, "macs").warnings[-1]
+    assert (
+        "--int8" not in judge({LOW_RANK: larger}, options, target, "bytes", int8_may_gain=True).warnings[-1]
+    )
+
+
+@pytest.mark.parametrize("saturating", [False, True])
+def test_int8_may_gain_where_the_processor_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, saturating: bool
+) -> None:
+    monkeypatch.setattr("onnx_lrsd.run.saturates", lambda: saturating)
+    assert start(Options(ratio=2)).int8_may_gain is not saturating
+    assert not start(Options(ratio=2, int8=True)).int8_may_gain
+    assert not start(Options(ratio=2, target="tensorrt")).int8_may_gain
 
 
 @pytest.mark.parametrize("fastest", [BOTH, INT8, LOW_RANK])

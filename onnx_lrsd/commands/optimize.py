@@ -576,7 +576,14 @@ def _deliver(
         with run.journal.clock("verify"):
             steps = {step.step: step for step in (fitted, *fitted.alternatives())}
             measured = {name: verify(run, original, layers, step, check_on) for name, step in steps.items()}
-        outcome = judge(measured, run.options, run.target, run.cost, planned=planned)
+        outcome = judge(
+            measured,
+            run.options,
+            run.target,
+            run.cost,
+            planned=planned,
+            int8_may_gain=run.int8_may_gain,
+        )
         best = outcome.kept
         if not outcome.refused:
             break

@@ -217,7 +217,7 @@ class Planner:
         if options.ratio is not None:
             reached = partial(ratio_of, cost=run.cost)
             return RatioSearch(options.ratio, self.for_ratio, reached, run.announce), check_on
-        hint = "" if options.int8 or not run.target.timed_here else ", or try --int8"
+        hint = ", or try --int8" if run.int8_may_gain else ""
         one, other = search_and_confirm(check_on)
         if options.max_drop is not None:
             drop_limit = DropLimit(options.max_drop, hint)

@@ -18,7 +18,7 @@ MUCH = 0.1
 """Output error from which a result that only met its ratio carries a warning."""
 _NEAR = 0.97
 """Share of a ratio from which another fit, aimed higher, is expected to meet it."""
-LARGER = "is larger as a whole"
+LARGER, RUNS = "is larger as a whole", "runs"
 STORED = ("bytes", "parameters")
 """Costs for which a larger file is no gain; where MACs or time were asked it is a warning."""
 PAYS = 0.25
@@ -53,12 +53,14 @@ def judge(
     cost: str,
     *,
     planned: bool = False,
+    int8_may_gain: bool = False,
 ) -> Outcome:
     """What becomes of a model that was ``measured`` against the original, itself first, then alternatives.
 
     The fastest step whose outputs are finite is taken, and the original in its place where that gains
     nothing; then the promise is looked at. ``cost`` is what a ratio is of. A model that the user ``planned``
-    is handed out whatever it gains, with a warning, if its outputs are finite.
+    is handed out whatever it gains, with a warning, if its outputs are finite. ``int8_may_gain``: to who
+    wants speed and gets none --int8 is named.
     """
     fitted = next(iter(measured))
     sound = [step for step, found in measured.items() if found.finite] or [fitted]
@@ -73,7 +75,8 @@ def judge(
     if said and planned and found.finite:
         warnings.append(f"The rewritten model {said}: it is as planned, make a plan anew to gain something.")
     elif said:
-        warnings.append(f"The rewritten model {said}: the original is handed back.")
+        remedy = "; --int8 may gain here" if int8_may_gain and said.startswith(RUNS) else ""
+        warnings.append(f"The rewritten model {said}: the original is handed back{remedy}.")
         best, reason = ORIGINAL, "the whole model gained nothing by it"
     if best == ORIGINAL:
         promise = promised(None, options, cost)
@@ -166,7 +169,7 @@ def no_gain(found: Verification, options: Options, target: Target, cost: str) ->
     if not target.timed_here or found.latency_ratio is None or found.latency_interval is None:
         return ""
     ratio, (low, high) = found.latency_ratio, found.latency_interval
-    said = f"runs {ratio:.2f} times as fast as a whole ({low:.2f} to {high:.2f})"
+    said = f"{RUNS} {ratio:.2f} times as fast as a whole ({low:.2f} to {high:.2f})"
     if cost not in ("macs", "latency"):
         return said if high < 1 else ""
     if low < 1 or ratio < CLEARLY:

@@ -167,7 +167,8 @@ function figures(report) {
       report.cost === 'latency' && report.predicted?.latency ? `${report.predicted.latency.toFixed(2)} predicted` : null));
   }
   for (const [name, key, unit] of [['MACs', 'macs', format.count], ['Parameters', 'parameters', format.count], ['Size', 'bytes', format.bytes]]) {
-    list.append(figure(name, after[key] ? format.times(before[key] / after[key]) : '\u2013', pair(before[key], after[key], unit), before[key] ? after[key] / before[key] : null));
+    list.append(figure(name, after[key] ? format.times(before[key] / after[key]) : '\u2013', pair(before[key], after[key], unit), before[key] ? after[key] / before[key] : null,
+      key === 'macs' && before.not_counted?.length ? `not counted: ${before.not_counted.join(', ')}` : null));
   }
   if (metric) {
     const points = 100 * (metric.after - metric.before);
