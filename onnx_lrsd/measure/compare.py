@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,15 @@ from onnx_lrsd.graph.model import Model, model_bytes
 from onnx_lrsd.measure.judge import GroupsOf, OutputJudge
 from onnx_lrsd.passes.count import compute_tensors, macs, not_counted, parameters, without_functions
 from onnx_lrsd.runtime.divergence import is_scores
-from onnx_lrsd.runtime.session import open_session, shapes
+from onnx_lrsd.runtime.session import Session, open_session, shapes
 from onnx_lrsd.runtime.timing import FEWEST_ROUNDS, busy_clock, pair_latency
 from onnx_lrsd.types import Feed, Price, Progress, Score
 
 TRIAL_SECONDS, COMPARE_SECONDS = 0.25, 4.0
 SCALES_ON = 32
 """Samples that scales of outputs are looked at on, for all that is compared in one run."""
+BASELINE_BYTES = 256 << 20
+"""Outputs of the original that are kept between the comparisons of a search, at most."""
 STARTS = 6
 """Sessions that a whole model is timed in."""
 
@@ -82,6 +84,7 @@ def compare(
     latency: bool = True,
     threads: int | None = THREADS,
     seconds: float = COMPARE_SECONDS,
+    baseline: Baseline | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Run both models over ``samples``: errors of every output, costs, latency of one smallest batch.
@@ -90,6 +93,7 @@ def compare(
     score of both on ``samples.labels``, a function is such a score itself; None gives top1 where there are
     labels of classes and an output with scores. ``groups`` are those that outputs are judged in, by default
     such as ``groups_on`` finds on the first of the samples. ``latency`` takes ``seconds`` on ``threads``.
+    With ``baseline``, that of ``before`` on ``samples``, the runs of ``before`` serve many comparisons.
     Raises VerificationError when the models differ in their inputs or outputs or only the first one runs,
     DataError when the metric cannot be had.
 
@@ -105,7 +109,8 @@ def compare(
     _same_interface(before.proto, after.proto)
     labels = labels_for(metric, samples)
     collect = None if labels is None else _classes if not callable(metric) else _whole
-    outputs, warnings, kept = _differences(before, after, samples, collect, groups, progress)
+    baseline = baseline or Baseline(before, samples, most=0)
+    outputs, warnings, kept = _differences(baseline, after, collect, groups, progress)
     score = None
     if labels is not None:
         score = _scored(metric, *kept, labels, samples) if callable(metric) else _score(*kept, labels, metric)
@@ -114,13 +119,10 @@ def compare(
     if latency:
         models = (before.proto, before.folder), (after.proto, after.folder)
         pace = _pace(*models, feed, threads, seconds, STARTS, progress)
-    one, two = (
-        replace(cost(model, size or model_bytes(model), feed, samples.size_of(feed)), latency_ms=ms)
-        for model, size, ms in (
-            (before, bytes_before, pace and pace.before_ms),
-            (after, bytes_after, pace and pace.after_ms),
-        )
-    )
+    one = replace(baseline.cost, bytes=bytes_before or baseline.cost.bytes)
+    two = cost(after, bytes_after or model_bytes(after), feed, samples.size_of(feed))
+    if pace is not None:
+        one, two = replace(one, latency_ms=pace.before_ms), replace(two, latency_ms=pace.after_ms)
     ratio, interval = (pace.ratio, pace.interval) if pace else (None, None)
     return Verification(
         before=one,
@@ -199,25 +201,65 @@ def groups_on(model: Model, samples: Samples) -> GroupsOf:
     return judge.found_groups()
 
 
+class Baseline:
+    """What the first of two models costs and gives on some samples: computed once, for many comparisons.
+
+    At most ``most`` bytes of its outputs are kept; the rest is run again each time.
+    """
+
+    def __init__(self, model: Model, samples: Samples, most: int = BASELINE_BYTES) -> None:
+        self.model, self._given, self._most = model, samples, most
+        self._kept: list[Mapping[str, Any]] = []
+
+    @cached_property
+    def cost(self) -> ModelCost:
+        """What the model costs for one sample; latency is left open."""
+        feed = self._given.example()
+        return cost(self.model, model_bytes(self.model), feed, self._given.size_of(feed))
+
+    @cached_property
+    def session(self) -> Session:
+        """The open model."""
+        return open_session(self.model.proto, folder=self.model.folder)
+
+    @cached_property
+    def samples(self) -> Samples:
+        """The samples, to be fed as the model takes them."""
+        return as_fed(self._given, self.session.run)
+
+    @cached_property
+    def axes(self) -> Mapping[str, tuple[int, ...]]:
+        """The axes of each output along which positions lie."""
+        return position_axes(self.samples, self.session.run)
+
+    def outputs(self, index: int, feed: Feed) -> Mapping[str, Any]:
+        """The outputs of batch ``index``, which is ``feed``; batches come in order."""
+        if index < len(self._kept):
+            return self._kept[index]
+        found = self.session.run(feed)
+        arrays = [value for value in found.values() if isinstance(value, np.ndarray)]
+        self._most -= sum(value.nbytes for value in arrays)
+        if self._most >= 0 and len(arrays) == len(found) and index == len(self._kept):
+            self._kept.append(found)
+        return found
+
+
 def _differences(
-    before: Model,
+    baseline: Baseline,
     after: Model,
-    samples: Samples,
     collect: Collect | None,
     groups: GroupsOf | None,
     progress: Progress | None,
 ) -> tuple[tuple[OutputError, ...], tuple[str, ...], tuple[list[Any], list[Any]]]:
     """Errors of all outputs where there is no padding, warnings, and what ``collect`` keeps of both."""
-    old = open_session(before.proto, folder=before.folder)
+    samples, old = baseline.samples, baseline.session
     with _second():
         new = open_session(after.proto, folder=after.folder)
-    samples = as_fed(samples, old.run)
-    axes = position_axes(samples, old.run)
-    judge = OutputJudge(before, old.outputs, axes, groups)
+    judge = OutputJudge(baseline.model, old.outputs, baseline.axes, groups)
     kept: tuple[list[Any], list[Any]] = [], []
     done = 0
-    for feed in samples.batches(batch_to_run(samples)):
-        one = old.run(feed)
+    for index, feed in enumerate(samples.batches(batch_to_run(samples))):
+        one = baseline.outputs(index, feed)
         with _second():
             two = new.run(feed)
         size = samples.size_of(feed)

@@ -14,7 +14,7 @@ from onnx_lrsd.facts import Trial, Verification
 from onnx_lrsd.fit.fitter import Fitter
 from onnx_lrsd.fit.narrow import Narrower
 from onnx_lrsd.graph.model import Model
-from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.measure.compare import Baseline, compare
 from onnx_lrsd.measure.judge import FEW
 from onnx_lrsd.measure.speedup import CLEARLY, speedups, speedups_within, whole_speedup
 from onnx_lrsd.passes.post_dominators import count_post_dominators
@@ -80,6 +80,7 @@ class Planner:
         """Forms by layer that were unsure alone, and by which the whole model gained."""
         keys = [*(curve.layer.output for curve in curves.layers), *(pair.key for pair in curves.pairs)]
         self.sensitivity = dict.fromkeys(keys, 1.0)
+        self._baselines: dict[int, Baseline] = {}
         self.weighed = False
         """Whether sensitivities were measured; until then all layers count alike."""
 
@@ -248,6 +249,7 @@ class Planner:
             latency=False,
             metric=run.metric,
             groups=run.groups,
+            baseline=self._baselines.setdefault(id(samples), Baseline(self.source, samples)),
             progress=run.progress,
         )
 
