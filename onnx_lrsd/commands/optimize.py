@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from onnx_lrsd.fit.calibrate import (
     input_shapes,
     kept_calibration,
     locate,
+    original_inputs,
     what_was_left_out,
 )
 from onnx_lrsd.fit.fitter import ORIGINAL, Fitted, Fitter, KeepingFitter, LowRankFitter
@@ -59,7 +60,20 @@ from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start, with_work_dir
 from onnx_lrsd.runtime.session import sound
 from onnx_lrsd.solver.width import Widths
 from onnx_lrsd.targets import price
-from onnx_lrsd.types import DENSE, KINDS, WIDTH, Declined, Factors, Form, Layer, Plan, Price, Progress, Score
+from onnx_lrsd.types import (
+    DENSE,
+    KINDS,
+    WIDTH,
+    Declined,
+    Factors,
+    Form,
+    Layer,
+    Plan,
+    Price,
+    Progress,
+    Rows,
+    Score,
+)
 
 
 class Result(NamedTuple):
@@ -256,7 +270,7 @@ def prepare(
         known = replace(known, layers=(*constants, *known.layers))
         run.journal.warn(what_was_left_out(known))
     with run.journal.clock("decompose"):
-        narrower = _narrower(run, source, known, weight_of, pairs)
+        narrower = _narrower(run, source, known, weight_of, pairs, judged=plan is None)
     return Prepared(
         run=run,
         original=original,
@@ -376,9 +390,18 @@ def _pairs(
 
 
 def _narrower(
-    run: Run, source: Model, known: Calibration, weight_of: WeightOf, pairs: Mapping[str, Pair]
+    run: Run,
+    source: Model,
+    known: Calibration,
+    weight_of: WeightOf,
+    pairs: Mapping[str, Pair],
+    *,
+    judged: bool,
 ) -> Narrower:
-    """What cuts ``pairs``, of which it keeps the moments of the layers that read their channels."""
+    """What cuts ``pairs``, of which it keeps the moments of the layers that read their channels.
+
+    ``judged``: errors of their widths are wanted, by cross-validation.
+    """
     readers = {end.output for pair in pairs.values() for end in pair.consumers}
     plain = Narrower(
         model=source,
@@ -396,15 +419,21 @@ def _narrower(
             for end in pair.consumers
         )
     }
+    rows_of = partial(original_inputs, reference=known) if judged else None
     inner = {}
     for key, pair in sound.items():
-        order = partial(_drop_order, pair, known.layers, plain)
-        inner[key] = Inner(pair, run.keep("widths", key, order, (Widths,)))
+        order = partial(_drop_order, pair, known.layers, plain, rows_of)
+        inner[key] = Inner(pair, run.keep("widths" if judged else "orders", key, order, (Widths,)))
     return replace(plain, inner=inner)
 
 
-def _drop_order(pair: Pair, layers: Sequence[Layer], narrower: Narrower) -> Widths:
-    return drop_orders({key_of(pair): pair}, layers, narrower.problem)[key_of(pair)].widths
+def _drop_order(
+    pair: Pair,
+    layers: Sequence[Layer],
+    narrower: Narrower,
+    rows_of: Callable[[Layer], Rows | None] | None,
+) -> Widths:
+    return drop_orders({key_of(pair): pair}, layers, narrower.problem, rows_of)[key_of(pair)].widths
 
 
 def _calibrate(

@@ -285,6 +285,13 @@ def original_outputs(layer: Layer, reference: Calibration, weight_of: WeightOf) 
     return _outputs(rows, affine, np.empty((len(rows), layer.n), np.float32))
 
 
+def original_inputs(layer: Layer, reference: Calibration) -> Rows | None:
+    """What was kept of the original inputs (count, m), finite rows in their order; None if nothing was."""
+    kept = reference.kept if layer.output in reference.by_inputs else reference.inputs
+    rows = kept.get(layer.output)
+    return None if rows is None else _only(rows, _usable(rows))
+
+
 class _Probe(NamedTuple):
     """What one smallest batch tells: entries of a sample, and shape and size of the layers' inputs."""
 

@@ -19,9 +19,10 @@ from onnx_lrsd.graph.model import Model
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.pairs import End, Pair, cut
 from onnx_lrsd.passes.split import split
+from onnx_lrsd.solver.cross_validation import width_errors
 from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.solver.width import Widths, fit_width, widths
-from onnx_lrsd.types import DENSE, WIDTH, Factors, Form, Layer, Moments
+from onnx_lrsd.types import DENSE, WIDTH, Factors, Form, Layer, Moments, Rows
 
 _Positions = npt.NDArray[np.int64]
 
@@ -35,7 +36,10 @@ LEAST = 8
 
 @dataclass(frozen=True)
 class Inner:
-    """The channels of a pair, and in which order the layers that read them can do without them."""
+    """The channels of a pair, and in which order the layers that read them can do without them.
+
+    Where rows were given, the errors of the widths are those on rows that the readers were not fitted to.
+    """
 
     pair: Pair
     widths: Widths
@@ -294,15 +298,26 @@ def drop_orders(
     pairs: Mapping[str, Pair],
     layers: Sequence[Layer],
     problem_of: Callable[[Layer], Problem],
+    rows_of: Callable[[Layer], Rows | None] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Inner]:
-    """The order in which each pair's channels go, down to an eighth of them."""
+    """The order in which each pair's channels go, down to an eighth of them.
+
+    ``rows_of`` gives the inputs of a layer, by which the errors of its widths are judged; without them they
+    are those of the damped metric.
+    """
     by_output = {layer.output: layer for layer in layers}
     found = {}
     for done, (key, pair) in enumerate(pairs.items()):
         readers = [by_output[end.output] for end in pair.consumers]
         problems = [problem_of(layer) for layer in readers]
         own = [columns(layer, end) for layer, end in zip(readers, pair.consumers, strict=True)]
-        found[key] = Inner(pair, widths(problems, own, least=least_width(pair)))
+        order = widths(problems, own, least=least_width(pair))
+        errors = order.errors.copy()
+        for reader, layer in enumerate(readers):
+            rows = None if rows_of is None else rows_of(layer)
+            if rows is not None:
+                errors[reader] = width_errors(problems[reader], own[reader], order, errors[reader], rows)
+        found[key] = Inner(pair, replace(order, errors=errors))
         progress(done + 1, len(pairs))
     return found

@@ -83,7 +83,8 @@ def sensitivities(
         if probe.form.kind == WIDTH:
             assert narrower is not None
             fitted = narrower.masked(probe.key, probe.form.rank)
-            error = float(narrower.inner[probe.key].widths.errors[:, probe.form.rank].sum())
+            # On the rows they were fitted to: these are also those by which it is seen what they move.
+            error = sum(factors.error for factors in fitted.values())
         else:
             fitted = fit_shared(probe.layers, probe.form, weight_of, moments, device, BRIEF)
             error = sum(factors.error for factors in fitted.values()) / len(fitted)

@@ -141,7 +141,7 @@ class _Reader:
             weight = xp.linalg.qr(weight)[1]  # only B^T B counts
         self.scale = 1.0 / problem.energy if problem.energy > 0 else 0.0
         self.weight = weight
-        self.inverse = _inverse(_restricted(problem.metric, order), weight)
+        self.inverse = _inverse(restricted(problem.metric, order), weight)
         self._start(len(columns))
 
     def _start(self, channels: int) -> None:
@@ -283,7 +283,7 @@ def _inverse(metric: Metric, like: Array) -> _Full | _Thin:
     return _Thin(xp.linalg.solve(xp.linalg.cholesky(inner), rows) / count**0.5, metric.damping)
 
 
-def _restricted(metric: Metric, columns: Array) -> Metric:
+def restricted(metric: Metric, columns: Array) -> Metric:
     """The metric of some of the inputs."""
     if metric.second is not None:
         xp = namespace(metric.second)
@@ -304,7 +304,7 @@ def narrowed(problem: Problem, layer: Layer, outputs: Columns | None, inputs: Co
     offset = problem.offset
     if inputs is not None:
         at = indices(inputs, weight)
-        metric = _restricted(metric, at)
+        metric = restricted(metric, at)
         weight = regress(xp.take(problem.metric.apply(weight), at, axis=1), metric)
         mean = xp.take(mean, at, axis=0)
     if outputs is not None:
@@ -344,7 +344,7 @@ def fit_width(
     gone = np.setdiff1d(np.arange(len(columns)), np.asarray(kept))
     at = np.setdiff1d(np.arange(problem.weight.shape[1]), columns[gone])
     inside = indices(at, problem.weight)
-    metric = _restricted(problem.metric, inside)
+    metric = restricted(problem.metric, inside)
     xp = namespace(problem.weight)
     aim = problem.metric.apply(problem.weight)
 

@@ -1,0 +1,93 @@
+"""What a width loses on rows that its reader was not fitted to.
+
+A reader of few channels has many weights to fit, and samples are few: on the rows it was fitted to its error
+may be a tenth of what it is on others, and the damped metric, which stands for what was not seen, is wrong by
+a factor that differs from layer to layer (results/width.md). Each third of the rows judges a fit to the
+others. Widths in between have the damped error times what was found beside them.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_lrsd.arrays import cast, from_numpy, indices, namespace
+from onnx_lrsd.solver.problem import Metric, Problem, regress
+from onnx_lrsd.solver.width import Columns, Widths, restricted
+from onnx_lrsd.types import Array, Rows
+
+FOLDS = 3
+MOST_ROWS = 6144
+"""Rows that fit and judge, at most: the fits of wide layers would take longer than all the rest."""
+FEWEST_ROWS = 4 * FOLDS
+"""With fewer rows nothing is judged."""
+TRIED = (0.75, 0.5, 0.25)
+"""Shares of the channels at which widths are judged."""
+
+
+def width_errors(
+    problem: Problem, columns: Columns, found: Widths, damped: npt.NDArray[np.float64], rows: Rows
+) -> npt.NDArray[np.float64]:
+    """The relative error of one reader by the number of channels kept (channels + 1,), on rows kept apart.
+
+    ``columns`` are as in ``widths``, which ``found`` the channels and the ``damped`` errors of this reader.
+    ``rows`` (N, m) are its inputs, rows of one sample side by side. More channels never lose more.
+    """
+    total, count = len(columns), rows.shape[0]
+    tried = [max(round(share * total), total - len(found.dropped)) for share in TRIED]
+    tried = [width for width in tried if 0 < width < total and damped[width] > 0]
+    if count < FEWEST_ROWS or problem.energy <= 0 or not tried:
+        return damped
+    judged = _judged(problem, columns, found, tried, rows[:: -(-count // MOST_ROWS)])
+    ratios = np.log([max(error, 1e-12) / damped[width] for error, width in zip(judged, tried, strict=True)])
+    known = np.isfinite(damped)
+    errors = damped.copy()
+    errors[known] *= np.exp(np.interp(np.flatnonzero(known), tried[::-1], ratios[::-1]))
+    errors[known] = np.maximum.accumulate(errors[known][::-1])[::-1]
+    return errors
+
+
+def _judged(
+    problem: Problem, columns: Columns, found: Widths, tried: list[int], rows: Rows
+) -> npt.NDArray[np.float64]:
+    """The relative error of each width in ``tried``, each third of the rows being judged once."""
+    xp = namespace(problem.weight)
+    weight = cast(problem.weight, xp.float32)
+    centred = from_numpy(rows, like=weight)
+    mean = xp.mean(centred, axis=0)
+    if not problem.keeps_zero:
+        centred = centred - mean
+    outputs = centred @ weight.T
+    energy = float(xp.sum(xp.square(outputs)))
+    edges = np.arange(FOLDS + 1) * rows.shape[0] // FOLDS
+    parts = [(int(start), int(stop)) for start, stop in pairwise(edges)]
+    thin = problem.metric.rows is not None
+    seconds = [] if thin else [centred[a:b, :].T @ centred[a:b, :] for a, b in parts]
+    missed = np.zeros(len(tried))
+    for index, (start, stop) in enumerate(parts):
+        inside = [part for part in range(FOLDS) if part != index]
+        fitted = [centred[parts[part][0] : parts[part][1], :] for part in inside]
+        fit = xp.concat(fitted, axis=0)
+        middle = xp.mean(fit, axis=0)
+        if problem.keeps_zero:
+            middle = xp.zeros_like(middle)
+        metric = Metric(None, fit - middle, problem.metric.damping)
+        if not thin:
+            second = sum((seconds[part] for part in inside[1:]), start=seconds[inside[0]]) / fit.shape[0]
+            metric = Metric(second - middle[:, None] * middle[None, :], None, problem.metric.damping)
+        aim = metric.apply(weight)
+        judges = centred[start:stop, :] - middle
+        wanted = outputs[start:stop, :] - middle @ weight.T
+        for place, width in enumerate(tried):
+            gone = columns[np.setdiff1d(np.arange(len(columns)), np.asarray(found.kept(width)))]
+            at = indices(np.setdiff1d(np.arange(weight.shape[1]), gone), weight)
+            narrow = regress(xp.take(aim, at, axis=1), restricted(metric, at))
+            missed[place] += _energy(wanted - xp.take(judges, at, axis=1) @ narrow.T)
+    relative: npt.NDArray[np.float64] = missed / max(energy, 1e-300)
+    return relative
+
+
+def _energy(values: Array) -> float:
+    return float(namespace(values).sum(namespace(values).square(values)))
