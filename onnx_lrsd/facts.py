@@ -133,7 +133,7 @@ class ScoreChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Two models side by side: measured, not predicted."""
+    """Two models side by side: measured, not predicted. ``device`` is where ONNX Runtime ran both."""
 
     before: ModelCost
     after: ModelCost
@@ -143,6 +143,7 @@ class Verification:
     samples: int
     metric: ScoreChange | None = None
     warnings: tuple[str, ...] = ()
+    device: str = "cpu"
 
     @property
     def error(self) -> float:

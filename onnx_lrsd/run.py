@@ -123,7 +123,9 @@ class Options:
     ] = None
     include: Annotated[str | None, Option("Work on the layers so named only.", Pattern())] = None
     exclude: Annotated[str | None, Option("Leave the layers so named as they are.", Pattern())] = None
-    device: Annotated[str, Option("Where to solve.", Choice(DEVICES))] = "auto"
+    device: Annotated[
+        str, Option("Where ONNX Runtime runs the models and the layers are fitted.", Choice(DEVICES))
+    ] = "auto"
     seed: Annotated[int, Option("For what is drawn at random.", Whole(0), metavar="N")] = 0
     work_dir: Annotated[
         str | Path | None,

@@ -83,6 +83,7 @@ def test_the_python_of_the_readme_decomposes_one_layer() -> None:
     assert np.linalg.norm(names["approximation"] - weight) < 0.7 * np.linalg.norm(weight)
 
 
+@pytest.mark.slow
 def test_a_ratio_out_of_reach_hands_back_the_original_and_says_so() -> None:
     result = onnx_lrsd.optimize(MODELS / "digits.onnx", MODELS / "digits_calib.npz", ratio=1000, samples=40)
     promise = result.report.promise

@@ -57,6 +57,7 @@ def test_the_drop_is_that_of_all_labelled_samples_and_its_confidence_is_said(met
     assert verification.after.macs < verification.before.macs
 
 
+@pytest.mark.slow
 def test_a_drop_that_nothing_is_sure_to_keep_hands_back_the_original() -> None:
     original = onnxruntime.InferenceSession(str(MODEL)).run(None, {"image": np.load(EVAL)["image"]})[0]
 

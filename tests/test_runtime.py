@@ -6,14 +6,15 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import onnx_lrsd
 from onnx_lrsd.commands import doctor
 from onnx_lrsd.errors import DataError, DeviceError, ModelError
 from onnx_lrsd.graph.subgraph import inputs_of
@@ -365,6 +366,57 @@ def test_cuda_that_does_not_load_is_an_error_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+class OnTheGpu(FallsBack):
+    """A session that says that it took CUDA, as it does where there is a GPU; here the CPU stands in."""
+
+    placed: ClassVar[list[str]] = []
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def io_binding(self) -> Any:
+        self.placed.append("bound")
+        return Binding(self._session.io_binding())
+
+
+class Binding:
+    """A binding in which the CPU stands in for the GPU."""
+
+    def __init__(self, binding: Any) -> None:
+        self._iobinding = binding._iobinding
+        self._binding = binding
+
+    def bind_output(self, name: str, device: str) -> None:
+        assert device == "cuda"
+        self._binding.bind_output(name, "cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._binding, name)
+
+
+def test_where_there_is_a_gpu_models_run_and_are_timed_there(
+    with_cuda: Callable[[type], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = onnx_lrsd.optimize(*linear_model(), ratio=1.5, forms=("channel",), device="cpu")
+    module = with_cuda(OnTheGpu)
+    placed = module.OrtValue.ortvalue_from_numpy
+    stand_in = SimpleNamespace(ortvalue_from_numpy=lambda value, device, place: placed(value))
+    monkeypatch.setattr(module, "OrtValue", stand_in)
+    found = onnx_lrsd.optimize(*linear_model(), ratio=1.5, forms=("channel",), device="auto")
+    assert found.report.verification is not None and found.report.verification.device == "cuda"
+    assert "latency (GPU)" in onnx_lrsd.report_table(found.report)
+    assert OnTheGpu.placed  # what is timed copies nothing
+    assert found.model.proto == plain.model.proto
+    assert plain.report.verification is not None and plain.report.verification.device == "cpu"
+
+
+def test_auto_takes_the_cpu_where_the_gpu_does_not_work(with_cuda: Callable[[type], ModuleType]) -> None:
+    with_cuda(FallsBack)
+    assert runtime.inference_device("auto") == "cpu"
+    with pytest.raises(DeviceError, match="run `onnx-lrsd doctor`"):
+        runtime.inference_device("cuda")
+
+
 def test_doctor_says_for_which_cuda_the_runtime_is_and_what_is_missing(
     with_cuda: Callable[[type], ModuleType],
 ) -> None:
@@ -385,3 +437,13 @@ def test_doctor_compares_the_cuda_of_both_packages(
     assert finding.good is good
     assert "CUDA 13" in finding.said
     assert good or ("CUDA 12" in finding.said and "pip install onnx-lrsd[gpu]" in finding.said)
+
+
+def linear_model() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """One product whose weight has half the rank it could have, and samples for it."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((128, 24)) @ rng.standard_normal((24, 128)) / 24
+    graph = onnx.parser.parse_graph("g (float[n, 128] x) => (float[n, 128] y) { y = MatMul (x, w) }")
+    graph.initializer.append(numpy_helper.from_array(weight.astype(np.float32), "w"))
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return proto, {"x": rng.standard_normal((300, 128)).astype(np.float32)}

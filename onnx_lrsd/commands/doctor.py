@@ -8,13 +8,12 @@ from importlib.metadata import PackageNotFoundError, distributions, metadata, re
 from typing import NamedTuple
 
 import numpy as np
-import onnx
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from onnx_lrsd.arrays import cupy
 from onnx_lrsd.errors import LrsdError
-from onnx_lrsd.runtime.session import gist, onnxruntime, open_session
+from onnx_lrsd.runtime.session import gist, onnxruntime, open_session, tiny_model
 from onnx_lrsd.targets.machine import built_in, stored_at, this_machine
 
 DISTRIBUTION = "onnx-lrsd"
@@ -77,7 +76,7 @@ def _runtime() -> list[Finding]:
     try:
         module = onnxruntime()
         providers = list(module.get_available_providers())
-        open_session(_tiny()).run({"x": np.ones(1, np.float32)})
+        open_session(tiny_model()).run({"x": np.ones(1, np.float32)})
     except LrsdError as error:
         return [Finding(name, False, str(error))]
     except Exception as error:  # a broken installation can raise anything when it is imported
@@ -86,7 +85,7 @@ def _runtime() -> list[Finding]:
     facts = [Finding(name, True, works)]
     if "CUDAExecutionProvider" in providers:
         try:
-            open_session(_tiny(), device="cuda")
+            open_session(tiny_model(), device="cuda")
             facts.append(Finding("onnxruntime CUDA", True, "ONNX Runtime runs on the GPU."))
         except LrsdError:
             major = cuda_major(str(getattr(module, "cuda_version", "")))
@@ -155,15 +154,3 @@ def _distributions(name: str) -> list[str]:
     names = {str(found.metadata["Name"]).lower().replace("_", "-") for found in distributions()}
     beside = tuple(f"{name}-{other}" for other in ("extensions", "genai", "tools"))  # modules of their own
     return sorted(n for n in names if f"{n}-".startswith(f"{name}-") and not n.startswith(beside))
-
-
-def _tiny() -> onnx.ModelProto:
-    value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Relu", ["x"], ["y"])],
-        "tiny",
-        [value("x", onnx.TensorProto.FLOAT, [1])],
-        [value("y", onnx.TensorProto.FLOAT, [1])],
-    )
-    opset = onnx.helper.make_opsetid("", 17)
-    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)

@@ -57,7 +57,7 @@ from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.report.build import Delivered, make_report
 from onnx_lrsd.report.details import RATIOS, collect, spectra, trade_off
 from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start, with_work_dir
-from onnx_lrsd.runtime.session import sound
+from onnx_lrsd.runtime.session import inference_device, sound
 from onnx_lrsd.solver.width import Widths
 from onnx_lrsd.targets import price
 from onnx_lrsd.types import (
@@ -243,7 +243,7 @@ def prepare(
     """
     options = run.options
     with run.journal.clock("load"):
-        original = load(model)
+        original = replace(load(model), device=inference_device(options.device))
         if output is not None:
             ensure_writable(output, original.path)
         with sound(original.proto, original.folder):

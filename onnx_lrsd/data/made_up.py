@@ -12,7 +12,7 @@ from onnx_lrsd.data.input_layout import input_layout_of
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import DataError, LrsdError, OptionError
 from onnx_lrsd.graph.model import Model
-from onnx_lrsd.runtime.session import open_session
+from onnx_lrsd.runtime.session import open_model
 from onnx_lrsd.types import InputSpec, Values
 
 MADE_UP = "made up"
@@ -32,7 +32,7 @@ def made_up_samples(model: Model, shapes: InputShapes | None = None) -> Samples:
     Inputs in ``shapes`` have these, which ``check_shapes`` accepts. Raises DataError when the model runs with
     none of the sizes.
     """
-    session = open_session(model.proto, folder=model.folder)
+    session = open_model(model)
     problem: LrsdError | None = None
     for size in GUESSES:
         for fill in (1, 0):

@@ -17,7 +17,7 @@ from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.runtime.divergence import Divergence
-from onnx_lrsd.runtime.session import Session, open_session
+from onnx_lrsd.runtime.session import Session, open_model
 from onnx_lrsd.types import Feed, Values
 
 MASK_NAMES = ("attention_mask", "input_mask")
@@ -82,7 +82,7 @@ def _follows(model: Model, samples: Samples, mask: str) -> bool:
     other = {name: value if name == mask else _refilled(value, real) for name, value in feed.items()}
     if all(np.array_equal(other[name], feed[name]) for name in feed):
         return False
-    session = open_session(model.proto, folder=model.folder)
+    session = open_model(model)
     return all(
         _distance(before, after, real) < UNMOVED
         for before, after in zip(session.run(feed).values(), session.run(other).values(), strict=True)
@@ -103,7 +103,7 @@ def _turned_to_nan(model: Model, samples: Samples) -> list[str]:
     length = next(value.shape[1] for value in feed.values() if _ids(value))
     cut = {name: _cut(value, length, length - unused) for name, value in feed.items()}
     try:
-        session = open_session(model.proto, folder=model.folder)
+        session = open_model(model)
         spoiled = _nan_output(session, feed)
         if spoiled is None or _nan_output(session, cut) is not None:
             return []

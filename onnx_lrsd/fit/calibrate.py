@@ -23,7 +23,7 @@ from onnx_lrsd.graph.subgraph import frontier
 from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.passes.operators.rows import pixel_rows
 from onnx_lrsd.runtime.activation_cache import Relay
-from onnx_lrsd.runtime.session import open_session
+from onnx_lrsd.runtime.session import open_model
 from onnx_lrsd.solver.moments import MomentAccumulator, sample_positions
 from onnx_lrsd.types import Feed, Layer, Moments, Progress, Rows, Values
 from onnx_lrsd.wording import counted
@@ -540,7 +540,7 @@ def _watcher(
     computed = sorted(names - fed)
     session = None
     if computed:
-        session = open_session(model.proto, folder=model.folder, outputs=computed, given=given)
+        session = open_model(model, outputs=computed, given=given)
 
     def watch(feed: Feed) -> Feed:
         return {name: feed[name] for name in fed} | (session.run(feed) if session is not None else {})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from onnx_lrsd.errors import ModelError
 from onnx_lrsd.fit.fitter import ORIGINAL, Fitted, Fitter
-from onnx_lrsd.graph.model import Model, in_memory
+from onnx_lrsd.graph.model import in_memory
 from onnx_lrsd.runtime.half import to_float16
 from onnx_lrsd.types import Form
 
@@ -29,4 +29,4 @@ class HalfFitter:
         except ModelError as error:  # the low rank is worth having all the same
             self.warn(str(error))
             return fitted
-        return replace(fitted, model=Model(half, fitted.model.path, fitted.model.external))
+        return replace(fitted, model=replace(fitted.model, proto=half))

@@ -8,7 +8,7 @@ the next block begins is opened anew; what follows is opened once for the block.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, sqrt
 from typing import Any
@@ -20,7 +20,7 @@ from onnx_lrsd.data.samples import Samples, batch_to_run
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import affected, extract, frontier
 from onnx_lrsd.runtime.activation_cache import MOST_HELD
-from onnx_lrsd.runtime.session import Session, open_session
+from onnx_lrsd.runtime.session import Session, open_model
 from onnx_lrsd.types import Feed
 
 Held = list[dict[str, Any]]
@@ -87,7 +87,7 @@ class _Block:
 
     def _open(self, model: Model, outputs: Sequence[str], held: Held) -> Session:
         given = {name: value.dtype for name, value in held[0].items()}
-        return open_session(model.proto, folder=model.folder, outputs=outputs, given=given)
+        return open_model(model, outputs=outputs, given=given)
 
     @cached_property
     def near(self) -> Model:
@@ -110,7 +110,7 @@ class _Block:
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), None)
             for name, value in self.held[0].items()
         ]
-        return Model(extract(self.source.proto, outputs, given), self.source.path, self.source.external)
+        return replace(self.source, proto=extract(self.source.proto, outputs, given))
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Rest:
 
     def outputs(self, changed: Model) -> Iterator[Mapping[str, Any]]:
         """The outputs of the network with ``changed`` in place of ``model``, batch by batch."""
-        session = open_session(changed.proto, folder=changed.folder)
+        session = open_model(changed)
         far = self.block.far if self._is_near else None
         for feed, held in zip(self.block.feeds, self.block.held, strict=True):
             values = session.run({**feed, **held})

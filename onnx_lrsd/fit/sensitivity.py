@@ -29,7 +29,7 @@ from onnx_lrsd.runtime.divergence import (
     positions_first,
     row_axes,
 )
-from onnx_lrsd.runtime.session import Session, open_session
+from onnx_lrsd.runtime.session import Session, open_model
 from onnx_lrsd.solver.effort import BRIEF
 from onnx_lrsd.storage import INT3
 from onnx_lrsd.types import DENSE, N_OF_M, UNSTRUCTURED, WIDTH, Form, Layer, Moments, Progress, Values
@@ -145,7 +145,7 @@ class Reference:
 
     def __init__(self, model: Model, samples: Samples) -> None:
         self.samples = samples
-        self.outputs, self.positions = _run(open_session(model.proto, folder=model.folder), samples)
+        self.outputs, self.positions = _run(open_model(model), samples)
         rows = {name: found.batches for name, found in self.outputs.items()}
         axes = {name: found.axes for name, found in self.outputs.items()}
         feed = next(samples.batches(batch_to_run(samples)))
@@ -153,7 +153,7 @@ class Reference:
 
     def movement(self, other: Model) -> float:
         """How far the outputs of ``other`` are from those of the model, as ``moved`` has it."""
-        session = open_session(other.proto, folder=other.folder)
+        session = open_model(other)
         return self.moved(session.run(feed) for feed in self.samples.batches(batch_to_run(self.samples)))
 
     def moved(self, outputs: Iterable[Mapping[str, Any]]) -> float:
@@ -192,7 +192,7 @@ class FinalOutput(NamedTuple):
 
 def final_outputs(model: Model, samples: Samples) -> dict[str, FinalOutput]:
     """Every floating output of the model, by name."""
-    return _run(open_session(model.proto, folder=model.folder), samples)[0]
+    return _run(open_model(model), samples)[0]
 
 
 def _run(session: Session, samples: Samples) -> tuple[dict[str, FinalOutput], dict[str, tuple[int, ...]]]:

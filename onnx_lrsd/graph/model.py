@@ -11,7 +11,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,11 +71,15 @@ DESCRIPTION = ("name", "data_type", "dims", "doc_string", "metadata_props")
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model. ``path`` is where it came from (None: memory); ``external``: it has data files."""
+    """A loaded model. ``path`` is where it came from (None: memory); ``external``: it has data files.
+
+    ``device`` is where ONNX Runtime runs it: 'cpu' or 'cuda'.
+    """
 
     proto: onnx.ModelProto
     path: Path | None = None
     external: bool = False
+    device: str = "cpu"
 
     @property
     def folder(self) -> Path | None:
@@ -130,7 +134,7 @@ class Model:
         proto.graph.node.extend(nodes)
         self._splice_tensors(working, proto)
         proto.graph.SetInParent()
-        return Model(proto, self.path, self.external)
+        return replace(self, proto=proto)
 
     def _splice_tensors(self, working: WorkingGraph, proto: onnx.ModelProto) -> None:
         """Initializers, value_info and annotations: add what is new, drop what this edit orphaned."""
@@ -469,7 +473,7 @@ def raised(model: Model, opset: int, why: str) -> Model:
         del converted.graph.input[:]
         converted.graph.input.extend(fed)
     converted.ir_version = newest
-    return Model(converted, model.path, external=False)
+    return replace(model, proto=converted, external=False)
 
 
 def size_on_disk(path: str | Path) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,4 +233,4 @@ def _finished(proto: onnx.ModelProto, model: Model) -> Model:
     ):
         del ends[:]
         ends.extend(originals)
-    return Model(proto, model.path, model.external)
+    return replace(model, proto=proto)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -23,7 +23,7 @@ from onnx_lrsd.graph.model import Model, model_bytes
 from onnx_lrsd.measure.judge import GroupsOf, OutputJudge
 from onnx_lrsd.passes.count import compute_tensors, macs, not_counted, parameters, without_functions
 from onnx_lrsd.runtime.divergence import is_scores
-from onnx_lrsd.runtime.session import Session, open_session, shapes
+from onnx_lrsd.runtime.session import Session, open_model, open_session, shapes
 from onnx_lrsd.runtime.timing import FEWEST_ROUNDS, busy_clock, pair_latency
 from onnx_lrsd.types import Feed, Price, Progress, Score
 
@@ -117,8 +117,8 @@ def compare(
     feed = samples.example()
     pace = None
     if latency:
-        models = (before.proto, before.folder), (after.proto, after.folder)
-        pace = _pace(*models, feed, threads, seconds, STARTS, progress)
+        openers = partial(open_model, before, threads=threads), partial(open_model, after, threads=threads)
+        pace = _pace(openers, feed, seconds, STARTS, progress, clock=_clock(threads, before.device))
     one = replace(baseline.cost, bytes=bytes_before or baseline.cost.bytes)
     two = cost(after, bytes_after or model_bytes(after), feed, samples.size_of(feed))
     if pace is not None:
@@ -133,6 +133,7 @@ def compare(
         samples=samples.count,
         metric=score,
         warnings=() if samples.source == MADE_UP or not any(output.worst for output in outputs) else warnings,
+        device=before.device,
     )
 
 
@@ -145,34 +146,42 @@ def time_pair(
     threads: int | None = THREADS,
     seconds: float = TRIAL_SECONDS,
     restarts: int = 1,
+    device: str = "cpu",
 ) -> Pace:
     """How many times faster ``after`` runs on ``feed``; both find their external data in ``folder``."""
-    return _pace((before, folder), (after, folder), feed, threads, seconds, restarts)
+    openers = (
+        partial(open_session, proto, folder=folder, threads=threads, device=device)
+        for proto in (before, after)
+    )
+    return _pace(tuple(openers), feed, seconds, restarts, clock=_clock(threads, device))
+
+
+def _clock(threads: int | None, device: str) -> Callable[[], float]:
+    """One that other work on the machine does not touch, for what runs in one thread of its own."""
+    return busy_clock() if threads == 1 and device == "cpu" else time.perf_counter
 
 
 def _pace(
-    before: tuple[onnx.ModelProto, Path | None],
-    after: tuple[onnx.ModelProto, Path | None],
+    openers: Sequence[Callable[[], Session]],
     feed: Feed,
-    threads: int | None,
     seconds: float,
     restarts: int = 1,
     progress: Progress | None = None,
+    *,
+    clock: Callable[[], float],
 ) -> Pace:
-    """Time two models side by side.
+    """Time the two models that ``openers`` open, side by side.
 
     Where its weights come to lie makes a session up to 5 % slower or faster for good. So both are
     opened ``restarts`` times, in turns as the first: the median of what the starts give is the ratio,
     and six of them span its interval (their median is outside with probability 2 / 2^6).
     """
-    clock = busy_clock() if threads == 1 else time.perf_counter
     found: list[Pace] = []
     for start in range(restarts):
         sessions = {}
         for which in (0, 1) if start % 2 == 0 else (1, 0):
-            proto, folder = (before, after)[which]
-            session = open_session(proto, folder=folder, threads=threads)
-            sessions[which] = partial(session.run, feed)
+            session = openers[which]()
+            sessions[which] = session.timed(feed)
         rounds = 1 if restarts > 1 else FEWEST_ROUNDS
         old, new, ratio, interval = pair_latency(
             sessions[0], sessions[1], min_rounds=rounds, seconds=seconds / restarts, clock=clock
@@ -192,7 +201,7 @@ def groups_on(model: Model, samples: Samples) -> GroupsOf:
 
     Where scales are about as unlike as makes two groups, others of the samples may make one of them.
     """
-    session = open_session(model.proto, folder=model.folder)
+    session = open_model(model)
     samples = as_fed(samples, session.run).some(SCALES_ON)
     judge = OutputJudge(model, session.outputs, position_axes(samples, session.run), look=SCALES_ON)
     for feed in samples.batches(batch_to_run(samples)):
@@ -220,7 +229,7 @@ class Baseline:
     @cached_property
     def session(self) -> Session:
         """The open model."""
-        return open_session(self.model.proto, folder=self.model.folder)
+        return open_model(self.model)
 
     @cached_property
     def samples(self) -> Samples:
@@ -254,7 +263,7 @@ def _differences(
     """Errors of all outputs where there is no padding, warnings, and what ``collect`` keeps of both."""
     samples, old = baseline.samples, baseline.session
     with _second():
-        new = open_session(after.proto, folder=after.folder)
+        new = open_model(after)
     judge = OutputJudge(baseline.model, old.outputs, baseline.axes, groups)
     kept: tuple[list[Any], list[Any]] = [], []
     done = 0

@@ -15,7 +15,7 @@ from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import reads
 from onnx_lrsd.runtime.divergence import Divergence, as_array, positions_first
 from onnx_lrsd.runtime.likeness import Likeness
-from onnx_lrsd.runtime.session import open_session
+from onnx_lrsd.runtime.session import open_model
 from onnx_lrsd.types import Feed, Progress, Values
 
 MOST_SAMPLES = 64
@@ -81,7 +81,7 @@ def paired_runs(
     def runner(model: Model) -> Callable[[Feed], list[Values]]:
         read = _as_read(model.proto)
         wanted = [read.get(name, name) for name in names]
-        session = open_session(model.proto, folder=model.folder, outputs=list(dict.fromkeys(wanted)))
+        session = open_model(model, outputs=list(dict.fromkeys(wanted)))
 
         def run(feed: Feed) -> list[Values]:
             values = session.run(feed)

@@ -52,8 +52,8 @@ def speedups(
         if key not in known:
             feed = {layer.input: rng.standard_normal(shape).astype(layer.dtype)}
             before, after = isolate(model.proto, layer, shape), isolate(rewritten.proto, layer, shape)
-            timed = partial(time_pair, before, after, feed, folder=model.folder)
-            known[key] = keep("trial", key, timed, (Pace,)).ratio
+            timed = partial(time_pair, before, after, feed, folder=model.folder, device=model.device)
+            known[key] = keep("trial", (key, model.device), timed, (Pace,)).ratio
         found[layer.output] = known[key]
         if progress is not None:
             progress("trial", done + 1, len(chosen))
@@ -108,7 +108,14 @@ def whole_speedup(
         for source, each in ((model, over or {}), (rewritten_from or model, forms))
     )
     pair = before.proto, after.proto
-    return time_pair(*pair, samples.example(), folder=model.folder, seconds=seconds, restarts=STARTS).ratio
+    return time_pair(
+        *pair,
+        samples.example(),
+        folder=model.folder,
+        seconds=seconds,
+        restarts=STARTS,
+        device=model.device,
+    ).ratio
 
 
 def _rewritten(

@@ -307,7 +307,7 @@ def _sides(found: Verification) -> Json:
     interval = None if found.latency_interval is None else list(found.latency_interval)
     units = "bytes", "parameters", "macs"
     ratio: Json = {unit: _quotient(getattr(before, unit), getattr(after, unit)) for unit in units}
-    ratio["latency"] = {"median": found.latency_ratio, "interval": interval}
+    ratio["latency"] = {"median": found.latency_ratio, "interval": interval, "device": found.device}
     outputs = [asdict(output) for output in found.outputs]
     return {"before": _cost(before), "after": _cost(after), "ratio": ratio, "outputs": outputs}
 

@@ -360,7 +360,8 @@ def _facts(
         interval = f"{_down(low):.2f} to {_down(high):.2f} at 95 %"
         if predicted is not None:
             interval += f", {predicted:.2f} predicted"
-        rows.append(("latency", _time(before.latency_ms), _time(after.latency_ms), ratio, interval))
+        where = "latency" if found.device == "cpu" else "latency (GPU)"
+        rows.append((where, _time(before.latency_ms), _time(after.latency_ms), ratio, interval))
     if found.metric is not None:
         rows.append(_metric(found.metric))
     grid = _grid(("", "before", "after", "ratio", ""), rows, "lrrrl", ink)
