@@ -20,7 +20,7 @@ from onnx_lrsd.graph.subgraph import frontier, inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.activation_cache import Relay
-from onnx_lrsd.runtime.session import open_session
+from onnx_lrsd.runtime.session import open_model, open_session
 from onnx_lrsd.types import Factors, Form
 
 CHANNELS, LAYERS = 24, 4
@@ -69,8 +69,8 @@ def test_the_fit_is_the_same_and_the_network_runs_about_once(monkeypatch: pytest
     forms = {layer.output: Form("channel", 12) for layer in known.layers}
     convolutions: list[int] = []
 
-    def counting(proto: onnx.ModelProto, *, given: Any = None, **options: Any) -> Any:
-        session = open_session(proto, given=given, **options)
+    def counting(model: Model, *, given: Any = None, **options: Any) -> Any:
+        session, proto = open_model(model, given=given, **options), model.proto
         at = [node.output[0] for node in proto.graph.node]
         last = max(at.index(name) for name in options["outputs"])
         first = 1 + max((at.index(name) for name in given or ()), default=-1)
@@ -82,7 +82,7 @@ def test_the_fit_is_the_same_and_the_network_runs_about_once(monkeypatch: pytest
         monkeypatch.setattr(sys.modules["onnx_lrsd.fit.reconstruct"], "Relay", lambda: Relay(most))
         return reconstruct(model, known.layers, forms, weight_of, known)[1], sum(convolutions)
 
-    monkeypatch.setattr(sys.modules["onnx_lrsd.fit.calibrate"], "open_session", counting)
+    monkeypatch.setattr(sys.modules["onnx_lrsd.fit.calibrate"], "open_model", counting)
     (one, often), (other, once) = fit(0), fit(1 << 30)
     assert often == 2 * (1 + 2 + 3) and once == 2 * 3  # each convolution became two
     for name, factors in one.items():
