@@ -6,6 +6,7 @@
 Every stage of ``optimize`` is public as well.
 """
 
+from onnx_lrsd.commands.calibrate import calibrate_shard
 from onnx_lrsd.commands.inspect import inspect
 from onnx_lrsd.commands.optimize import Result, optimize
 from onnx_lrsd.commands.sweep import SweepOptions, sweep
@@ -47,6 +48,7 @@ __all__ = [
     "Verification",
     "allocate",
     "calibrate",
+    "calibrate_shard",
     "compare",
     "decompose",
     "find_layers",

@@ -24,6 +24,7 @@ from rich.progress import Progress as Bar
 
 import onnx_lrsd
 from onnx_lrsd.commands.cache import clear, listed
+from onnx_lrsd.commands.calibrate import calibrate_shard
 from onnx_lrsd.commands.doctor import examine
 from onnx_lrsd.commands.inspect import inspect
 from onnx_lrsd.commands.node_data import node_data
@@ -85,6 +86,12 @@ FLAGS = {"evaluation": "--eval", "calibration": "--calib", "shapes": "--shape"}
 """Options whose flag is not their name."""
 VERBOSE, ARGUMENTS, GIVEN = "onnx_lrsd.verbose", "onnx_lrsd.arguments", "onnx_lrsd.given"
 """What a context keeps: whether a bug's traceback is wanted, what was typed, which options were given."""
+
+GOAL_OPTIONS = (
+    *("ratio", "max_error", "max_drop", "metric", "weights", "int8", "precision"),
+    *("cost", "device", "work_dir"),
+)
+"""Options of optimize that calibrate does not need."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -369,6 +376,9 @@ NODE_DATA_OPTION = click.option(
     help="Write the plan as JSON; - is stdout.",
 )
 @click.option("--dry-run", is_flag=True, help="Stop at the plan: write no model.")
+@click.option(
+    "--moments", metavar="PATTERN", help="Take what `onnx-lrsd calibrate` wrote in shards, say 'part*.npz'."
+)
 @JSON_OPTION
 @HTML_OPTION
 @NODE_DATA_OPTION
@@ -385,6 +395,7 @@ def optimize_command(
     plan_path: Path | None,
     save_plan: Path | None,
     dry_run: bool,
+    moments: str | None,
     json_path: Path | None,
     html_path: Path | None,
     node_folder: Path | None,
@@ -404,7 +415,12 @@ def optimize_command(
         raise click.UsageError("Only one of --json, --html and --save-plan can go to stdout.")
     with _usage(ctx):
         Options(**options).check_with(
-            calibration=calib, evaluation=evaluation, plan=plan_path, output=output, dry_run=dry_run
+            calibration=calib,
+            evaluation=evaluation,
+            plan=plan_path,
+            output=output,
+            dry_run=dry_run,
+            moments=moments,
         )
     if print_config:
         click.echo(write_config(ctx.meta[GIVEN]))
@@ -422,6 +438,7 @@ def optimize_command(
             plan=None if plan_path is None else _read_plan(plan_path),
             dry_run=dry_run,
             details=details or html_path is not None,
+            moments=moments,
             progress=progress,
             **options,
         )
@@ -646,6 +663,52 @@ def profile_command(output: Path | None, verbose: bool, quiet: bool) -> None:
     _write(path, to_json(machine))
     if not quiet:
         _say(f"{machine_table(machine, colour=_colour())}\n\nWritten to {path}.")
+
+
+@main.command("calibrate")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Where to."
+)
+@CALIB_OPTION
+@EVAL_OPTION
+@click.option(
+    "--shard", default="1/1", show_default=True, metavar="I/N", help="Run this part of the samples."
+)
+@_options_of(Options, without=GOAL_OPTIONS)
+@_loudness
+@click.pass_context
+def calibrate_command(
+    ctx: click.Context,
+    /,
+    model: Path,
+    output: Path,
+    calib: str | None,
+    evaluation: str | None,
+    shard: str,
+    verbose: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Run one shard of the calibration samples, for optimize --moments.
+
+    Give the options that optimize will be given; the result is the same as without shards.
+    """
+    if calib is None:
+        raise click.UsageError("There are no samples to run: give --calib.")
+    _check_apart([output], [model, calib, evaluation])
+    with _usage(ctx), _progress(quiet) as progress:
+        rows = calibrate_shard(
+            model,
+            calib,
+            output,
+            shard=shard,
+            evaluation=evaluation,
+            options=Options(**options),
+            progress=progress,
+        )
+    if not quiet:
+        _say(f"{rows:,} rows of shard {shard} -> {output}")
 
 
 @main.command("cache")

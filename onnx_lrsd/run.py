@@ -145,7 +145,14 @@ class Options:
         self._check_target(TARGETS[self.target or DEFAULT_TARGET])
 
     def check_with(
-        self, *, calibration: object, evaluation: object, plan: object, output: object, dry_run: bool
+        self,
+        *,
+        calibration: object,
+        evaluation: object,
+        plan: object,
+        output: object,
+        dry_run: bool,
+        moments: object = None,
     ) -> None:
         """Raise OptionError where the options do not go with what else is given; None is what is not."""
         self._check_goals(plan)
@@ -155,6 +162,8 @@ class Options:
             raise OptionError(
                 "{int8} takes the ranges of activations from samples: give them with {calibration}."
             )
+        if moments is not None and calibration is None:
+            raise OptionError("{moments} goes with the samples it was taken of: give {calibration}.")
         names = ("target", "cost", "forms", "weights", "include", "exclude")
         settled = [name for name in names if getattr(self, name) is not None]
         if plan is not None and settled:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import onnx
@@ -22,6 +22,8 @@ from onnx_lrsd.errors import UnsupportedModelError
 from onnx_lrsd.facts import Details, Int8, LoadCosts, Report, Spectrum, Verification
 from onnx_lrsd.fit.calibrate import (
     Calibration,
+    GatheredRows,
+    Sampling,
     WeightOf,
     calibrate,
     input_shapes,
@@ -35,6 +37,7 @@ from onnx_lrsd.fit.half import HalfFitter
 from onnx_lrsd.fit.narrow import Inner, Narrower, drop_orders, key_of, plannable
 from onnx_lrsd.fit.reconstruct import biases_added
 from onnx_lrsd.fit.sensitivity import sensitivities
+from onnx_lrsd.fit.shards import facts_of, gathered_rows, part_files
 from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, save
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.working_graph import WorkingGraph
@@ -75,6 +78,9 @@ from onnx_lrsd.types import (
     Score,
 )
 
+PartFiles: TypeAlias = str | Path | Sequence[str | Path]
+"""A path, a pattern of paths, or a list of these."""
+
 
 class Result(NamedTuple):
     """The optimised model, what is to be said about it, and the plan that leads to it again."""
@@ -93,6 +99,7 @@ def optimize(
     plan: Plan | None = None,
     dry_run: bool = False,
     details: bool = False,
+    moments: PartFiles | None = None,
     progress: Progress | None = None,
     target: str | None = None,
     cost: str | None = None,
@@ -116,8 +123,10 @@ def optimize(
     ``calibration`` and ``evaluation`` are anything ``read_samples`` takes; without calibration the
     weights alone decide, and the report warns of it. With ``output`` the result is written there,
     atomically. ``plan`` replays an earlier plan; ``dry_run`` stops once there is a plan. With ``details``
-    the report has what its page draws. The rest are the fields of ``Options``. Raises OptionError for
-    options that are wrong or do not go together, another LrsdError for anything that is wrong with the input.
+    the report has what its page draws. ``moments`` are files that ``calibrate_shard`` wrote, or a pattern of
+    their names, in place of a run over the calibration samples. The rest are the fields of ``Options``.
+    Raises OptionError for options that are wrong or do not go together, another LrsdError for anything that
+    is wrong with the input.
 
     >>> import numpy as np, onnx, onnx_lrsd
     >>> graph = onnx.parser.parse_graph("g (float[n, 64] x) => (float[n, 64] y) { y = MatMul (x, w) }")
@@ -149,10 +158,15 @@ def optimize(
         work_dir=work_dir,
     )
     options.check_with(
-        calibration=calibration, evaluation=evaluation, plan=plan, output=output, dry_run=dry_run
+        calibration=calibration,
+        evaluation=evaluation,
+        plan=plan,
+        output=output,
+        dry_run=dry_run,
+        moments=moments,
     )
     run = start(options if plan is not None else options.with_goal(), plan, progress)
-    ready = prepare(run, model, calibration, evaluation, output=output, plan=plan)
+    ready = prepare(run, model, calibration, evaluation, output=output, plan=plan, moments=moments)
     original, source, known, weight_of = ready.original, ready.source, ready.known, ready.weight_of
     narrower, fitter, fit_on, check_on = ready.narrower, ready.fitter, ready.fit_on, ready.check_on
     run = replace(ready.run, groups=groups_on(source, check_on))
@@ -228,7 +242,25 @@ class Prepared:
     check_on: Samples
 
 
-def prepare(
+class Found(NamedTuple):
+    """A model with its ``layers`` and ``constants``, and the samples: what there is before anything is run.
+
+    The rest is as ``Prepared`` has it.
+    """
+
+    run: Run
+    original: Model
+    source: Model
+    weight_of: WeightOf
+    declined: Sequence[Declined]
+    layers: tuple[Layer, ...]
+    constants: tuple[Layer, ...]
+    pairs: Mapping[str, Pair]
+    fit_on: Samples | None
+    check_on: Samples
+
+
+def find(
     run: Run,
     model: str | Path | onnx.ModelProto,
     calibration: Any,
@@ -236,8 +268,8 @@ def prepare(
     *,
     output: Path | None = None,
     plan: Plan | None = None,
-) -> Prepared:
-    """Load ``model``, find its layers and calibrate those that ``run`` or ``plan`` asks for.
+) -> Found:
+    """Load ``model`` and the samples, and find the layers that ``run`` or ``plan`` asks for.
 
     Raises LrsdError for anything that is wrong with the input, or if ``output`` cannot be written.
     """
@@ -263,11 +295,41 @@ def prepare(
     )
     labels_for(run.metric, check_on)  # where they are missed it is said before the work
     run.journal.warn(*notes)
-    run = with_work_dir(run, original, fit_on or check_on, calibrated=fit_on is not None)
-    pairs = _pairs(run, source, graph, others, constants, plan)
+    return Found(
+        run=with_work_dir(run, original, fit_on or check_on, calibrated=fit_on is not None),
+        original=original,
+        source=source,
+        weight_of=weight_of,
+        declined=declined,
+        layers=tuple(others),
+        constants=constants,
+        pairs=_pairs(run, source, graph, others, constants, plan),
+        fit_on=fit_on,
+        check_on=check_on,
+    )
+
+
+def prepare(
+    run: Run,
+    model: str | Path | onnx.ModelProto,
+    calibration: Any,
+    evaluation: Any,
+    *,
+    output: Path | None = None,
+    plan: Plan | None = None,
+    moments: PartFiles | None = None,
+) -> Prepared:
+    """Load ``model``, find its layers and calibrate those that ``run`` or ``plan`` asks for.
+
+    ``moments`` are files of shards that stand in for the calibration. Raises LrsdError for anything that is
+    wrong with the input, or if ``output`` cannot be written.
+    """
+    found = find(run, model, calibration, evaluation, output=output, plan=plan)
+    run, original, source, weight_of = found.run, found.original, found.source, found.weight_of
+    pairs, fit_on = found.pairs, found.fit_on
     with run.journal.clock("calibrate"):
-        known = _calibrate(run, source, others, pairs, weight_of, fit_on, check_on, plan)
-        known = replace(known, layers=(*constants, *known.layers))
+        known = _calibrate(found, plan, moments)
+        known = replace(known, layers=(*found.constants, *known.layers))
         run.journal.warn(what_was_left_out(known))
     with run.journal.clock("decompose"):
         narrower = _narrower(run, source, known, weight_of, pairs, judged=plan is None)
@@ -276,13 +338,13 @@ def prepare(
         original=original,
         source=source,
         weight_of=weight_of,
-        declined=declined,
+        declined=found.declined,
         known=known,
         pairs=pairs,
         narrower=narrower,
         fitter=_fitter(run, original, narrower, replace(known, moments={}), fit_on),
         fit_on=fit_on,
-        check_on=check_on,
+        check_on=found.check_on,
     )
 
 
@@ -436,17 +498,27 @@ def _drop_order(
     return drop_orders({key_of(pair): pair}, layers, narrower.problem, rows_of)[key_of(pair)].widths
 
 
-def _calibrate(
-    run: Run,
-    source: Model,
-    layers: Sequence[Layer],
-    pairs: Mapping[str, Pair],
-    weight_of: WeightOf,
-    fit_on: Samples | None,
-    check_on: Samples,
-    plan: Plan | None,
-) -> Calibration:
-    """What the samples teach about the layers that a form is worth trying for, or that ``plan`` splits."""
+def asked_for(
+    run: Run, layers: Sequence[Layer], pairs: Mapping[str, Pair], plan: Plan | None
+) -> Callable[[Layer], bool]:
+    """Whether there shall be moments of a layer: a form is worth trying for it, or ``plan`` splits it."""
+    kinds = run.options.forms or KINDS
+    planned = {name for name, choice in plan.choices.items() if not choice.form.dense} if plan else set()
+    planned |= {end.output for pair in pairs.values() for end in pair.consumers}
+    # Of layers that apply one weight all are asked for: only the one that stores it would gain bytes.
+    together = {layer.output for group in groups(layers) if len(group) > 1 for layer in group}
+    return lambda layer: layer.output in planned | together or bool(run.target.forms(layer, kinds))
+
+
+def _calibrate(found: Found, plan: Plan | None, moments: PartFiles | None) -> Calibration:
+    """What the samples teach about the layers that are asked for, or what shards of them have taught."""
+    run, source, layers, fit_on, check_on = (
+        found.run,
+        found.source,
+        found.layers,
+        found.fit_on,
+        found.check_on,
+    )
     if fit_on is None:
         shapes = input_shapes(source, layers, check_on)
         located = locate(layers, shapes, check_on)
@@ -462,25 +534,25 @@ def _calibrate(
             batch=1,
             seed=run.options.seed,
         )
-    kinds = run.options.forms or KINDS
-    planned = {name for name, choice in plan.choices.items() if not choice.form.dense} if plan else set()
-    planned |= {end.output for pair in pairs.values() for end in pair.consumers}
-    # Of layers that apply one weight all are asked for: only the one that stores it would gain bytes.
-    together = {layer.output for group in groups(layers) if len(group) > 1 for layer in group}
+    parts = None if moments is None else part_files(moments)
 
-    def taught() -> Calibration:
-        return calibrate(
-            source,
-            layers,
-            fit_on,
-            weight_of,
-            asked=lambda layer: layer.output in planned | together or bool(run.target.forms(layer, kinds)),
-            seed=run.options.seed,
-            progress=run.progress,
-        )
+    def gathered(sampling: Sampling) -> Iterator[GatheredRows]:
+        assert parts is not None
+        return gathered_rows(parts, facts_of(found.original, sampling), sampling)
 
-    facts = [layers, sorted(planned | together)]
-    return kept_calibration(run.keep, facts, fit_on, taught)
+    taught = partial(
+        calibrate,
+        source,
+        layers,
+        fit_on,
+        found.weight_of,
+        asked=asked_for(run, layers, found.pairs, plan),
+        seed=run.options.seed,
+        progress=run.progress,
+        gathered=None if parts is None else gathered,
+    )
+    split = [] if plan is None else sorted(name for name, one in plan.choices.items() if not one.form.dense)
+    return kept_calibration(run.keep, [layers, sorted(found.pairs), split], fit_on, taught)
 
 
 def make_planner(

@@ -8,7 +8,7 @@ NumPy needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from math import ceil, frexp, isfinite, prod
@@ -103,6 +103,97 @@ class Quota:
         return after * self.wanted // whole - before * self.wanted // whole
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Which rows are taken of which layers, in batches of so many samples: the same in one run and in shards.
+
+    ``layers`` know their positions; rows are taken of those that are ``watched``. ``shapes`` are those of the
+    layers' inputs in the example of the samples.
+    """
+
+    layers: tuple[Layer, ...]
+    watched: tuple[Layer, ...]
+    samples: Samples
+    batch: int
+    quotas: Mapping[str, Quota]
+    shapes: Mapping[str, tuple[int, ...]]
+    seed: int
+
+    @property
+    def fetched(self) -> frozenset[str]:
+        """The layers whose outputs are fetched beside their inputs."""
+        return frozenset(
+            layer.output
+            for layer in self.watched
+            if not _keeps_inputs(layer) and operator_of(layer).FETCHES_OUTPUTS
+        )
+
+
+def sampling_of(
+    model: Model, layers: Sequence[Layer], samples: Samples, asked: Callable[[Layer], bool], seed: int
+) -> Sampling:
+    """What a calibration of the layers that are ``asked`` for takes; a few samples are run for it."""
+    watch = _watcher(model, layers, samples)
+    samples = as_fed(samples, watch)
+    probes = [_probe(watch(feed), feed, samples) for feed in (samples.example(), *samples.extremes())]
+    shapes = probes[0].shapes
+    bytes_each = max(sum(4 * prod(shape) for shape in probe.shapes.values()) for probe in probes)
+    located = locate(layers, shapes, samples)
+    watched = tuple(layer for layer in located if asked(layer))
+    return Sampling(
+        layers=located,
+        watched=watched,
+        samples=samples,
+        batch=samples.batch_size(bytes_each // samples.smallest_batch, _FETCHED_BYTES),
+        quotas={layer.output: _quota(layer, samples, probes) for layer in watched},
+        shapes=shapes,
+        seed=seed,
+    )
+
+
+class GatheredRows(NamedTuple):
+    """Sampled rows (count, m) of a layer's input, and of its outputs (count, n) where they are fetched."""
+
+    layer: Layer
+    inputs: Rows
+    outputs: Rows | None
+
+
+def gather(
+    model: Model, sampling: Sampling, shard: int, of: int, progress: Progress | None = None
+) -> list[GatheredRows]:
+    """The rows that shard ``shard`` (1 to ``of``) of a calibration takes: those of its share of the batches.
+
+    Rows of all shards, one after the other, are those of a calibration in one run.
+    """
+    samples, batch = sampling.samples, sampling.batch
+    counts = [samples.size_of(feed) for feed in samples.batches(batch)]
+    start, stop = (len(counts) * end // of for end in (shard - 1, shard))
+    first, last = sum(counts[:start]), sum(counts[:stop])
+    most = {name: quota.share(first, last - first) for name, quota in sampling.quotas.items()}
+    into = {la.output: np.empty((most[la.output], la.m), np.float32) for la in sampling.watched}
+    fetched = sampling.fetched
+    outputs = {
+        la.output: np.empty((most[la.output], la.n), np.float32)
+        for la in sampling.watched
+        if la.output in fetched
+    }
+    done = dict.fromkeys(into, 0)
+    watched, seed, quotas = sampling.watched, sampling.seed, sampling.quotas
+    runs = _runs(model, watched, samples, batch, outputs, Relay(), (), range(start, stop))
+    observed = _observe(runs, watched, samples, seed, quotas, into, outputs, progress, (first, last))
+    for layer, rows in observed:
+        done[layer.output] += len(rows)
+    return [
+        GatheredRows(
+            layer,
+            into[layer.output][: done[layer.output]],
+            outputs[layer.output][: done[layer.output]] if layer.output in fetched else None,
+        )
+        for layer in sampling.watched
+    ]
+
+
 class LeftOut(NamedTuple):
     """Rows of a layer that were not finite, of how many."""
 
@@ -119,6 +210,7 @@ def calibrate(
     asked: Callable[[Layer], bool] = lambda layer: True,
     seed: int = 0,
     progress: Progress | None = None,
+    gathered: Callable[[Sampling], Iterator[GatheredRows]] | None = None,
 ) -> Calibration:
     """Moments of the inputs of ``layers`` over ``samples``, and what tells the outputs they give.
 
@@ -126,7 +218,8 @@ def calibrate(
     fusion but costs less than computing them; those of other operators, whose bias another node may
     add, are computed from the sampled rows. ``asked`` says for which layers
     (located) there shall be moments; the inputs of the others are not even fetched. Memory
-    is bounded by the layers: rows, not samples, are kept.
+    is bounded by the layers: rows, not samples, are kept. Rows that were ``gathered`` before, in
+    shards, stand in for a run.
 
     >>> from functools import partial
     >>> import numpy as np, onnx, onnx_lrsd
@@ -143,16 +236,9 @@ def calibrate(
     >>> known.kept["y"].shape, known.moments["y"].mean.shape
     ((200, 64), (64,))
     """
-    watch = _watcher(model, layers, samples)
-    samples = as_fed(samples, watch)
-    probes = [_probe(watch(feed), feed, samples) for feed in (samples.example(), *samples.extremes())]
-    shapes = probes[0].shapes
-    bytes_each = max(sum(4 * prod(shape) for shape in probe.shapes.values()) for probe in probes)
-    batch = samples.batch_size(bytes_each // samples.smallest_batch, _FETCHED_BYTES)
-    located = locate(layers, shapes, samples)
-    watched = [layer for layer in located if asked(layer)]
+    sampling = sampling_of(model, layers, samples, asked, seed)
+    samples, watched, quotas = sampling.samples, sampling.watched, sampling.quotas
     accumulators, kept, inputs, weights, strides = {}, {}, {}, {}, {}
-    quotas = {layer.output: _quota(layer, samples, probes) for layer in watched}
     every = _every(watched, quotas)
     for layer in watched:
         wanted, scale = quotas[layer.output].wanted, quotas[layer.output].scale
@@ -167,8 +253,12 @@ def calibrate(
     done = dict.fromkeys(accumulators, 0)
     into = {layer.output: kept[layer.output] for layer in watched if _keeps_inputs(layer)}
     outputs = {name: rows for name, rows in kept.items() if name not in into and name not in weights}
-    runs = _runs(model, watched, samples, batch, outputs, Relay(), ())
-    for layer, rows in _observe(runs, watched, samples, seed, quotas, into, outputs, progress):
+    if gathered is None:
+        runs = _runs(model, watched, samples, sampling.batch, outputs, Relay(), ())
+        stream = _observe(runs, watched, samples, seed, quotas, into, outputs, progress)
+    else:
+        stream = _taken(gathered(sampling), into, outputs)
+    for layer, rows in stream:
         start, stop = done[layer.output], done[layer.output] + len(rows)
         if layer.output in weights:
             _outputs(rows, weights[layer.output], kept[layer.output][start:stop])
@@ -186,15 +276,15 @@ def calibrate(
     inputs |= {name: kept[name][::every] for name in into}
     moments = _results(accumulators, samples, quotas, silent)
     return Calibration(
-        layers=located,
+        layers=sampling.layers,
         moments=moments,
         kept=kept,
         by_inputs=frozenset(into),
         inputs=inputs,
         every=every,
-        shapes=shapes,
+        shapes=sampling.shapes,
         samples=samples,
-        batch=batch,
+        batch=sampling.batch,
         seed=seed,
         quotas=quotas,
         left_out={name: LeftOut(rows, done[name]) for name, rows in bad.items() if rows},
@@ -415,14 +505,17 @@ def _runs(
     also: Collection[str],
     relay: Relay,
     handed: Sequence[str],
+    part: range | None = None,
 ) -> Iterator[tuple[int, Values | None, Feed]]:
     """Of each batch its size, where it is no padding, the inputs of ``layers`` and tensors ``also``.
 
-    Those ``handed`` go to ``relay``.
+    Those ``handed`` go to ``relay``. Of the batches those in ``part`` are run, all if it is None.
     """
     watch = _watcher(model, layers, samples, {*also, *handed}, relay.types)
     batches = samples.batch_count(batch)
     for index, feed in enumerate(samples.batches(batch)):
+        if part is not None and index not in part:
+            continue
         values = watch({**feed, **relay.feed(index)})
         relay.offer(index, batches, values, handed, samples.sizes.max() / samples.sizes[0])
         yield samples.size_of(feed), samples.real(feed), values
@@ -437,19 +530,21 @@ def _observe(
     into: Mapping[str, Rows],
     outputs: Mapping[str, Rows],
     progress: Progress | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Iterator[tuple[Layer, Rows]]:
     """Each layer with its sampled rows in ``runs``, some thousand at a time; the same for one seed and batch.
 
     Rows of the layers in ``into`` are gathered there, one after the other; those of others are
-    overwritten by the next ones. Outputs of the convolutions in ``outputs`` are gathered there.
+    overwritten by the next ones. Outputs of the convolutions in ``outputs`` are gathered there. ``part`` are
+    the first of the samples that ``runs`` are of and the one behind the last; None for all.
     """
     seen = dict.fromkeys(outputs, 0)
     buffers = {layer.output: into.get(layer.output, np.empty((0, layer.m), np.float32)) for layer in layers}
     given = dict.fromkeys(buffers, 0)
     filled = dict.fromkeys(buffers, 0)
-    first = 0
+    first, end = part or (0, samples.count)
     for count, real, activations in _ahead(runs):
-        last = first + count == samples.count
+        last = first + count == end
         for layer in layers:
             name, values = layer.output, activations[layer.input]
             quota = quotas[name]
@@ -477,6 +572,21 @@ def _observe(
         first += count
         if progress is not None:
             progress("calibrate", first, samples.count)
+
+
+def _taken(
+    gathered: Iterable[GatheredRows], into: Mapping[str, Rows], outputs: Mapping[str, Rows]
+) -> Iterator[tuple[Layer, Rows]]:
+    """What ``_observe`` gives, of rows that were gathered before."""
+    taken: dict[str, int] = {}
+    for layer, rows, given in gathered:
+        start = taken.get(layer.output, 0)
+        taken[layer.output] = stop = start + len(rows)
+        if layer.output in into:
+            into[layer.output][start:stop] = rows
+        if layer.output in outputs:
+            outputs[layer.output][start:stop] = given
+        yield layer, rows
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
