@@ -23,6 +23,7 @@ from onnx_lrsd.data.samples import Samples, batch_to_run
 from onnx_lrsd.errors import LrsdError, ModelError
 from onnx_lrsd.fit.sensitivity import Reference
 from onnx_lrsd.graph.model import PROTOBUF_LIMIT, Model, in_memory, model_bytes, raised
+from onnx_lrsd.int8.balance import balanced
 from onnx_lrsd.passes.count import compute_tensors, macs
 from onnx_lrsd.passes.nodes import domain_of
 from onnx_lrsd.passes.operators import OPERATORS
@@ -66,7 +67,7 @@ def quantise(
     ``tolerance`` is what int8 may add, whatever the model lost before. With no layer that bears it the
     model comes back as it is. Raises ModelError where ONNX Runtime's quantiser does not take the model.
     """
-    ready = _ready(model)
+    ready = balanced(_ready(model), samples)
     measured_on = min(ERROR_SAMPLES, samples.count // 4)
     ranged, measured = samples, samples
     if measured_on >= samples.smallest_batch:
