@@ -16,6 +16,7 @@ STUDIES = {
     "solvers": "the solver beside published ones, layer by layer",
     "paper": "the comparison of the paper that the tool follows",
     "peers": "targets size and onnxruntime beside other tools at the same bytes or time",
+    "next_tools": "quantisers, float16, onnxslim, onnxsim and others, before and after the tool",
     "corpus": "any model at all: a model that holds what was promised, or one sentence",
     "engines": "models that TensorRT-RTX takes are taken after --target tensorrt",
     "gpu": "the solver on a GPU beside the CPU",

@@ -206,9 +206,9 @@ def quantisers(source: Model, seen: Samples) -> Iterator[tuple[str, Model | str]
     """ONNX Runtime's quantisers with the settings its documentation advises: a model, or what went wrong."""
     newer, ready = raised(source, QUANTISED_OPSET, "Int8").proto, folded(source).proto
     for name, quantise, taken in (
-        ("dynamic int8", _dynamic, ready),
-        ("static int8, QDQ", _static, ready),
-        ("4 bits of MatMul", _nbits, newer),  # which simplifying makes a Gemm
+        ("dynamic int8", dynamic_int8, ready),
+        ("static int8, QDQ", static_int8, ready),
+        ("4 bits of MatMul", four_bits, newer),  # which simplifying makes a Gemm
     ):
         try:
             with quantization() as ort, tempfile.TemporaryDirectory() as folder:
@@ -221,18 +221,19 @@ def quantisers(source: Model, seen: Samples) -> Iterator[tuple[str, Model | str]
             yield name, " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
-def _dynamic(ort: ModuleType, ready: onnx.ModelProto, seen: Samples, folder: Path) -> onnx.ModelProto:
+def dynamic_int8(ort: ModuleType, ready: onnx.ModelProto, seen: Samples, folder: Path) -> onnx.ModelProto:
+    """Weights alone are quantised before a run; for operators that it has a dynamic form of."""
     # ConvInteger of ONNX Runtime takes no signed weights on a CPU
     ort.quantize_dynamic(ready, folder / "out.onnx", per_channel=True, weight_type=ort.QuantType.QUInt8)
     return onnx.load(folder / "out.onnx")
 
 
-def _static(ort: ModuleType, ready: onnx.ModelProto, seen: Samples, folder: Path) -> onnx.ModelProto:
+def static_int8(ort: ModuleType, ready: onnx.ModelProto, seen: Samples, folder: Path) -> onnx.ModelProto:
     ort.quantize_static(ready, folder / "out.onnx", _Reader(seen), per_channel=True)
     return onnx.load(folder / "out.onnx")
 
 
-def _nbits(ort: ModuleType, ready: onnx.ModelProto, seen: Samples, folder: Path) -> onnx.ModelProto:
+def four_bits(ort: ModuleType, ready: onnx.ModelProto, seen: Samples, folder: Path) -> onnx.ModelProto:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     copy = onnx.ModelProto()
