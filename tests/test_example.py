@@ -54,16 +54,16 @@ def test_calibration_and_evaluation_samples_are_apart() -> None:
     assert not {image.tobytes() for image in calibration} & {image.tobytes() for image in evaluation}
 
 
-def _python_of_the_readme() -> list[CodeType]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def _python_of(document: str) -> list[CodeType]:
+    text = (ROOT / document).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    return [compile(code, "README.md", "exec") for code in blocks]
+    return [compile(code, document, "exec") for code in blocks]
 
 
 def test_the_python_of_the_readme_halves_the_macs_and_keeps_the_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main_job, _ = _python_of_the_readme()
+    (main_job,) = _python_of("README.md")
     (tmp_path / "models").symlink_to(MODELS)
     monkeypatch.chdir(tmp_path)
     exec(main_job, {})
@@ -73,8 +73,8 @@ def test_the_python_of_the_readme_halves_the_macs_and_keeps_the_accuracy(
     assert "2 x fewer MACs asked" in capsys.readouterr().out
 
 
-def test_the_python_of_the_readme_decomposes_one_layer() -> None:
-    _, one_layer = _python_of_the_readme()
+def test_the_python_of_the_mathematics_decomposes_one_layer() -> None:
+    (one_layer,) = _python_of("docs/mathematics.md")
     rng = np.random.default_rng(0)
     weight, inputs = rng.standard_normal((100, 300)), rng.standard_normal((1000, 300))
     names: dict[str, Any] = {"weight": weight, "second": inputs.T @ inputs / 1000, "damping": 1e-3}
