@@ -145,6 +145,12 @@ def test_every_command_of_the_page_runs(page: Path, folder: Path) -> None:
         run_page(page)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
+def test_commands_stand_in_blocks_that_are_run(page: Path) -> None:
+    indented = re.findall(r"^    (?:\$ )?(?:onnx-lrsd|python) .*$", page.read_text("utf-8"), re.MULTILINE)
+    assert not indented, "write them in a block of bash"
+
+
 def test_what_is_not_run_says_why_and_names_extras_that_are_there() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
