@@ -45,6 +45,7 @@ from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.measure.drift import drift
 from onnx_lrsd.option import (
     Choice,
+    Duration,
     Flag,
     FolderName,
     Function,
@@ -307,6 +308,8 @@ def _click_options(option: Option) -> dict[str, Any]:
             }
         case Several():
             return {"type": _listed, "metavar": "LIST"}
+        case Duration():
+            return {"metavar": option.metavar}
         case FolderName():
             return {"type": click.Path(path_type=Path), "metavar": option.metavar}
         case Pattern():
@@ -477,7 +480,7 @@ def optimize_command(
 )
 @CALIB_OPTION
 @EVAL_OPTION
-@_options_of(SweepOptions, without=["ratio"])
+@_options_of(SweepOptions, without=["ratio", "time"])
 @_loudness
 @click.pass_context
 def sweep_command(

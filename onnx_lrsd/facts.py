@@ -327,6 +327,7 @@ class Report:
 
     ``predicted`` is the latency ratio that the table of a machine led to expect of the layers as they are
     now, low rank alone; ``table`` says which table that was. None and empty where nothing was predicted.
+    ``time`` is how many seconds the run was allowed, if that was limited, and ``left_out`` what for.
     """
 
     input: str
@@ -346,6 +347,8 @@ class Report:
     engine: Engine | None = None
     predicted: float | None = None
     table: str = ""
+    time: float | None = None
+    left_out: tuple[str, ...] = ()
     details: Details | None = None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
 from onnx_lrsd.errors import OptionError
+from onnx_lrsd.time_limit import seconds_of
 
 
 class Values(Protocol):
@@ -146,6 +147,16 @@ class Whole:
             raise OptionError(
                 f"{{{name}}} is not a whole number of at least {self.least}: give one.", **{name: value}
             )
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A time, as a number of seconds or in words: 90s, 10min, 2h."""
+
+    def check(self, name: str, value: object) -> None:
+        """Raise OptionError for what is no time."""
+        if not isinstance(value, str | Real) or seconds_of(value) is None:  # type: ignore[arg-type]
+            raise OptionError(f"{{{name}}} is no time: write it like 90s, 10min or 2h.", **{name: value})
 
 
 @dataclass(frozen=True)

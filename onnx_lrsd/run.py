@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.judge import GroupsOf
 from onnx_lrsd.option import (
     Choice,
+    Duration,
     Flag,
     FolderName,
     Function,
@@ -37,11 +39,13 @@ from onnx_lrsd.runtime.quantiser import saturates
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, processor, this_machine
 from onnx_lrsd.targets.machine import runtime
+from onnx_lrsd.time_limit import TimeLimit, seconds_of
 from onnx_lrsd.types import COSTS, KINDS, Plan, Progress, Score
 from onnx_lrsd.work_dir import KEEP_NOTHING, Keep, Kept, hash_of, open_work_dir
 
 NO_FORM = "no smaller form is predicted to be faster"
 NO_STORAGE = "no storage that the runtime folds makes it smaller"
+NO_TIME = "no time was left to try smaller forms"
 OUT_OF_REACH = "the budget is out of reach"
 NOT_NEEDED = "the budget is met at less error without it"
 REFITTED = "refitted to its new inputs"
@@ -51,7 +55,7 @@ DEFAULT_ERROR = 0.01
 """What the outputs may change by where nothing else is asked for."""
 TOP1 = "top1"
 PRECISIONS = ("fp16",)
-GOALS = ("ratio", "max_error", "max_drop", "metric", "samples", "work_dir", "int8")
+GOALS = ("ratio", "max_error", "max_drop", "metric", "samples", "work_dir", "int8", "time")
 """Options that nothing in the work dir depends on: the samples themselves are part of the key."""
 
 
@@ -126,6 +130,10 @@ class Options:
     device: Annotated[
         str, Option("Where ONNX Runtime runs the models and the layers are fitted.", Choice(DEVICES))
     ] = "auto"
+    time: Annotated[
+        str | float | None,
+        Option("Take at most T (90s, 10min, 2h); say what was left out for it.", Duration(), metavar="T"),
+    ] = None
     seed: Annotated[int, Option("For what is drawn at random.", Whole(0), metavar="N")] = 0
     work_dir: Annotated[
         str | Path | None,
@@ -239,7 +247,7 @@ class Run:
     ``target`` has the times of ``machine``, which is None where the target has none. ``cost`` is what a
     ratio is of. ``groups`` are those that all comparisons judge outputs in, so that a search and the check of
     what it found go by the same; None until there are samples. ``keep`` looks into the work dir first, where
-    there is one.
+    there is one. ``time`` is what the run may take.
     """
 
     options: Options
@@ -250,6 +258,7 @@ class Run:
     journal: Journal = field(default_factory=Journal)
     progress: Progress | None = None
     keep: Keep = KEEP_NOTHING
+    time: TimeLimit = field(default_factory=TimeLimit)
 
     @property
     def table(self) -> str:
@@ -299,10 +308,12 @@ def start(options: Options, plan: Plan | None = None, progress: Progress | None 
             "{precision} goes with {target}, which computes in half precision: give both.", target=able
         )
     cost = plan.cost if plan is not None else options.cost or target.counts
+    limit = TimeLimit((options.time and seconds_of(options.time)) or math.inf)
+    run = Run(options=options, target=target, cost=cost, progress=limit.watching(progress), time=limit)
     if not target.times:
-        return Run(options=options, target=target, cost=cost, progress=progress)
+        return run
     machine, said = this_machine()
-    run = Run(options=options, target=target.on(machine), cost=cost, machine=machine, progress=progress)
+    run = replace(run, target=target.on(machine), machine=machine)
     if said:
         run.journal.warn(said)
     elif cost == "latency" and machine.processor != processor():

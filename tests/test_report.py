@@ -130,6 +130,7 @@ plans = st.builds(
 KEYS = (
     *("schema", "tool", "model", "target", "cost", "calibration", "before", "after", "ratio", "outputs"),
     *("metric", "promise", "int8", "loading", "tensorrt", "predicted", "layers", "warnings", "seconds"),
+    "time",
     "versions",
 )
 LAYER_KEYS = (

@@ -42,8 +42,16 @@ from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, s
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.int8.fit import Int8Fitter
-from onnx_lrsd.measure.compare import compare, groups_on, labels_for, total_price
-from onnx_lrsd.measure.layer_times import LayerTimes, time_layers
+from onnx_lrsd.measure.compare import (
+    COMPARE_SECONDS,
+    TRIAL_SECONDS,
+    compare,
+    groups_on,
+    labels_for,
+    total_price,
+)
+from onnx_lrsd.measure.judge import FEW
+from onnx_lrsd.measure.layer_times import LayerTimes, seconds_of_a_sample, time_layers
 from onnx_lrsd.measure.load_cost import opening_cost
 from onnx_lrsd.passes.bytes_outside import bytes_outside
 from onnx_lrsd.passes.find_constants import find_constants
@@ -63,6 +71,7 @@ from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start, with_work_dir
 from onnx_lrsd.runtime.session import inference_device, sound
 from onnx_lrsd.solver.width import Widths
 from onnx_lrsd.targets import price
+from onnx_lrsd.time_limit import CHECKED, CHECKS, ORDERED, PASSES, OutOfTime
 from onnx_lrsd.types import (
     DENSE,
     KINDS,
@@ -77,6 +86,7 @@ from onnx_lrsd.types import (
     Rows,
     Score,
 )
+from onnx_lrsd.wording import counted
 
 PartFiles: TypeAlias = str | Path | Sequence[str | Path]
 """A path, a pattern of paths, or a list of these."""
@@ -115,6 +125,7 @@ def optimize(
     exclude: str | None = None,
     samples: int | None = None,
     device: str = "auto",
+    time: str | float | None = None,
     seed: int = 0,
     work_dir: str | Path | None = None,
 ) -> Result:
@@ -154,6 +165,7 @@ def optimize(
         exclude=exclude,
         samples=samples,
         device=device,
+        time=time,
         seed=seed,
         work_dir=work_dir,
     )
@@ -170,7 +182,6 @@ def optimize(
     original, source, known, weight_of = ready.original, ready.source, ready.known, ready.weight_of
     narrower, fitter, fit_on, check_on = ready.narrower, ready.fitter, ready.fit_on, ready.check_on
     run = replace(ready.run, groups=groups_on(source, check_on))
-    search: Proposals
     planner, curves, whole = None, Curves(()), None
     if plan is None:
         planner, curves, whole = make_planner(
@@ -183,8 +194,7 @@ def optimize(
     spectrum = _spectra(run, known, weight_of) if details else {}
     known = replace(known, moments={})  # they may be large, and a fit takes its own
     ready = replace(ready, known=known)
-    chosen = _next(run, search) or {}
-    rewritten, delivered, build = original, None, None
+    chosen, rewritten, delivered, build = _next(run, search) or {}, original, None, None
     if not dry_run:
         chosen, delivered = _deliver(
             run, original, known.layers, search, chosen, fitter, check_on, planned=plan is not None
@@ -195,13 +205,12 @@ def optimize(
             build = run.target.engine(rewritten, check_on if fit_on is None else fit_on, output)
     if not chosen:
         _explain(run, search, known.layers)
-    if plan is None:
-        plan = make_plan(run, curves, chosen)
+    plan = plan or make_plan(run, curves, chosen)
     if output is not None:
         save(rewritten, output)
-    drawn = (
-        _details(run, source, known, curves, spectrum, planner, search, plan, delivered) if details else None
-    )
+    drawn = None
+    if details:
+        drawn = _details(run, source, known, curves, spectrum, planner, search, plan, delivered)
     report = make_report(
         run,
         source=source,
@@ -268,10 +277,12 @@ def find(
     *,
     output: Path | None = None,
     plan: Plan | None = None,
+    whole: bool = False,
 ) -> Found:
     """Load ``model`` and the samples, and find the layers that ``run`` or ``plan`` asks for.
 
-    Raises LrsdError for anything that is wrong with the input, or if ``output`` cannot be written.
+    ``whole``: all samples are taken, however little time there is. Raises LrsdError for anything that is
+    wrong with the input, or if ``output`` cannot be written.
     """
     options = run.options
     with run.journal.clock("load"):
@@ -295,6 +306,9 @@ def find(
     )
     labels_for(run.metric, check_on)  # where they are missed it is said before the work
     run.journal.warn(*notes)
+    if not whole:
+        with run.journal.clock("load"):
+            fit_on, check_on = _in_time(run, source, fit_on, check_on)
     return Found(
         run=with_work_dir(run, original, fit_on or check_on, calibrated=fit_on is not None),
         original=original,
@@ -324,7 +338,7 @@ def prepare(
     ``moments`` are files of shards that stand in for the calibration. Raises LrsdError for anything that is
     wrong with the input, or if ``output`` cannot be written.
     """
-    found = find(run, model, calibration, evaluation, output=output, plan=plan)
+    found = find(run, model, calibration, evaluation, output=output, plan=plan, whole=moments is not None)
     run, original, source, weight_of = found.run, found.original, found.source, found.weight_of
     pairs, fit_on = found.pairs, found.fit_on
     with run.journal.clock("calibrate"):
@@ -346,6 +360,25 @@ def prepare(
         fit_on=fit_on,
         check_on=found.check_on,
     )
+
+
+def _in_time(
+    run: Run, source: Model, fit_on: Samples | None, check_on: Samples
+) -> tuple[Samples | None, Samples]:
+    """As many of the samples to fit on and to measure on as there is time for."""
+    time = run.time
+    if not time.limited:
+        return fit_on, check_on
+    each = seconds_of_a_sample(source, check_on, time.clock)
+    fewer = check_on.some(time.most(CHECKS * each, 1.0, FEW) or check_on.count)
+    if fewer.count < check_on.count:
+        time.leave_out(f"{check_on.count - fewer.count} of {check_on.count} samples to measure on")
+    if fit_on is None:
+        return None, fewer
+    fitted = fit_on.some(time.most(PASSES * each, 1.0, FEW) or fit_on.count)
+    if fitted.count < fit_on.count:
+        time.leave_out(f"{fit_on.count - fitted.count} of {fit_on.count} samples to calibrate on")
+    return fitted, fewer
 
 
 def _workable(run: Run, original: Model) -> tuple[Model, WorkingGraph]:
@@ -482,8 +515,12 @@ def _narrower(
         )
     }
     rows_of = partial(original_inputs, reference=known) if judged else None
-    inner = {}
+    inner = dict[str, Inner]()
     for key, pair in sound.items():
+        if run.time.passed(ORDERED):
+            pairs_left = f"{len(sound) - len(inner)} of {counted(len(sound), 'pair')}"
+            run.time.leave_out(f"the channels between {pairs_left} of layers")
+            break
         order = partial(_drop_order, pair, known.layers, plain, rows_of)
         inner[key] = Inner(pair, run.keep("widths" if judged else "orders", key, order, (Widths,)))
     return replace(plain, inner=inner)
@@ -590,6 +627,7 @@ def _sensitivities(
         device=run.options.device,
         progress=run.progress,
         keep=run.keep,
+        time=run.time,
     )
 
 
@@ -672,7 +710,7 @@ def _deliver(
     handed out whatever it gains.
     """
     while True:
-        fitted = fitter.fit(chosen)
+        chosen, fitted = _fitted(run, fitter, chosen)
         run.announce("check of what was found")
         with run.journal.clock("verify"):
             steps = {step.step: step for step in (fitted, *fitted.alternatives())}
@@ -715,13 +753,29 @@ def _deliver(
     )
 
 
+def _fitted(run: Run, fitter: Fitter, chosen: Forms) -> tuple[Forms, Fitted]:
+    """The model with the forms ``chosen``, or the original where no time is left to fit them."""
+    try:
+        return chosen, fitter.fit(chosen)
+    except OutOfTime as late:
+        run.journal.warn(f"{late} The original is handed back.")
+        run.time.leave_out("the fit that was under way when time ran out")
+        return {}, fitter.fit({})
+
+
 def verify(
     run: Run, original: Model, layers: Sequence[Layer], fitted: Fitted, check_on: Samples
 ) -> Verification:
     """``fitted`` against the original, where weights are in codes with the parameters they stand for."""
     check(fitted.model, original)
     found = compare(
-        original, fitted.model, check_on, metric=run.metric, groups=run.groups, progress=run.progress
+        original,
+        fitted.model,
+        check_on,
+        metric=run.metric,
+        groups=run.groups,
+        seconds=max(min(COMPARE_SECONDS, CHECKED * run.time.seconds), TRIAL_SECONDS),
+        progress=run.progress,
     )
     if not fitted.packed:
         return found

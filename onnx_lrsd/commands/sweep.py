@@ -41,6 +41,8 @@ class SweepOptions(Options):
         super().__post_init__()
         if self.ratio is not None:
             raise OptionError("{ratio} cannot go with a sweep: give {ratios}.", ratio=self.ratio)
+        if self.time is not None:
+            raise OptionError("{time} is for a single model, not for a sweep: leave it out.", time=self.time)
 
 
 def sweep(

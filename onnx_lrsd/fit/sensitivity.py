@@ -32,7 +32,9 @@ from onnx_lrsd.runtime.divergence import (
 from onnx_lrsd.runtime.session import Session, open_model
 from onnx_lrsd.solver.effort import BRIEF
 from onnx_lrsd.storage import INT3
+from onnx_lrsd.time_limit import WEIGHED, TimeLimit
 from onnx_lrsd.types import DENSE, N_OF_M, UNSTRUCTURED, WIDTH, Form, Layer, Moments, Progress, Values
+from onnx_lrsd.wording import counted
 from onnx_lrsd.work_dir import KEEP_NOTHING, Keep
 
 _FEWEST, _MOST_SAMPLES = 8, 32
@@ -58,6 +60,7 @@ def sensitivities(
     device: str = "cpu",
     progress: Progress | None = None,
     keep: Keep = KEEP_NOTHING,
+    time: TimeLimit | None = None,
 ) -> dict[str, float]:
     """Error of the model's outputs for each unit of relative error of a layer in ``forms``, by layer name.
 
@@ -67,7 +70,7 @@ def sensitivities(
     their mean: a shift of all classes changes no probability, and saturated probabilities would leave a few
     samples to decide everything. The group that moves most counts, of all outputs. Empty where no output is
     a floating number, or nothing was lost. Layers whose form has single entries are left out, which take too
-    long to fit, but for those of few rows.
+    long to fit, but for those of few rows. Where ``time`` runs short, those not measured yet are left out.
     """
     probes = _probes(layers, forms, moments, narrower)
     of_layers = sum(probe.form.kind != WIDTH for probe in probes)
@@ -80,6 +83,9 @@ def sensitivities(
     reference = cache(partial(Reference, model, samples))
     changing = [{name for la in probe.layers for name in (la.output, la.weight)} for probe in probes]
     for done, (probe, rest) in enumerate(zip(probes, resumed(model, samples, changing), strict=True)):
+        if time is not None and time.passed(WEIGHED):
+            time.leave_out(f"{counted(len(probes) - done, 'sensitivity', 'sensitivities')} of {len(probes)}")
+            break
         if probe.form.kind == WIDTH:
             assert narrower is not None
             fitted = narrower.masked(probe.key, probe.form.rank)

@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lrsd.data.samples import Samples
+from onnx_lrsd.data.samples import Samples, as_fed, batch_to_run
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.passes.isolate import isolate
 from onnx_lrsd.runtime.kernel_times import Kernel, kernels
-from onnx_lrsd.runtime.session import open_session
+from onnx_lrsd.runtime.session import open_model, open_session
 from onnx_lrsd.runtime.timing import busy_clock
 from onnx_lrsd.types import Layer, Progress
 
@@ -66,6 +66,18 @@ def time_layers(
     whole = _whole(model, feed) / size
     fitting = min(1.0, whole / max(sum(found.values()), 1e-12))  # alone they can seem to take more than all
     return LayerTimes(whole, {name: seconds * fitting for name, seconds in found.items()})
+
+
+def seconds_of_a_sample(
+    model: Model, samples: Samples, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds by ``clock`` that each sample takes in a batch of usual size, with as many threads as usual."""
+    session = open_model(model)
+    feed = next(as_fed(samples, session.run).batches(batch_to_run(samples)))
+    session.run(feed)
+    start = clock()
+    session.run(feed)
+    return (clock() - start) / samples.size_of(feed)
 
 
 @dataclass(frozen=True)

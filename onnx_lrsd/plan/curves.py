@@ -14,12 +14,14 @@ from onnx_lrsd.measure.layer_times import LayerTimes
 from onnx_lrsd.passes.shared_weights import groups
 from onnx_lrsd.plan.promise import STORED
 from onnx_lrsd.plan.units import Curves, KeptOf, PairCurve
-from onnx_lrsd.run import NO_FORM, NO_STORAGE, Run
+from onnx_lrsd.run import NO_FORM, NO_STORAGE, NO_TIME, Run
 from onnx_lrsd.solver.problem import Problem
 from onnx_lrsd.solver.width import Columns, narrowed
 from onnx_lrsd.targets import Target, price
 from onnx_lrsd.targets.chains import RANK_MULTIPLE
+from onnx_lrsd.time_limit import TRIED, WIDENED
 from onnx_lrsd.types import DENSE, KINDS, WIDTH, ErrorCurve, Form, Layer, Pattern, Point, Price
+from onnx_lrsd.wording import counted
 
 NOTHING = Price(0, 0, 0, 0.0)
 SHARES = 16
@@ -34,8 +36,10 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
     Layers that apply one weight have one curve.
     """
     kinds = run.options.forms or KINDS
-    curves, done = [], 0
-    for layers in groups(known.layers):
+    units, done, late = groups(known.layers), 0, 0
+    curves = dict[str, ErrorCurve]()
+    # Where time may run out, most is to be gained of the layers with most work.
+    for layers in sorted(units, key=_work, reverse=True) if run.time.limited else units:
         names = [layer.output for layer in layers]
         # Speed decides which forms are worth trying: the layer that runs most often asks for most.
         often = replace(max(layers, key=_positions), shares="", also_read=layers[0].also_read)
@@ -50,6 +54,9 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
         elif moments and not known.left_out.keys().isdisjoint(names) and not any(m.count for m in moments):
             run.journal.leave(names, "its input is not finite on the calibration data")
             forms = ()
+        elif run.time.passed(TRIED):
+            run.journal.leave(names, NO_TIME)
+            forms, late = (), late + 1
         points = [_point(run.target, layers, Form(DENSE), 0.0)]
         if forms:
             others = [layer for layer in layers if layer.output != often.output]
@@ -58,11 +65,13 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
             points += [_point(run.target, layers, f, e) for f, e in found.items() if e <= MOST_ERROR]
             if len(points) == 1:
                 run.journal.leave(names, "every smaller form loses too much of its output")
-        curves.append(ErrorCurve(layers[0], tuple(points), layers[1:]))
+        curves[names[0]] = ErrorCurve(layers[0], tuple(points), layers[1:])
         done += len(layers)
         if run.progress is not None:
             run.progress("curves", done, len(known.layers))
-    return curves
+    if late:
+        run.time.leave_out(f"smaller forms of {late} of {counted(len(units), 'weight')}")
+    return [curves[layers[0].output] for layers in units]
 
 
 def _errors(run: Run, what: tuple[object, ...], posed: Callable[[], Problem]) -> Mapping[Form, float]:
@@ -71,6 +80,11 @@ def _errors(run: Run, what: tuple[object, ...], posed: Callable[[], Problem]) ->
     return run.keep(
         "errors", what, lambda: dict(run.target.errors(posed(), kinds, run.weights)), (Form, Pattern)
     )
+
+
+def _work(layers: Sequence[Layer]) -> int:
+    """MACs of the layers, or numbers in their weight where they have none."""
+    return max(layer.n * layer.m * max(layer.positions, 1) for layer in layers)
 
 
 def _positions(layer: Layer) -> int:
@@ -83,10 +97,15 @@ def pair_curves(run: Run, curves: Sequence[ErrorCurve], narrower: Narrower | Non
         return Curves(tuple(curves))
     pairs = {key: _pair_curve(key, inner) for key, inner in narrower.inner.items()}
     narrow: dict[tuple[str, KeptOf], tuple[Point, ...]] = {}
+    late = 0
     for done, curve in enumerate(curves):
-        narrow |= _narrow_points(run, curve, pairs, narrower)
+        factors = not run.time.passed(WIDENED)
+        late += not factors
+        narrow |= _narrow_points(run, curve, pairs, narrower, factors=factors)
         if run.progress is not None:
             run.progress("widths", done + 1, len(curves))
+    if late:
+        run.time.leave_out(f"factors beside fewer channels in {late} of {counted(len(curves), 'layer')}")
     return Curves(tuple(curves), tuple(pairs.values()), narrow)
 
 
@@ -112,9 +131,9 @@ def widths_to_try(inner: Inner) -> list[int]:
 
 
 def _narrow_points(
-    run: Run, curve: ErrorCurve, pairs: Mapping[str, PairCurve], narrower: Narrower
+    run: Run, curve: ErrorCurve, pairs: Mapping[str, PairCurve], narrower: Narrower, *, factors: bool
 ) -> dict[tuple[str, KeptOf], tuple[Point, ...]]:
-    """The points of one layer for all widths on either side: dense, and with factors at a few of them."""
+    """The points of one layer for all widths on either side: dense, and with ``factors`` at a few."""
     layer, output = curve.layer, curve.layer.output
     giving = next((pair for pair in pairs.values() if output in pair.producers), None)
     reading = next((pair for pair in pairs.values() if output in pair.consumers), None)
@@ -133,7 +152,12 @@ def _narrow_points(
         kept = {pair.key: width for pair, width in ends if pair is not None and width}
         small = narrow_layer(layer, kept, {key: narrower.inner[key].pair for key in kept})
         points = [_timed_by(_point(run.target, [small], Form(DENSE), 0.0), rate)]
-        if len(curve.points) > 1 and 0 in widths and (widths[0] in few[0] and widths[1] in few[1]):
+        if (
+            factors
+            and len(curve.points) > 1
+            and 0 in widths
+            and (widths[0] in few[0] and widths[1] in few[1])
+        ):
             outputs, inputs = narrower.left(layer, kept)
             cut = outputs if widths[0] else None, inputs if widths[1] else None
             posed = partial(_narrow_problem, narrower, layer, small, cut)

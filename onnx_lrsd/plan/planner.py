@@ -24,6 +24,7 @@ from onnx_lrsd.plan.search import DropLimit, ErrorLimit, Forms, Proposals, Ratio
 from onnx_lrsd.plan.units import Curves, members_of
 from onnx_lrsd.run import Run
 from onnx_lrsd.targets import price
+from onnx_lrsd.time_limit import PLANNED
 from onnx_lrsd.types import COSTS, DENSE, N_OF_M, UNSTRUCTURED, WIDTH, ErrorCurve, Form, Layer, Point, Price
 
 MUCH_CHEAPER = 0.75
@@ -165,7 +166,7 @@ class Planner:
             tried.append((got, chosen))
             if self.run.progress is not None:
                 self.run.progress("trial of the whole", len(tried), _ROUNDS)
-            if SPARE <= got / ratio <= LAVISH:
+            if SPARE <= got / ratio <= LAVISH or self.run.time.passed(PLANNED):
                 break
             aim *= ratio * (SPARE + LAVISH) / 2 / got
         enough = [entry for entry in tried if entry[0] >= SPARE * ratio]
@@ -217,7 +218,7 @@ class Planner:
         run, options = self.run, self.run.options
         if options.ratio is not None:
             reached = partial(ratio_of, cost=run.cost)
-            return RatioSearch(options.ratio, self.for_ratio, reached, run.announce), check_on
+            return RatioSearch(options.ratio, self.for_ratio, reached, run.announce, run.time), check_on
         hint = ", or try --int8" if run.int8_may_gain else ""
         one, other = search_and_confirm(check_on)
         if options.max_drop is not None:
@@ -229,7 +230,9 @@ class Planner:
                 drop_limit.searched(*halves)
                 return sum(found.error for found in halves) / len(halves)
 
-            return Search(run.target.first_ratio, self.for_ratio, error, drop_limit, run.announce), check_on
+            return Search(
+                run.target.first_ratio, self.for_ratio, error, drop_limit, run.announce, run.time
+            ), check_on
 
         if check_on.count < 2 * FEW:
             one = other = check_on
@@ -238,7 +241,9 @@ class Planner:
             return self._compared(fitter.fit(forms).model, one).error_bound
 
         error_limit = ErrorLimit(options.max_error or 0.0, hint)
-        return Search(run.target.first_ratio, self.for_ratio, bound, error_limit, run.announce), other
+        return Search(
+            run.target.first_ratio, self.for_ratio, bound, error_limit, run.announce, run.time
+        ), other
 
     def _compared(self, model: Model, samples: Samples) -> Verification:
         run = self.run
@@ -318,6 +323,9 @@ class Planner:
         little slower alone the whole model decides at once.
         """
         if not chosen or not self.run.target.timed_here:
+            return set()
+        if self.run.time.passed(PLANNED):
+            self.run.time.leave_out("trials of some planned forms, which are only predicted to be faster")
             return set()
         model, layers = self._narrow(chosen)
         forms = self._of_all(chosen)

@@ -9,6 +9,7 @@ from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.facts import Trial, Verification
+from onnx_lrsd.time_limit import OutOfTime, TimeLimit
 from onnx_lrsd.types import Form
 
 SEARCHES = 6
@@ -90,11 +91,13 @@ class RatioSearch:
         make: Callable[[float], Forms],
         reached: Callable[[Verification], float],
         announce: Announce = _silent,
+        time: TimeLimit | None = None,
     ) -> None:
+        self._time, self._since, self._took = time or TimeLimit(), 0.0, 0.0
         self._ratio, self._make, self._reached = ratio, make, reached
         self._announce = announce
         self._aim, self._left = ratio * HAIR, CORRECTIONS
-        self._beyond: BudgetError | None = None
+        self._beyond: BudgetError | OutOfTime | None = None
 
     def propose(self) -> Forms | None:
         """Forms for the present aim; None where it is out of reach or was corrected often enough."""
@@ -102,16 +105,21 @@ class RatioSearch:
         self._left -= 1
         if self._left < 0:
             return None
+        if not first and not self._time.room(self._took):
+            self._time.leave_out("a fit that corrects the ratio")
+            return None
+        self._since = self._time.spent
         self._announce(f"fit {CORRECTIONS - self._left} of at most {CORRECTIONS}: {self._aim:.3g} x")
         for aim in (self._aim, self._ratio) if first else (self._aim,):
             try:
                 return self._make(aim)
-            except BudgetError as error:
+            except (BudgetError, OutOfTime) as error:
                 self._beyond = error
         return None
 
     def refuse(self, found: Verification) -> None:
         """Aim higher by what was missed."""
+        self._took = self._time.spent - self._since
         self._aim *= HAIR * self._ratio / max(self._reached(found), 1.0)
 
     def why_nothing(self) -> str:
@@ -143,6 +151,7 @@ class Search(Generic[Found]):
     """The largest ratio whose output error is within a limit, found in few fits.
 
     ``make`` makes something of a ratio, from ``first`` on, or raises BudgetError; ``error`` measures it.
+    Where ``time`` has no room for another fit as long as the longest one, what was found by then is taken.
     """
 
     def __init__(
@@ -152,7 +161,9 @@ class Search(Generic[Found]):
         error: Callable[[Found], float],
         limit: Limit,
         announce: Announce = _silent,
+        time: TimeLimit | None = None,
     ) -> None:
+        self._time, self._longest = time or TimeLimit(), 0.0
         self._first, self._make, self._error = first, make, error
         self._limit, self._announce = limit, announce
         self._tried: list[tuple[float, float, Found]] = []  # ratio, output error, what was made
@@ -169,13 +180,21 @@ class Search(Generic[Found]):
         for number in range(1, fits + 1):
             if (ratio := self._next_ratio()) is None:
                 break
+            if self._tried and not self._time.room(self._longest):
+                self._time.leave_out(f"fits of the search after {len(self._tried)}")
+                break
             self._announce(f"fit {number} of at most {fits}: {ratio:.3g} x")
+            start = self._time.spent
             try:
                 made = self._make(ratio)
+                self._tried.append((ratio, self._error(made), made))
             except BudgetError as nearest:
                 self._beyond, self._out_of_reach = ratio, str(nearest)
-            else:
-                self._tried.append((ratio, self._error(made), made))
+            except OutOfTime as late:
+                self._time.leave_out("the fit that was under way when time ran out")
+                self._out_of_reach, self._rounds = f"{late} The original is handed back.", []
+                break
+            self._longest = max(self._longest, self._time.spent - start)
         most = self._limit.value()
         kept = [entry for entry in self._tried if entry[1] <= most and entry[0] < self._refused]
         if not kept:

@@ -82,6 +82,8 @@ def make_report(
         loading=None if delivered is None else delivered.loading,
         warnings=tuple(dict.fromkeys((*run.journal.warnings, *measured))),
         seconds=dict(run.journal.seconds),
+        time=run.time.seconds if run.time.limited else None,
+        left_out=tuple(run.time.left_out),
         versions=versions,
         engine=engine,
         details=details,

@@ -77,6 +77,7 @@ def report_to_json(report: Report) -> str:
         "layers": [_layer(layer) for layer in report.layers],
         "warnings": list(report.warnings),
         "seconds": {stage: report.seconds.get(stage, 0.0) for stage in _STAGES} | dict(report.seconds),
+        "time": None if report.time is None else {"limit": report.time, "left_out": list(report.left_out)},
         "versions": dict(report.versions),
     }
     return _dump(facts) if report.details is None else _with_details(_dump(facts), report.details)

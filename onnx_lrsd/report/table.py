@@ -82,6 +82,8 @@ def report_table(report: Report, *, colour: bool = False, every: bool = False) -
     if left:
         parts.append(_left_alone(left, _share_left(report, split), ink, every))
     parts += [_paragraph(f"Warning: {warning}") for warning in report.warnings]
+    if report.time is not None:
+        parts.append(_paragraph(_left_out(report.time, report.left_out)))
     if report.seconds:
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
         parts.append(ink.faint(_paragraph(f"{sum(report.seconds.values()):.1f} s: {stages}")))
@@ -335,6 +337,12 @@ class _Ink:
 
     def verdict(self, text: str, good: bool) -> str:
         return self._wrap(32 if good else 31, text)
+
+
+def _left_out(seconds: float, left_out: Sequence[str]) -> str:
+    """What was left out to keep to a time."""
+    said = ", ".join(left_out) or "nothing"
+    return f"Left out to take at most {seconds:g} s: {said}."
 
 
 def _facts(
