@@ -11,7 +11,7 @@ from collections.abc import Sequence
 STUDIES = {
     "models": "real models through the whole tool: MACs, latency, score; --int8, --baselines",
     "largest": "the largest speed-up that --max-drop allows, beside simple decompositions at that speed",
-    "promise": "how often --max-drop holds on samples that nobody has seen",
+    "promise": "how often --max-drop holds on samples that nobody has seen, and how far results scatter",
     "rules": "what each part and each rule of plans and fits is worth",
     "solvers": "the solver beside published ones, layer by layer",
     "paper": "the comparison of the paper that the tool follows",

@@ -73,7 +73,8 @@ class OutputError:
     The error of the whole, and of each group of channels of like role and scale. ``error_interval`` is from
     the lower end of the worst group to the highest upper end of all. ``largest`` is the largest absolute
     difference, ``cosine`` that of the angle between both over all samples, and ``agreement`` the share of
-    samples with the same top class, where they hold scores of classes.
+    samples with the same top class, where they hold scores of classes. ``decided_alike`` is the share of
+    samples in which the most probable class stays, at every step, of an output of probabilities.
     """
 
     name: str
@@ -83,6 +84,7 @@ class OutputError:
     largest: float | None = None
     cosine: float | None = None
     agreement: float | None = None
+    decided_alike: float | None = None
 
     @property
     def worst(self) -> float:
@@ -162,6 +164,12 @@ class Verification:
         """The upper end of what the error may be on other samples: promises are held by it."""
         ends = [output.error_interval or (0.0, output.worst) for output in self.outputs]
         return max((high for _, high in ends), default=0.0)
+
+    @property
+    def decided_otherwise(self) -> float:
+        """The largest share of samples in which an output of probabilities names another class."""
+        known = (output.decided_alike for output in self.outputs)
+        return max((1 - share for share in known if share is not None), default=0.0)
 
     @property
     def not_counted(self) -> tuple[str, ...]:

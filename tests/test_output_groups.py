@@ -202,3 +202,17 @@ def test_parts_of_a_run_are_judged_in_the_groups_of_all_its_samples() -> None:
     assert len(groups["out"]) == 1
     assert len(compare(before, after, last, latency=False).outputs[0].groups) == 2
     assert len(compare(before, after, last, latency=False, groups=groups).outputs[0].groups) == 1
+
+
+def test_samples_whose_classes_change_at_any_step_are_counted() -> None:
+    before, after = (
+        model(
+            "g (float[n, 3, 4] x) => (float[n, 3, 4] out) { z = Add (x, shift)  out = Softmax (z) }",
+            shift=np.array([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, add]], np.float32),
+        )
+        for add in (0.0, 0.5)
+    )
+    x = np.zeros((20, 3, 4), np.float32)
+    x[:, :, 0], x[:4, 2, 0] = 1.0, 0.25  # in four samples the last step is decided by little
+    found = compare(before, after, read_samples({"x": x}, inputs_of(before.proto)), latency=False)
+    assert found.outputs[0].decided_alike == 0.8 and found.decided_otherwise == pytest.approx(0.2)

@@ -232,6 +232,16 @@ def test_the_original_keeps_no_promise_and_gains_nothing(options: Options) -> No
     assert "the original is handed back" in outcome.warnings[-1]
 
 
+def test_classes_that_change_are_warned_of_though_the_error_is_small() -> None:
+    found = measured(0.05, 50)
+    other = replace(found, outputs=(replace(found.outputs[0], decided_alike=0.8),))
+    target, options = TARGETS["onnxruntime"], Options(ratio=2)
+    (said,) = judge({LOW_RANK: other}, options, target, "macs").warnings
+    assert "changed by 5%" in said and "in 20% of the samples they name another class" in said
+    alike = replace(found, outputs=(replace(found.outputs[0], decided_alike=0.95),))
+    assert not judge({LOW_RANK: alike}, options, target, "macs").warnings
+
+
 def test_int8_is_named_to_who_gets_no_speed_and_to_no_one_else() -> None:
     slower = replace(measured(0.0, 50), latency_ratio=0.9, latency_interval=(0.8, 0.95))
     larger = replace(measured(0.0, 50), after=replace(slower.after, bytes=2 * slower.before.bytes))

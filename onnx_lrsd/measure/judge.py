@@ -22,6 +22,7 @@ from onnx_lrsd.passes.output_groups import SOFTMAX, Ending, endings
 from onnx_lrsd.runtime.divergence import (
     LITTLE,
     Divergence,
+    Owners,
     as_array,
     clipped_logits,
     owners,
@@ -183,6 +184,8 @@ class _Stream:
         self.plain = [Divergence() if group.ranges else self.whole for group in groups]
         self.front = [Divergence() if group.activation else None for group in groups]
         self.classes: set[int] = set()
+        self.alike = self.decided = 0
+        """Samples in which the most probable classes stay, and all."""
 
     def add(self, old: Values, new: Values, real: Values | None, size: int) -> None:
         """Take in one batch of ``size`` samples; ``real`` (samples, positions) are no padding."""
@@ -190,6 +193,7 @@ class _Stream:
         owner = owners(one, real, size)
         self.whole.add_rows(one, two, owner)
         self.likeness.add(one, two, size)
+        self._decide(one, two, owner, size)
         for group, plain, front in zip(self.groups, self.plain, self.front, strict=True):
             old_part, new_part = group.of(one), group.of(two)
             if plain is not self.whole:
@@ -197,6 +201,16 @@ class _Stream:
             if front is not None:
                 front.add_rows(clipped_logits(old_part), clipped_logits(new_part), owner)
                 self._see(group, old_part)
+
+    def _decide(self, one: Values, two: Values, owner: Owners, size: int) -> None:
+        """Count the samples whose most probable class, at every step, is the same."""
+        if len(self.groups) > 1 or self.groups[0].activation != SOFTMAX or one.shape != two.shape:
+            return
+        if one.ndim < 2 or not one.size:
+            return
+        other = (one.argmax(axis=-1) != two.argmax(axis=-1)).reshape(len(one), -1).any(axis=1)
+        self.alike += size - len(np.unique(owner[other]))
+        self.decided += size
 
     def _see(self, group: OutputGroup, rows: Values) -> None:
         """Note the classes that are most probable somewhere."""
@@ -244,6 +258,7 @@ class _Stream:
             largest=self.likeness.largest,
             cosine=self.likeness.cosine,
             agreement=self.likeness.agreement,
+            decided_alike=self.alike / self.decided if self.decided else None,
         )
 
 

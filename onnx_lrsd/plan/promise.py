@@ -15,7 +15,8 @@ from onnx_lrsd.types import COSTS, DENSE, Form, Point, Price
 from onnx_lrsd.wording import counted
 
 MUCH = 0.1
-"""Output error from which a result that only met its ratio carries a warning."""
+"""Output error, or share of samples that are classed otherwise, from which a result that only met its ratio
+carries a warning."""
 _NEAR = 0.97
 """Share of a ratio from which another fit, aimed higher, is expected to meet it."""
 LARGER, RUNS = "is larger as a whole", "runs"
@@ -81,9 +82,12 @@ def judge(
     if best == ORIGINAL:
         promise = promised(None, options, cost)
         return Outcome(kept=best, promise=promise, reason=reason, warnings=tuple(warnings))
-    if options.ratio is not None and found.error > MUCH:
+    if options.ratio is not None and max(found.error, found.decided_otherwise) > MUCH:
+        decided = ""
+        if found.decided_otherwise > 0:
+            decided = f", and in {found.decided_otherwise:.0%} of the samples they name another class"
         warnings.append(
-            f"The outputs changed by {found.error:.0%} of their variance: this model does not bear "
+            f"The outputs changed by {found.error:.0%} of their variance{decided}: this model does not bear "
             f"{options.ratio:g} x; ask for less, or name what may be lost with --max-error."
         )
     if found.after.bytes > found.before.bytes and LARGER not in said:
