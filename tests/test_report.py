@@ -177,7 +177,7 @@ def test_the_json_has_every_key_of_schema_1() -> None:
         "macs": 3_999_999,
         "latency_ms": 2.0,
     }
-    latency = {"median": 1.998, "interval": [1.9, 2.1]}
+    latency = {"median": 1.998, "interval": [1.9, 2.1], "device": "cpu"}
     assert facts["ratio"] == {
         "bytes": 2.0,
         "parameters": 2.0,
@@ -193,6 +193,7 @@ def test_the_json_has_every_key_of_schema_1() -> None:
             "largest": None,
             "cosine": None,
             "agreement": None,
+            "decided_alike": None,
         }
     ]
     assert facts["metric"]["interval"] == [-0.0094, 0.0044]
