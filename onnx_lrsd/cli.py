@@ -26,6 +26,7 @@ import onnx_lrsd
 from onnx_lrsd.commands.cache import clear, listed
 from onnx_lrsd.commands.calibrate import calibrate_shard
 from onnx_lrsd.commands.doctor import examine
+from onnx_lrsd.commands.export_factors import export_factors
 from onnx_lrsd.commands.inspect import inspect
 from onnx_lrsd.commands.node_data import node_data
 from onnx_lrsd.commands.optimize import optimize
@@ -78,6 +79,7 @@ from onnx_lrsd.run import TOP1, Options
 from onnx_lrsd.targets.machine import stored_at, to_json
 from onnx_lrsd.types import Plan, Progress, Score
 from onnx_lrsd.whole_files import written_whole
+from onnx_lrsd.wording import counted
 
 COMMANDLINE, DEFAULT_MAP = click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.DEFAULT_MAP
 BROKEN_PROMISE, INTERRUPTED = 3, 130
@@ -385,6 +387,13 @@ NODE_DATA_OPTION = click.option(
 @JSON_OPTION
 @HTML_OPTION
 @NODE_DATA_OPTION
+@click.option(
+    "--export-factors",
+    "factors_folder",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Write U, V, S, channels and biases there as safetensors, to go on training.",
+)
 @click.option("--details", is_flag=True, help="Put into the JSON what the page draws; --html does as well.")
 @_loudness
 @click.pass_context
@@ -402,6 +411,7 @@ def optimize_command(
     json_path: Path | None,
     html_path: Path | None,
     node_folder: Path | None,
+    factors_folder: Path | None,
     details: bool,
     verbose: bool,
     quiet: bool,
@@ -430,6 +440,10 @@ def optimize_command(
         return
     if dry_run and node_folder is not None:
         raise click.UsageError("--node-data is of the written model: leave out --dry-run.")
+    if factors_folder is not None and (dry_run or options["int8"] or options["target"] == "size"):
+        raise click.UsageError(
+            "--export-factors is of a written model in float: leave out --dry-run, --int8 and --target size."
+        )
     target = None if dry_run else output or model.with_name(model.stem + SUFFIX)
     _check_apart((target, json_path, html_path, save_plan), (model, calib, evaluation, plan_path))
     with _usage(ctx), _progress(quiet) as progress:
@@ -463,6 +477,11 @@ def optimize_command(
             samples = _samples_of(original, evaluation or calib)
             found = node_data(original, load(target), samples, report, progress=progress)
         _write_node_data(node_folder, target.stem, found)
+    if factors_folder is not None:
+        _make_folder(factors_folder)
+        count = export_factors(result.model, report, factors_folder)
+        if not quiet:
+            _say(f"Factors of {counted(count, 'layer')} written to {factors_folder}.")
     if report.promise is not None and not report.promise.kept:
         _say(_broken(report.promise, report.output))
         ctx.exit(BROKEN_PROMISE)
