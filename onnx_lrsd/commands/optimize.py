@@ -764,7 +764,13 @@ def _fitted(run: Run, fitter: Fitter, chosen: Forms) -> tuple[Forms, Fitted]:
 
 
 def verify(
-    run: Run, original: Model, layers: Sequence[Layer], fitted: Fitted, check_on: Samples
+    run: Run,
+    original: Model,
+    layers: Sequence[Layer],
+    fitted: Fitted,
+    check_on: Samples,
+    *,
+    latency: bool = True,
 ) -> Verification:
     """``fitted`` against the original, where weights are in codes with the parameters they stand for."""
     check(fitted.model, original)
@@ -774,6 +780,7 @@ def verify(
         check_on,
         metric=run.metric,
         groups=run.groups,
+        latency=latency,
         seconds=max(min(COMPARE_SECONDS, CHECKED * run.time.seconds), TRIAL_SECONDS),
         progress=run.progress,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from onnx_lrsd.errors import OptionError
 from onnx_lrsd.facts import Sweep, SweepPoint, Verification
 from onnx_lrsd.fit.fitter import BOTH, LOW_RANK, Fitted
 from onnx_lrsd.graph.model import ensure_writable, save
-from onnx_lrsd.measure.compare import compare
+from onnx_lrsd.measure.compare import groups_on
 from onnx_lrsd.option import Numbers, Option
 from onnx_lrsd.plan.promise import no_gain, promised, ratio_of
 from onnx_lrsd.plan.search import RatioSearch
@@ -66,15 +66,16 @@ def sweep(
     run = start(options.with_goal(), progress=progress)
     ensure_writable(folder / "model.onnx", None)
     ready = prepare(run, model, calibration, evaluation)
-    run, original = ready.run, ready.original
+    run = replace(ready.run, groups=groups_on(ready.source, ready.check_on))
+    original = ready.original
     stem = "model" if original.path is None else original.path.stem
     points = list[SweepPoint]()
     for ratio, fitted in _models(run, ready, sorted(set(options.ratios))):
         named = [stem, *([] if ratio is None else [f"{ratio:g}x"]), *(["int8"] if fitted.nodes else [])]
         path = folder / ".".join([*named, "onnx"])
         ensure_writable(path, original.path)
-        save(fitted.model, path)
         found = _found(run, ready, fitted)
+        save(fitted.model, path)
         promise = promised(found, run.options, run.cost)
         assert promise is not None, "a sweep has a goal"
         run.journal.warn(*fitted.notes, *found.warnings)
@@ -134,15 +135,15 @@ def _fitted(run: Run, ready: Prepared, ratio: float, search: RatioSearch) -> lis
         steps = [step for step in (*fitted.alternatives(), fitted) if step.step in (LOW_RANK, BOTH)]
         if run.cost == "latency":
             return steps  # the planner has timed the whole model
-        found = compare(ready.original, steps[0].model, ready.check_on, latency=False)
+        found = _found(run, ready, steps[0], latency=False)
         if ratio_of(found, run.cost) >= ratio:
             return steps
         search.refuse(found)
 
 
-def _found(run: Run, ready: Prepared, fitted: Fitted) -> Verification:
+def _found(run: Run, ready: Prepared, fitted: Fitted, *, latency: bool = True) -> Verification:
     with run.journal.clock("verify"):
-        return verify(run, ready.original, ready.known.layers, fitted, ready.check_on)
+        return verify(run, ready.original, ready.known.layers, fitted, ready.check_on, latency=latency)
 
 
 def _best(run: Run, points: Sequence[SweepPoint], gains: str) -> int | None:
