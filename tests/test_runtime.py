@@ -447,3 +447,14 @@ def linear_model() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     graph.initializer.append(numpy_helper.from_array(weight.astype(np.float32), "w"))
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     return proto, {"x": rng.standard_normal((300, 128)).astype(np.float32)}
+
+
+def test_timing_ends_early_where_the_ratio_is_known() -> None:
+    clock = iter(range(0, 10**9, 1000))
+
+    def steady() -> float:
+        return float(next(clock))
+
+    runs: list[int] = []
+    timing.pair_latency(lambda: runs.append(0), lambda: None, seconds=60, enough=0.01, clock=steady)
+    assert len(runs) < 100

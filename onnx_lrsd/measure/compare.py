@@ -30,6 +30,8 @@ from onnx_lrsd.types import Feed, Price, Progress, Score
 TRIAL_SECONDS, COMPARE_SECONDS = 0.25, 4.0
 SCALES_ON = 32
 """Samples that scales of outputs are looked at on, for all that is compared in one run."""
+ENOUGH = 0.01
+"""A pair is timed no longer where the interval of its ratio is narrower: sessions differ by more."""
 BASELINE_BYTES = 256 << 20
 """Outputs of the original that are kept between the comparisons of a search, at most."""
 STARTS = 6
@@ -184,7 +186,12 @@ def _pace(
             sessions[which] = session.timed(feed)
         rounds = 1 if restarts > 1 else FEWEST_ROUNDS
         old, new, ratio, interval = pair_latency(
-            sessions[0], sessions[1], min_rounds=rounds, seconds=seconds / restarts, clock=clock
+            sessions[0],
+            sessions[1],
+            min_rounds=rounds,
+            seconds=seconds / restarts,
+            enough=ENOUGH,
+            clock=clock,
         )
         found.append(Pace(ratio, interval, old, new))
         if progress is not None:

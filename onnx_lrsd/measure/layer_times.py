@@ -22,6 +22,8 @@ from onnx_lrsd.types import Layer, Progress
 
 SESSIONS, _RUNS, SECONDS = 3, 5, 0.5
 """Sessions that the whole is timed in, runs of each at least, and seconds after which there are no more."""
+_MOST_RUNS = 200
+"""Runs of each session, at most."""
 LINKS, LINK_CHANNELS = 64, 16
 """Nodes of the longer chain that tells what a node takes beside its work, and their channels."""
 LAYOUT = ("ReorderInput", "ReorderOutput")
@@ -137,7 +139,7 @@ def _whole(model: Model, feed: Mapping[str, np.ndarray]) -> float:
 def _median(run: Callable[[], object]) -> float:
     clock, times, total = busy_clock(), list[float](), 0.0
     run()
-    while len(times) < _RUNS or total < SECONDS:
+    while len(times) < _RUNS or (total < SECONDS and len(times) < _MOST_RUNS):
         start = clock()
         run()
         times.append(max(clock() - start, 1e-9))

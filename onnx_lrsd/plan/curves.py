@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf
@@ -142,6 +142,7 @@ def _narrow_points(
         for pair in (giving, reading)
     )
     few = [_few(widths) for widths in (given, read)]
+    whole_problem = cache(partial(narrower.problem, layer))
     whole = curve.points[0]
     rate = None if whole.price.seconds is None or not whole.time else whole.price.seconds / whole.time
     found: dict[tuple[str, KeptOf], tuple[Point, ...]] = {}
@@ -160,7 +161,7 @@ def _narrow_points(
         ):
             outputs, inputs = narrower.left(layer, kept)
             cut = outputs if widths[0] else None, inputs if widths[1] else None
-            posed = partial(_narrow_problem, narrower, layer, small, cut)
+            posed = partial(_narrow_problem, whole_problem, small, cut)
             for form, error in _errors(run, (output, widths), posed).items():
                 if error <= MOST_ERROR:
                     points.append(_timed_by(_point(run.target, [small], form, error), rate))
@@ -169,10 +170,10 @@ def _narrow_points(
 
 
 def _narrow_problem(
-    narrower: Narrower, layer: Layer, small: Layer, cut: tuple[Columns | None, Columns | None]
+    whole: Callable[[], Problem], small: Layer, cut: tuple[Columns | None, Columns | None]
 ) -> Problem:
-    """The problem of ``small``, which is ``layer`` with the outputs and inputs that are left."""
-    return narrowed(narrower.problem(layer), small, *cut)
+    """The problem of ``small``, which is the layer of ``whole`` with the outputs and inputs that are left."""
+    return narrowed(whole(), small, *cut)
 
 
 def _few(widths: Sequence[int]) -> set[int]:

@@ -260,17 +260,22 @@ def factors(
 def group(
     layer: Layer, weight: Array, metric: Metric, kind: str, image: Array | None = None
 ) -> separable.Separable:
-    """``weight`` (n, columns) and its metric grouped for a separable form, and factorised, float32.
+    """``weight`` (n, columns) and its metric grouped for a separable form, and factorised once, float32.
 
     ``image`` (n, columns), if it is known, is W H.
     """
     xp = namespace(weight)
     groups = shared_groups(layer.kernel, kind)
     weight = cast(weight, xp.float32)
-    matrix = metric.matrix(weight)
-    image = weight @ matrix if image is None else cast(image, xp.float32)
-    grouped = separable.grouped_metric(group_metric(matrix, groups))
-    return separable.prepare(group_weight(weight, groups), grouped, group_weight(image, groups))
+    grouped = metric.factorised.get(groups)
+    if image is not None:
+        image = cast(image, xp.float32)
+    if grouped is None:
+        matrix = metric.matrix(weight)
+        image = weight @ matrix if image is None else image
+        grouped = metric.factorised[groups] = separable.grouped_metric(group_metric(matrix, groups))
+    product = None if image is None else group_weight(image, groups)
+    return separable.prepare(group_weight(weight, groups), grouped, product)
 
 
 def choose_channels(problem: Problem, form: Form) -> Elimination:

@@ -13,8 +13,9 @@ that are reported are exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -36,12 +37,13 @@ class Metric:
     """H = C + damping I, the damped second moment of a layer's inputs.
 
     C (m, m) is ``second``, or rows^T rows / N for ``rows`` (N, m). If both are None, nothing is known of the
-    inputs and C is the identity.
+    inputs and C is the identity. ``factorised`` holds what was made of it once, by the groups of inputs.
     """
 
     second: Array | None
     rows: Array | None
     damping: float
+    factorised: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def apply(self, weight: Array) -> Array:
         """``weight`` (n, m) times H, (n, m)."""

@@ -50,12 +50,13 @@ more than asked for, and POWERS of the matrix. Source: Halko, Martinsson, Tropp,
 class GroupedMetric:
     """The damped second moment of grouped inputs: ``blocks`` (B, B, A, A), C_bd = E[x_b x_d^T], float32.
 
-    ``mean`` (A, A) is that of the C_bb, and ``inverse`` its inverse, both float64.
+    ``mean`` (A, A) is that of the C_bb, ``inverse`` its inverse and ``root`` its Cholesky factor, float64.
     """
 
     blocks: Array
     mean: Array
     inverse: Array
+    root: Array
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def grouped_metric(blocks: Array) -> GroupedMetric:
     blocks = xp.reshape(xp.reshape(blocks, (-1,)), blocks.shape)
     mean = cast(sum(blocks[b, b, ...] for b in range(groups)) / groups, xp.float64)
     mean = add_to_diagonal((mean + mean.T) / 2, 1e-10 * trace(mean) / mean.shape[0])
-    return GroupedMetric(blocks, mean, spd_inverse(mean))
+    return GroupedMetric(blocks, mean, spd_inverse(mean), xp.linalg.cholesky(mean))
 
 
 def prepare(weight: Array, metric: GroupedMetric, product: Array | None = None) -> Separable:
@@ -122,7 +123,7 @@ def leading_directions(problem: Separable, rank: int) -> Array:
     Its rows are orthonormal in that metric.
     """
     xp = namespace(problem.weight)
-    root = xp.linalg.cholesky(problem.metric.mean)
+    root = problem.metric.root
     stacked = xp.reshape(problem.weight, (-1, problem.weight.shape[2])) @ cast(root, problem.weight.dtype)
     found = _leading(stacked.T @ stacked, rank)
     directions = (root @ cast(found, xp.float64)).T @ problem.metric.inverse
