@@ -279,7 +279,8 @@ def test_a_bias_listed_among_the_inputs_is_a_callers_to_override() -> None:
 @pytest.mark.parametrize("flat", [True, False], ids=["flat places", "places by axis"])
 def test_a_sparse_weight_is_a_weight(flat: bool) -> None:
     places = np.flatnonzero(W.ravel() > 0) if flat else np.argwhere(W > 0)
-    model = make([helper.make_node("Gemm", ["x", "w"], ["y"])])
+    model = make([helper.make_node("Gemm", ["x", "w"], ["y"])], {"w": W})
+    del model.proto.graph.initializer[:]
     values = numpy_helper.from_array(W[W > 0], "w")
     indices = numpy_helper.from_array(places.astype(np.int64), "w_places")
     model.proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, W.shape))
