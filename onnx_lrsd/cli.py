@@ -45,6 +45,7 @@ from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.measure.drift import drift
 from onnx_lrsd.option import (
+    Address,
     Choice,
     Duration,
     Flag,
@@ -92,7 +93,7 @@ VERBOSE, ARGUMENTS, GIVEN = "onnx_lrsd.verbose", "onnx_lrsd.arguments", "onnx_lr
 
 GOAL_OPTIONS = (
     *("ratio", "max_error", "max_drop", "metric", "weights", "int8", "precision"),
-    *("cost", "device", "work_dir"),
+    *("cost", "device", "work_dir", "jobs", "dask"),
 )
 """Options of optimize that calibrate does not need."""
 
@@ -310,7 +311,7 @@ def _click_options(option: Option) -> dict[str, Any]:
             }
         case Several():
             return {"type": _listed, "metavar": "LIST"}
-        case Duration():
+        case Address() | Duration():
             return {"metavar": option.metavar}
         case FolderName():
             return {"type": click.Path(path_type=Path), "metavar": option.metavar}

@@ -175,6 +175,16 @@ class Pattern:
 
 
 @dataclass(frozen=True)
+class Address:
+    """The address of a server."""
+
+    def check(self, name: str, value: object) -> None:
+        """Raise OptionError for what is no address."""
+        if not isinstance(value, str) or not value:
+            raise OptionError(f"{{{name}}} is no address: give one like tcp://host:8786.", **{name: value})
+
+
+@dataclass(frozen=True)
 class FolderName:
     """The path of a folder."""
 

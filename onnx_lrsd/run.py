@@ -23,6 +23,7 @@ from onnx_lrsd.graph.external_data import content_hash
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.judge import GroupsOf
 from onnx_lrsd.option import (
+    Address,
     Choice,
     Duration,
     Flag,
@@ -42,6 +43,7 @@ from onnx_lrsd.targets.machine import runtime
 from onnx_lrsd.time_limit import TimeLimit, seconds_of
 from onnx_lrsd.types import COSTS, KINDS, Plan, Progress, Score
 from onnx_lrsd.work_dir import KEEP_NOTHING, Keep, Kept, hash_of, open_work_dir
+from onnx_lrsd.workers import IN_PROCESS, Workers
 
 NO_FORM = "no smaller form is predicted to be faster"
 NO_STORAGE = "no storage that the runtime folds makes it smaller"
@@ -55,7 +57,7 @@ DEFAULT_ERROR = 0.01
 """What the outputs may change by where nothing else is asked for."""
 TOP1 = "top1"
 PRECISIONS = ("fp16",)
-GOALS = ("ratio", "max_error", "max_drop", "metric", "samples", "work_dir", "int8", "time")
+GOALS = ("ratio", "max_error", "max_drop", "metric", "samples", "work_dir", "int8", "time", "jobs", "dask")
 """Options that nothing in the work dir depends on: the samples themselves are part of the key."""
 
 
@@ -135,6 +137,14 @@ class Options:
         Option("Take at most T (90s, 10min, 2h); say what was left out for it.", Duration(), metavar="T"),
     ] = None
     seed: Annotated[int, Option("For what is drawn at random.", Whole(0), metavar="N")] = 0
+    jobs: Annotated[
+        int,
+        Option("Share out curves and fits between N processes.", Whole(1), metavar="N"),
+    ] = 1
+    dask: Annotated[
+        str | None,
+        Option("Share them out between the workers of this Dask scheduler.", Address(), metavar="ADDRESS"),
+    ] = None
     work_dir: Annotated[
         str | Path | None,
         Option(
@@ -148,6 +158,8 @@ class Options:
         """Check each option by itself, then those that have to do with each other."""
         check_options(self)
         self._check_goals(None)
+        if self.dask is not None and self.jobs > 1:
+            raise OptionError("{dask} and {jobs} exclude each other: give one.")
         if self.metric is not None and self.max_drop is None:
             raise OptionError("{metric} goes with {max_drop}, which it measures: give both.")
         self._check_target(TARGETS[self.target or DEFAULT_TARGET])
@@ -247,7 +259,7 @@ class Run:
     ``target`` has the times of ``machine``, which is None where the target has none. ``cost`` is what a
     ratio is of. ``groups`` are those that all comparisons judge outputs in, so that a search and the check of
     what it found go by the same; None until there are samples. ``keep`` looks into the work dir first, where
-    there is one. ``time`` is what the run may take.
+    there is one. ``time`` is what the run may take; ``workers`` do what is shared out.
     """
 
     options: Options
@@ -259,6 +271,7 @@ class Run:
     progress: Progress | None = None
     keep: Keep = KEEP_NOTHING
     time: TimeLimit = field(default_factory=TimeLimit)
+    workers: Workers = IN_PROCESS
 
     @property
     def table(self) -> str:

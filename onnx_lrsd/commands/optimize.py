@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import onnx
 
 from onnx_lrsd.data.holdout import fit_and_check
 from onnx_lrsd.data.samples import Samples
-from onnx_lrsd.errors import UnsupportedModelError
+from onnx_lrsd.errors import OptionError, UnsupportedModelError
 from onnx_lrsd.facts import Details, Int8, LoadCosts, Report, Spectrum, Verification
 from onnx_lrsd.fit.calibrate import (
     Calibration,
@@ -87,6 +88,7 @@ from onnx_lrsd.types import (
     Score,
 )
 from onnx_lrsd.wording import counted
+from onnx_lrsd.workers import workers_for
 
 PartFiles: TypeAlias = str | Path | Sequence[str | Path]
 """A path, a pattern of paths, or a list of these."""
@@ -110,6 +112,7 @@ def optimize(
     dry_run: bool = False,
     details: bool = False,
     moments: PartFiles | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
     target: str | None = None,
     cost: str | None = None,
@@ -127,6 +130,8 @@ def optimize(
     device: str = "auto",
     time: str | float | None = None,
     seed: int = 0,
+    jobs: int = 1,
+    dask: str | None = None,
     work_dir: str | Path | None = None,
 ) -> Result:
     """Make ``model`` smaller and faster with outputs close to the original's.
@@ -135,7 +140,8 @@ def optimize(
     weights alone decide, and the report warns of it. With ``output`` the result is written there,
     atomically. ``plan`` replays an earlier plan; ``dry_run`` stops once there is a plan. With ``details``
     the report has what its page draws. ``moments`` are files that ``calibrate_shard`` wrote, or a pattern of
-    their names, in place of a run over the calibration samples. The rest are the fields of ``Options``.
+    their names, in place of a run over the calibration samples. ``executor``, any of
+    concurrent.futures, does what ``jobs`` would be started for. The rest are the fields of ``Options``.
     Raises OptionError for options that are wrong or do not go together, another LrsdError for anything that
     is wrong with the input.
 
@@ -167,6 +173,8 @@ def optimize(
         device=device,
         time=time,
         seed=seed,
+        jobs=jobs,
+        dask=dask,
         work_dir=work_dir,
     )
     options.check_with(
@@ -177,7 +185,26 @@ def optimize(
         dry_run=dry_run,
         moments=moments,
     )
+    if executor is not None and (jobs > 1 or dask is not None):
+        raise OptionError("{executor} stands in for {jobs} and {dask}: give one of them.")
     run = start(options if plan is not None else options.with_goal(), plan, progress)
+    with workers_for(jobs, executor, dask, run.journal.warn) as workers:
+        run = replace(run, workers=workers)
+        return _optimized(run, model, calibration, evaluation, output, plan, dry_run, details, moments)
+
+
+def _optimized(
+    run: Run,
+    model: str | Path | onnx.ModelProto,
+    calibration: Any,
+    evaluation: Any,
+    output: Path | None,
+    plan: Plan | None,
+    dry_run: bool,
+    details: bool,
+    moments: PartFiles | None,
+) -> Result:
+    """The algorithm, in its order; all is as ``optimize`` has it."""
     ready = prepare(run, model, calibration, evaluation, output=output, plan=plan, moments=moments)
     original, source, known, weight_of = ready.original, ready.source, ready.known, ready.weight_of
     narrower, fitter, fit_on, check_on = ready.narrower, ready.fitter, ready.fit_on, ready.check_on
@@ -673,6 +700,7 @@ def _fitter(
         clock=run.journal.clock,
         progress=run.progress,
         keep=run.keep,
+        workers=run.workers,
     )
     if run.options.precision is not None:
         return KeepingFitter(HalfFitter(plain, run.journal.warn))

@@ -21,6 +21,7 @@ from onnx_lrsd.plan.promise import no_gain, promised, ratio_of
 from onnx_lrsd.plan.search import RatioSearch
 from onnx_lrsd.run import Options, Run, start
 from onnx_lrsd.types import Progress
+from onnx_lrsd.workers import workers_for
 
 RATIOS = (1.2, 1.5, 2.0, 3.0)
 
@@ -64,13 +65,26 @@ def sweep(
     options = options or SweepOptions()
     options.check_with(calibration=calibration, evaluation=evaluation, plan=None, output=None, dry_run=False)
     run = start(options.with_goal(), progress=progress)
+    with workers_for(options.jobs, None, options.dask, run.journal.warn) as workers:
+        return _swept(replace(run, workers=workers), model, calibration, evaluation, folder, options.ratios)
+
+
+def _swept(
+    run: Run,
+    model: str | Path | onnx.ModelProto,
+    calibration: Any,
+    evaluation: Any,
+    folder: Path,
+    ratios: Sequence[float],
+) -> Sweep:
+    """The models for ``ratios``; all is as ``sweep`` has it."""
     ensure_writable(folder / "model.onnx", None)
     ready = prepare(run, model, calibration, evaluation)
     run = replace(ready.run, groups=groups_on(ready.source, ready.check_on))
     original = ready.original
     stem = "model" if original.path is None else original.path.stem
     points = list[SweepPoint]()
-    for ratio, fitted in _models(run, ready, sorted(set(options.ratios))):
+    for ratio, fitted in _models(run, ready, sorted(set(ratios))):
         named = [stem, *([] if ratio is None else [f"{ratio:g}x"]), *(["int8"] if fitted.nodes else [])]
         path = folder / ".".join([*named, "onnx"])
         ensure_writable(path, original.path)

@@ -16,6 +16,7 @@ from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.types import Codes, Entries, Factors, Form, Packed, Pattern, Progress
 from onnx_lrsd.work_dir import KEEP_NOTHING, Keep
+from onnx_lrsd.workers import IN_PROCESS, Workers
 
 ORIGINAL, LOW_RANK, INT8, BOTH = "original", "low rank", "int8", "both"
 """What was done to a model."""
@@ -77,6 +78,7 @@ class LowRankFitter:
     clock: Clock
     progress: Progress | None = None
     keep: Keep = KEEP_NOTHING
+    workers: Workers = IN_PROCESS
 
     def fit(self, forms: Mapping[str, Form]) -> Fitted:
         """The model with every layer in ``forms`` rewritten; the original without any."""
@@ -97,6 +99,7 @@ class LowRankFitter:
             refitted=narrowed.readers,
             device=self.device,
             progress=self.progress,
+            workers=self.workers,
         )
         return model.proto, factors
 

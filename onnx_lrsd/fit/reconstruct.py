@@ -11,8 +11,9 @@ no layer are rounded first, so that the layers behind make good what they can of
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 
 import numpy as np
@@ -34,6 +35,7 @@ from onnx_lrsd.solver.decompose import decompose, refit
 from onnx_lrsd.solver.problem import Problem, output_metric, pose
 from onnx_lrsd.solver.rectified import Rectified
 from onnx_lrsd.types import UNSTRUCTURED, Factors, Form, Layer, Moments, Progress, Rows, Values
+from onnx_lrsd.workers import IN_PROCESS, Workers
 
 STAGES = 32
 """Runs of the network, at most."""
@@ -57,6 +59,7 @@ def reconstruct(
     refitted: Collection[str] = (),
     device: str = "cpu",
     progress: Progress | None = None,
+    workers: Workers = IN_PROCESS,
 ) -> tuple[Model, dict[str, Factors]]:
     """The model with every layer in ``forms`` rewritten, and the factors by layer name.
 
@@ -75,24 +78,22 @@ def reconstruct(
     if calibration is not None:
         chosen = _with_dense(working, layers, changed, weight_of, calibration)
 
-    def fit_alone(
+    def task_of(
         layer: Layer, moments: Mapping[str, Moments], pairs: Mapping[str, tuple[Rows, Rows]]
-    ) -> dict[str, Factors]:
-        """Factors of the layer by its output; none where it stays dense and nothing reaches it."""
-        weight, bias = weight_of(layer)
-        known, form = moments.get(layer.output), forms.get(layer.output)
-        if form is None and layer.output in refitted:
-            problem = pose(layer, weight, bias, known, device)
-            if calibration is None or not _rows_enough(layer, calibration):
-                return {layer.output: refit(replace(problem, weight=to_device(weight, device)))}
-            return {layer.output: refit(problem, _rectified(layer, problem, pairs, limits))}
-        if form is None:
-            problem = pose(layer, weight, bias, known, device, pull=PULL)
-            touched = problem.error(to_device(weight, device)) > TOUCHED
-            return {layer.output: refit(problem)} if touched else {}
-        outputs = _output_metric(layer, read.get(layer.output, ()), weight_of)
-        problem = pose(layer, weight, bias, known, device, outputs, form.pattern.kind == UNSTRUCTURED)
-        return {layer.output: decompose(problem, form, rectified=_rectified(layer, problem, pairs, limits))}
+    ) -> FitTask:
+        form, name = forms.get(layer.output), layer.output
+        return FitTask(
+            layer=layer,
+            affine=weight_of(layer),
+            moments=moments.get(name),
+            form=form,
+            refitted=name in refitted,
+            bias_alone=calibration is None or not _rows_enough(layer, calibration),
+            outputs=None if form is None else _output_metric(layer, read.get(name, ()), weight_of),
+            pairs=pairs.get(name),
+            limits=limits.get(name),
+            device=device,
+        )
 
     fitted: dict[str, Factors] = {}
     for constant in constants:
@@ -111,11 +112,17 @@ def reconstruct(
             here = [layer for unit in stage for layer in unit]
             later = waiting[done:]
             moments, pairs = recalibrate(rewritten, here, calibration, weight_of, behind, relay, later)
+        single = [unit[0] for unit in stage if len(unit) == 1]
+        tasks = partial(_task_at, single, partial(task_of, moments=moments, pairs=pairs))
+        made = dict(
+            zip((la.output for la in single), workers.map(fit_alone, tasks, len(single)), strict=True)
+        )
         for unit in stage:
             if len(unit) > 1:
                 found = fit_shared(unit, forms[unit[0].output], weight_of, moments, device)
             else:
-                found = fit_alone(unit[0], moments, pairs)
+                factors = made[unit[0].output]
+                found = {} if factors is None else {unit[0].output: factors}
             stored: Stored | None = {} if len(unit) > 1 else None
             for layer in unit:
                 if layer.output in found:
@@ -146,17 +153,54 @@ def biases_added(layers: Sequence[Layer], factors: Mapping[str, Factors], weight
     )
 
 
-def _rectified(
-    layer: Layer,
-    problem: Problem,
-    pairs: Mapping[str, tuple[Rows, Rows]],
-    limits: Mapping[str, tuple[float, float]],
-) -> Rectified | None:
-    """What the rectifier behind ``layer`` lets pass, if there is one."""
-    if layer.output not in pairs:
+@dataclass(frozen=True, kw_only=True)
+class FitTask:
+    """A layer to fit alone, for a worker: W and b, moments of its inputs, and its form, None for a dense one.
+
+    A dense layer is ``refitted`` in any case, by its ``bias_alone`` where rows are few, or if what comes
+    before it reaches it. ``outputs`` is what an error of its outputs counts; ``pairs`` are rows of inputs and
+    outputs, where a rectifier with these ``limits`` follows.
+    """
+
+    layer: Layer
+    affine: tuple[Values, Values]
+    moments: Moments | None
+    form: Form | None
+    refitted: bool
+    bias_alone: bool
+    outputs: Values | None
+    pairs: tuple[Rows, Rows] | None
+    limits: tuple[float, float] | None
+    device: str
+
+
+def fit_alone(task: FitTask) -> Factors | None:
+    """Factors of the layer of a task; None where it stays dense and nothing reaches it."""
+    (weight, bias), layer, device = task.affine, task.layer, task.device
+    if task.form is None and task.refitted:
+        problem = pose(layer, weight, bias, task.moments, device)
+        if task.bias_alone:
+            return refit(replace(problem, weight=to_device(weight, device)))
+        return refit(problem, _rectified(task, problem))
+    if task.form is None:
+        problem = pose(layer, weight, bias, task.moments, device, pull=PULL)
+        touched = problem.error(to_device(weight, device)) > TOUCHED
+        return refit(problem) if touched else None
+    entries = task.form.pattern.kind == UNSTRUCTURED
+    problem = pose(layer, weight, bias, task.moments, device, task.outputs, entries)
+    return decompose(problem, task.form, rectified=_rectified(task, problem))
+
+
+def _task_at(layers: Sequence[Layer], task_of: Callable[[Layer], FitTask], index: int) -> FitTask:
+    return task_of(layers[index])
+
+
+def _rectified(task: FitTask, problem: Problem) -> Rectified | None:
+    """What the rectifier behind a layer lets pass, if there is one."""
+    if task.pairs is None or task.limits is None:
         return None
-    low, high = (problem.scale * limit for limit in limits[layer.output])
-    return Rectified(*pairs[layer.output], low, high)
+    low, high = (problem.scale * limit for limit in task.limits)
+    return Rectified(*task.pairs, low, high)
 
 
 def _rows_enough(layer: Layer, calibration: Calibration) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
+from typing import TypeVar
 
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf
 from onnx_lrsd.fit.narrow import Inner, Narrower, narrow_layer
@@ -17,11 +18,25 @@ from onnx_lrsd.plan.units import Curves, KeptOf, PairCurve
 from onnx_lrsd.run import NO_FORM, NO_STORAGE, NO_TIME, Run
 from onnx_lrsd.solver.problem import Problem
 from onnx_lrsd.solver.width import Columns, narrowed
-from onnx_lrsd.targets import Target, price
+from onnx_lrsd.targets import TARGETS, Machine, Target, price
 from onnx_lrsd.targets.chains import RANK_MULTIPLE
 from onnx_lrsd.time_limit import TRIED, WIDENED
-from onnx_lrsd.types import DENSE, KINDS, WIDTH, ErrorCurve, Form, Layer, Pattern, Point, Price
+from onnx_lrsd.types import (
+    DENSE,
+    KINDS,
+    WIDTH,
+    ErrorCurve,
+    Form,
+    Layer,
+    Moments,
+    Pattern,
+    Point,
+    Price,
+    Values,
+)
 from onnx_lrsd.wording import counted
+
+Made = TypeVar("Made")
 
 NOTHING = Price(0, 0, 0, 0.0)
 SHARES = 16
@@ -35,43 +50,150 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
 
     Layers that apply one weight have one curve.
     """
-    kinds = run.options.forms or KINDS
-    units, done, late = groups(known.layers), 0, 0
-    curves = dict[str, ErrorCurve]()
+    units = groups(known.layers)
     # Where time may run out, most is to be gained of the layers with most work.
-    for layers in sorted(units, key=_work, reverse=True) if run.time.limited else units:
-        names = [layer.output for layer in layers]
-        # Speed decides which forms are worth trying: the layer that runs most often asks for most.
-        often = replace(max(layers, key=_positions), shares="", also_read=layers[0].also_read)
-        forms = run.target.forms(often, kinds)
-        moments = [known.moments[name] for name in names if name in known.moments]
-        if layers[0].also_read and run.cost in STORED:
-            reason = f"{layers[0].also_read} reads its weight as well, which would stay beside a smaller one"
-            run.journal.leave(names, reason)
-            forms = ()
-        elif not forms:
-            run.journal.leave(names, NO_STORAGE if run.target.stores_codes else NO_FORM)
-        elif moments and not known.left_out.keys().isdisjoint(names) and not any(m.count for m in moments):
-            run.journal.leave(names, "its input is not finite on the calibration data")
-            forms = ()
-        elif run.time.passed(TRIED):
-            run.journal.leave(names, NO_TIME)
-            forms, late = (), late + 1
-        points = [_point(run.target, layers, Form(DENSE), 0.0)]
-        if forms:
-            others = [layer for layer in layers if layer.output != often.output]
-            pose = partial(pose_shared, [often, *others], weight_of, known.moments, run.options.device)
-            found = _errors(run, (names,), pose)
-            points += [_point(run.target, layers, f, e) for f, e in found.items() if e <= MOST_ERROR]
-            if len(points) == 1:
-                run.journal.leave(names, "every smaller form loses too much of its output")
-        curves[names[0]] = ErrorCurve(layers[0], tuple(points), layers[1:])
-        done += len(layers)
+    order = sorted(units, key=_work, reverse=True) if run.time.limited else units
+    found = [(layers, _often(run, known, layers)) for layers in order]
+    wanted = [(layers, often) for layers, often in found if often is not None]
+
+    def task_of(index: int) -> CurveTask:
+        layers, often = wanted[index]
+        return _task(
+            run,
+            layers=(often, *(layer for layer in layers if layer.output != often.output)),
+            affine={layer.output: weight_of(layer) for layer in layers},
+            moments={la.output: known.moments[la.output] for la in layers if la.output in known.moments},
+        )
+
+    def told(done: int) -> None:
         if run.progress is not None:
-            run.progress("curves", done, len(known.layers))
+            run.progress("curves", done, len(wanted))
+
+    errors: dict[str, Mapping[Form, float]] = {}
+    size = run.workers.count if run.time.limited else max(len(wanted), 1)
+    for start in range(0, len(wanted), size):
+        if run.time.passed(TRIED):
+            break
+        here = [layers for layers, _ in wanted[start : start + size]]
+        facts = [([layer.output for layer in layers],) for layers in here]
+        made = _shared_errors(run, facts, partial(_after, task_of, start), partial(_after, told, start))
+        errors |= {layers[0].output: one for layers, one in zip(here, made, strict=True)}
+    late = [layers for layers, _ in wanted[len(errors) :]]
+    for layers in late:
+        run.journal.leave([layer.output for layer in layers], NO_TIME)
     if late:
-        run.time.leave_out(f"smaller forms of {late} of {counted(len(units), 'weight')}")
-    return [curves[layers[0].output] for layers in units]
+        run.time.leave_out(f"smaller forms of {len(late)} of {counted(len(units), 'weight')}")
+    curves = []
+    for layers in units:
+        points = [_point(run.target, layers, Form(DENSE), 0.0)]
+        if layers[0].output in errors:
+            forms = errors[layers[0].output].items()
+            points += [
+                _point(run.target, layers, form, error) for form, error in forms if error <= MOST_ERROR
+            ]
+            if len(points) == 1:
+                names = [layer.output for layer in layers]
+                run.journal.leave(names, "every smaller form loses too much of its output")
+        curves.append(ErrorCurve(layers[0], tuple(points), layers[1:]))
+    return curves
+
+
+def _after(function: Callable[[int], Made], start: int, index: int) -> Made:
+    """``function`` of what is ``index`` behind ``start``."""
+    return function(start + index)
+
+
+def _often(run: Run, known: Calibration, layers: tuple[Layer, ...]) -> Layer | None:
+    """Of layers that apply one weight the one that decides which forms are worth trying for all.
+
+    Speed decides: it is the one that runs most often. None where no form is, which is noted.
+    """
+    names = [layer.output for layer in layers]
+    often = replace(max(layers, key=_positions), shares="", also_read=layers[0].also_read)
+    moments = [known.moments[name] for name in names if name in known.moments]
+    if layers[0].also_read and run.cost in STORED:
+        reason = f"{layers[0].also_read} reads its weight as well, which would stay beside a smaller one"
+        run.journal.leave(names, reason)
+        return None
+    if not run.target.forms(often, run.options.forms or KINDS):
+        run.journal.leave(names, NO_STORAGE if run.target.stores_codes else NO_FORM)
+        return None
+    if moments and not known.left_out.keys().isdisjoint(names) and not any(m.count for m in moments):
+        run.journal.leave(names, "its input is not finite on the calibration data")
+        return None
+    return often
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveTask:
+    """The problem of layers that apply one weight, and what its errors depend on, for a worker.
+
+    ``affine`` has W and b, and ``moments`` those of the inputs, of each layer by its output.
+    """
+
+    target: str
+    machine: Machine | None
+    kinds: tuple[str, ...]
+    weights: str | None
+    device: str
+    layers: tuple[Layer, ...]
+    affine: Mapping[str, tuple[Values, Values]]
+    moments: Mapping[str, Moments]
+
+
+def errors_of(task: CurveTask) -> dict[Form, float]:
+    """The errors of every form worth trying for the layers of a task."""
+    target = TARGETS[task.target]
+    target = target if task.machine is None else target.on(task.machine)
+    problem = pose_shared(task.layers, lambda la: task.affine[la.output], task.moments, task.device)
+    return dict(target.errors(problem, task.kinds, task.weights))
+
+
+def _task(
+    run: Run,
+    layers: tuple[Layer, ...],
+    affine: Mapping[str, tuple[Values, Values]],
+    moments: Mapping[str, Moments],
+) -> CurveTask:
+    return CurveTask(
+        target=run.target.name,
+        machine=run.machine,
+        kinds=run.options.forms or KINDS,
+        weights=run.weights,
+        device=run.options.device,
+        layers=layers,
+        affine=affine,
+        moments=moments,
+    )
+
+
+def _work(layers: Sequence[Layer]) -> int:
+    """MACs of the layers, or numbers in their weight where they have none."""
+    return max(layer.n * layer.m * max(layer.positions, 1) for layer in layers)
+
+
+def _shared_errors(
+    run: Run,
+    facts: Sequence[tuple[object, ...]],
+    task_of: Callable[[int], CurveTask],
+    told: Callable[[int], None] = lambda done: None,
+) -> list[Mapping[Form, float]]:
+    """The errors of the forms in the problems that ``facts`` stand for; workers do what is not kept."""
+    classes = Form, Pattern
+    kept = [run.keep.look("errors", fact, classes) for fact in facts]
+    missing = [index for index, found in enumerate(kept) if found is None]
+    made = run.workers.map(
+        errors_of,
+        lambda index: task_of(missing[index]),
+        len(missing),
+        lambda done: told(len(facts) - len(missing) + done),
+    )
+    new = dict(zip(missing, made, strict=True))
+
+    def stored(index: int) -> Mapping[Form, float]:
+        return run.keep("errors", facts[index], partial(dict, new[index]), classes)
+
+    return [stored(index) if found is None else found[0] for index, found in enumerate(kept)]
 
 
 def _errors(run: Run, what: tuple[object, ...], posed: Callable[[], Problem]) -> Mapping[Form, float]:
@@ -80,11 +202,6 @@ def _errors(run: Run, what: tuple[object, ...], posed: Callable[[], Problem]) ->
     return run.keep(
         "errors", what, lambda: dict(run.target.errors(posed(), kinds, run.weights)), (Form, Pattern)
     )
-
-
-def _work(layers: Sequence[Layer]) -> int:
-    """MACs of the layers, or numbers in their weight where they have none."""
-    return max(layer.n * layer.m * max(layer.positions, 1) for layer in layers)
 
 
 def _positions(layer: Layer) -> int:

@@ -1,0 +1,188 @@
+"""Work that is shared out to other processes, on this machine or on others, with the results of one process.
+
+A task is a function of a module and one argument, both of which can be pickled. One that fails, most often as
+its worker died, is done again, and if it fails there too by the main process, where an error of its own is
+raised. BLAS threads are divided between workers. Results depend on their number in the last digits, so a task
+has as many of them wherever it is done.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from threadpoolctl import threadpool_limits
+
+from onnx_lrsd.errors import DeviceError
+
+AHEAD = 2
+"""Tasks that are handed out ahead, for each worker; their arguments may be large."""
+CONNECT_SECONDS = 10
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+"""What libraries read once, as they are loaded, of how many threads they may have."""
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+@dataclass(eq=False)
+class Workers:
+    """Does tasks in ``executor``, in this process where it is None.
+
+    Each has ``threads`` for BLAS. ``renew`` makes another executor where one is broken; None where it came
+    from outside. ``warn`` is told once of a worker that died.
+    """
+
+    executor: Executor | None = None
+    count: int = 1
+    threads: int = 0
+    renew: Callable[[], Executor] | None = None
+    warn: Callable[[str], None] = lambda said: None
+    _warned: bool = field(default=False, init=False)
+
+    def map(
+        self,
+        task: Callable[[Given], Made],
+        given: Callable[[int], Given],
+        count: int,
+        done: Callable[[int], None] = lambda count: None,
+    ) -> list[Made]:
+        """``task`` of ``given(0)`` to ``given(count - 1)``, in this order; ``done`` is told how many are."""
+        if self.executor is None:
+            found = []
+            for index in range(count):
+                found.append(task(given(index)))
+                done(len(found))
+            return found
+        made: dict[int, Made] = {}
+        for _ in range(2):
+            missing = [index for index in range(count) if index not in made]
+            for index, value in self._handed_out(task, given, missing):
+                made[index] = value
+                done(len(made))
+            if len(made) == count:
+                break
+            self._note(count - len(made))
+        with threadpool_limits(self.threads):
+            for index in range(count):
+                if index not in made:
+                    made[index] = task(given(index))
+                    done(len(made))
+        return [made[index] for index in range(count)]
+
+    def _handed_out(
+        self, task: Callable[[Given], Made], given: Callable[[int], Given], missing: Sequence[int]
+    ) -> Iterator[tuple[int, Made]]:
+        """What workers made of those ``missing``, as far as they did."""
+        assert self.executor is not None
+        upcoming, waiting = deque(missing), deque[tuple[int, Future[Made]]]()
+        while upcoming or waiting:
+            while upcoming and len(waiting) < AHEAD * self.count:
+                index = upcoming.popleft()
+                argument = given(index)
+                try:
+                    future = self.executor.submit(_limited, os.getpid(), self.threads, task, argument)
+                except Exception:  # a broken pool, a client without its scheduler: each library has its own
+                    upcoming.clear()
+                    break
+                waiting.append((index, future))
+            if waiting:
+                index, future = waiting.popleft()
+                with suppress(Exception):  # the main process does it then, and raises what is the task's own
+                    yield index, future.result()
+
+    def _note(self, count: int) -> None:
+        if not self._warned:
+            self.warn(f"A worker was lost or failed: {count} of its tasks were done again.")
+            self._warned = True
+        if self.renew is not None and self.executor is not None:
+            self.executor.shutdown(wait=False, cancel_futures=True)
+            self.executor = self.renew()
+
+
+IN_PROCESS = Workers()
+
+
+def _limited(parent: int, threads: int, task: Callable[[Any], Any], given: Any) -> Any:
+    """``task(given)`` with so many threads; those of the process itself are for it to limit."""
+    if os.getpid() == parent:
+        return task(given)
+    with threadpool_limits(threads):
+        return task(given)
+
+
+@contextmanager
+def workers_for(
+    jobs: int | None,
+    executor: Executor | None = None,
+    scheduler: str | None = None,
+    warn: Callable[[str], None] = lambda said: None,
+) -> Iterator[Workers]:
+    """So many processes, or ``executor``, or the workers of Dask's ``scheduler``; none of them: this process.
+
+    Raises DeviceError for a scheduler that is not there.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ExitStack() as stack:
+        if scheduler is not None:
+            client = stack.enter_context(_client(scheduler))
+            count = sum(client.nthreads().values())
+            yield Workers(client.get_executor(pure=False, retries=1), max(count, 1), 1, None, warn)
+            return
+        if executor is not None:
+            count = int(getattr(executor, "_max_workers", cores))
+            threads = max(cores // count, 1)
+            stack.enter_context(threadpool_limits(threads))  # for an executor of threads
+            yield Workers(executor, count, threads, None, warn)
+            return
+        if jobs is None or jobs == 1:
+            yield IN_PROCESS
+            return
+        threads = max(cores // jobs, 1)
+        stack.enter_context(_environment(threads))
+
+        def pool() -> ProcessPoolExecutor:
+            return ProcessPoolExecutor(jobs, get_context("spawn"))
+
+        workers = Workers(pool(), jobs, threads, pool, warn)
+        try:
+            yield workers
+        finally:
+            if workers.executor is not None:
+                workers.executor.shutdown(cancel_futures=True)
+
+
+def _client(scheduler: str) -> Any:
+    """A client of the scheduler at this address. Raises DeviceError."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise DeviceError("Dask is not installed: pip install onnx-lrsd[dask], or use --jobs.") from None
+    try:
+        client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TimeoutError):
+        raise DeviceError(
+            f"There is no scheduler of Dask at {scheduler}: check the address, or leave it out."
+        ) from None
+    return client
+
+
+@contextmanager
+def _environment(threads: int) -> Iterator[None]:
+    """For processes that start within: so many threads for their libraries."""
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
