@@ -34,5 +34,7 @@ def test_imports_by_name_hide_nothing_from_the_contracts() -> None:
     assert found <= {
         ("onnx_lrsd/runtime/session.py", "onnxruntime"),
         ("onnx_lrsd/runtime/quantiser.py", "onnxruntime.quantization"),
+        ("onnx_lrsd/runtime/half.py", "onnxruntime.quantization"),
+        ("onnx_lrsd/runtime/half.py", "onnxruntime.transformers.float16"),
         ("onnx_lrsd/arrays.py", "cupy"),
     }
