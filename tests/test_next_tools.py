@@ -1,4 +1,4 @@
-"""The study of what people run beside the tool: each tool before and after ours, and what cannot be is said."""
+"""What people run beside the tool: each before and after ours, and what cannot be is said."""
 
 from __future__ import annotations
 
