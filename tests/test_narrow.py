@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -354,3 +355,27 @@ def test_what_narrow_cuts_move_is_not_told_by_one_that_moves_little() -> None:
     planner.weigh(measure)
     assert asked[0]["p"] == Form(WIDTH, 24) and asked[1] == {"p": Form(WIDTH, 16)}
     assert planner.sensitivity["p"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("lost", "macs", "cut_stays"), [(0.012, 1e6, True), (0.02, 1e6, False), (0.02, 1e12, True)]
+)
+def test_cut_channels_go_where_other_samples_show_that_they_lose_clearly_more(
+    monkeypatch: pytest.MonkeyPatch, lost: float, macs: float, cut_stays: bool
+) -> None:
+    """Plans for MACs are fitted with and without cut channels, but for models where a fit takes minutes."""
+    pair = PairCurve(key="p", channels=32, producers=("a",), consumers=("b",), points=())
+    few = SimpleNamespace(count=100)
+    run = start(Options(ratio=2.0))
+    total = Price(int(macs), 1024, 4096, 1024.0)
+    planner = Planner(run, None, Curves((), (pair,), {}), total, {}, few)  # type: ignore[arg-type]
+    with_cut, without = {"p": Form(WIDTH, 16)}, {"a": Form(CHANNEL, 8)}
+    monkeypatch.setattr(Planner, "for_ratio", lambda self, ratio: with_cut if self.curves.pairs else without)
+    errors = {"p": lost, "a": 0.01}
+    monkeypatch.setattr(
+        Planner, "_compared", lambda self, model, samples: SimpleNamespace(error=errors[next(iter(model))])
+    )
+    fitter = SimpleNamespace(fit=lambda forms: SimpleNamespace(model=forms))
+    x = read_samples({"x": np.zeros((8, 32), np.float32)}, inputs_of(network()))
+    search, _ = planner.search(fitter, x)
+    assert search.propose() == (with_cut if cut_stays else without)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from math import log
 from statistics import median
@@ -32,7 +33,10 @@ MUCH_CHEAPER = 0.75
 _ROUNDS = 6
 """Allocations at most, each without the forms that the one before found to be no faster."""
 LOSES = 1.25
-"""How many times as much a plan may lose because it is predicted to be faster at the MACs asked for."""
+"""How many times as much a plan may lose because it is predicted to be faster at the MACs asked for, or has
+fewer nodes."""
+AFFORDABLE = 2e11
+"""MACs of all samples to fit on up to which two plans are fitted: with more a second fit takes minutes."""
 MODERATE = 0.03
 """Relative error of a layer at which its sensitivity is measured first."""
 CLOSE = 1.5
@@ -218,7 +222,8 @@ class Planner:
         run, options = self.run, self.run.options
         if options.ratio is not None:
             reached = partial(ratio_of, cost=run.cost)
-            return RatioSearch(options.ratio, self.for_ratio, reached, run.announce, run.time), check_on
+            make = partial(self._better_for, fitter=fitter, samples=search_and_confirm(check_on)[0])
+            return RatioSearch(options.ratio, make, reached, run.announce, run.time), check_on
         hint = ", or try --int8" if run.int8_may_gain else ""
         one, other = search_and_confirm(check_on)
         if options.max_drop is not None:
@@ -244,6 +249,26 @@ class Planner:
         return Search(
             run.target.first_ratio, self.for_ratio, bound, error_limit, run.announce, run.time
         ), other
+
+    def _better_for(self, ratio: float, *, fitter: Fitter, samples: Samples) -> Forms:
+        """Forms for ``ratio``, without cut channels where these are found to lose clearly more.
+
+        What a cut moves in the outputs is measured at one width and scatters with the samples, so plans for
+        MACs are fitted both ways and judged on ``samples``, on which nothing was fitted (results/spread.md).
+        """
+        forms = self.for_ratio(ratio)
+        cut = any(form.kind == WIDTH for form in forms.values())
+        affordable = self.run.cost == "macs" and self.whole * self.samples.count <= AFFORDABLE
+        if not cut or not affordable or self.run.time.passed(PLANNED):
+            return forms
+        plain = copy(self)
+        plain.curves = Curves(self.curves.layers)
+        try:
+            others = plain.for_ratio(ratio)
+        except BudgetError:
+            return forms
+        lost, less = (self._compared(fitter.fit(each).model, samples).error for each in (forms, others))
+        return others if LOSES * less < lost else forms
 
     def _compared(self, model: Model, samples: Samples) -> Verification:
         run = self.run
