@@ -95,6 +95,10 @@ def test_each_model_is_measured_beside_the_original(found: Sweep) -> None:
     for point in found.points:
         seen = point.verification
         assert seen.latency_ratio is not None and seen.latency_interval is not None
+        assert seen.before.latency_ms == found.points[0].verification.before.latency_ms
+        before, after = seen.before.latency_ms, seen.after.latency_ms
+        assert before is not None and after is not None
+        assert before / after == pytest.approx(seen.latency_ratio)
         low, high = seen.error_interval
         assert 0 < low <= seen.error <= high
         assert point.promise.kind == "max_error" and point.promise.kept == (high <= 0.2)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import onnx
@@ -98,7 +99,7 @@ def _swept(
                 ratio=ratio, int8=fitted.nodes > 0, output=str(path), verification=found, promise=promise
             )
         )
-    points.sort(key=lambda point: (point.int8, point.ratio or 0.0))
+    points = _beside_one_original(sorted(points, key=lambda point: (point.int8, point.ratio or 0.0)))
     gains = "latency" if run.target.timed_here and run.cost in ("macs", "latency") else run.cost
     return Sweep(
         input=str(original.path or "model"),
@@ -158,6 +159,29 @@ def _fitted(run: Run, ready: Prepared, ratio: float, search: RatioSearch) -> lis
 def _found(run: Run, ready: Prepared, fitted: Fitted, *, latency: bool = True) -> Verification:
     with run.journal.clock("verify"):
         return verify(run, ready.original, ready.known.layers, fitted, ready.check_on, latency=latency)
+
+
+def _beside_one_original(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+    """The points with the latency of one original, the median, and their own as many times less.
+
+    Each was timed in turns with the original, in its own minutes: ratios compare, milliseconds do not.
+    """
+    seen = [point.verification for point in points]
+    known = [found.before.latency_ms for found in seen if found.before.latency_ms is not None]
+    if not known:
+        return list(points)
+    common = median(known)
+    timed = [
+        replace(
+            found,
+            before=replace(found.before, latency_ms=common),
+            after=replace(found.after, latency_ms=common / found.latency_ratio),
+        )
+        if found.latency_ratio
+        else found
+        for found in seen
+    ]
+    return [replace(point, verification=found) for point, found in zip(points, timed, strict=True)]
 
 
 def _best(run: Run, points: Sequence[SweepPoint], gains: str) -> int | None:
