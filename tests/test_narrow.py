@@ -36,7 +36,7 @@ from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import CHANNEL, COSTS, DENSE, WIDTH, ErrorCurve, Form, Layer, Point, Price
 
 Values = npt.NDArray[Any]
-MACS = COSTS["macs"]
+MACS, BYTES = COSTS["macs"], COSTS["bytes"]
 INNER = "hb -> y"
 
 
@@ -112,6 +112,16 @@ def test_a_plan_with_widths_is_replayed_to_the_byte() -> None:
         deterministic=True
     )
     assert again.plan == plan
+
+
+@pytest.mark.parametrize("inner", [72, 200])
+def test_widths_are_multiples_of_what_runtimes_like(inner: int) -> None:
+    for ratio in (1.2, 1.6):
+        result = onnx_lrsd.optimize(
+            network(inner), rows(), ratio=ratio, target="tensorrt", forms=("width",), dry_run=True
+        )
+        assert all(width.kept % 16 == 0 for width in result.plan.widths.values())
+        assert result.plan.widths
 
 
 @pytest.mark.parametrize(
@@ -379,3 +389,29 @@ def test_cut_channels_go_where_other_samples_show_that_they_lose_clearly_more(
     x = read_samples({"x": np.zeros((8, 32), np.float32)}, inputs_of(network()))
     search, _ = planner.search(fitter, x)
     assert search.propose() == (with_cut if cut_stays else without)
+
+
+def test_what_joint_choices_leave_of_a_budget_goes_to_single_layers() -> None:
+    """No layer could take a better form at its width within what was asked for."""
+    model = load(network())
+    ranks = {rank: 0.5 / rank for rank in range(1, 9)}
+    nothing = Price(0, 0, 0, 0.0)
+    points = (
+        Point(Form(DENSE), 0.0, nothing),
+        *(Point(Form(WIDTH, width), 0.3 - width / 100, nothing) for width in (24, 16, 8)),
+    )
+    narrow = {("a", (width, 0)): layer_points(width, 16, ranks) for width in (24, 16, 8)}
+    narrow |= {("b", (0, width)): layer_points(16, width, ranks) for width in (24, 16, 8)}
+    pair = PairCurve(key="p", channels=32, producers=("a",), consumers=("b",), points=points)
+    curves = Curves((layer_curve("a", 32, 16, ranks), layer_curve("b", 16, 32, ranks)), (pair,), narrow)
+    run = start(Options(ratio=2.0, target="tensorrt", cost="bytes"))
+    planner = Planner(run, model, curves, Price(1024, 1024, 4096, 1024.0), {}, None)  # type: ignore[arg-type]
+    for ratio in (1.3, 1.7, 2.2, 3.1, 3.7, 4.3):
+        chosen = planner.curves.chosen(planner.for_ratio(ratio))
+        left = 4096 / ratio - sum(BYTES(point) for point in chosen.values())
+        widths = {key: point.form.rank for key, point in chosen.items() if point.form.kind == WIDTH}
+        assert left >= 0
+        for output in ("a", "b"):
+            mine = chosen[output]
+            better = [p for p in planner.curves.points(output, widths) if p.error < mine.error]
+            assert all(BYTES(p) > BYTES(mine) + left for p in better)

@@ -282,6 +282,13 @@ def _narrow_points(
             for form, error in _errors(run, (output, widths), posed).items():
                 if error <= MOST_ERROR:
                     points.append(_timed_by(_point(run.target, [small], form, error), rate))
+        elif run.target.stores_codes:
+            # Rounding costs a share of the energy that hardly depends on how many channels there are.
+            coded = [point for point in curve.points if point.form.kind == DENSE and point.form.coded]
+            for point in coded:
+                ((storage, _),) = point.form.weights
+                form = Form(DENSE, weights=((storage, small.n),))
+                points.append(_point(run.target, [small], form, point.error))
         found[output, widths] = tuple(points)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from math import log
 from statistics import median
@@ -26,7 +27,19 @@ from onnx_lrsd.plan.units import Curves, members_of
 from onnx_lrsd.run import Run
 from onnx_lrsd.targets import price
 from onnx_lrsd.time_limit import PLANNED
-from onnx_lrsd.types import COSTS, DENSE, N_OF_M, UNSTRUCTURED, WIDTH, ErrorCurve, Form, Layer, Point, Price
+from onnx_lrsd.types import (
+    COSTS,
+    DENSE,
+    N_OF_M,
+    UNSTRUCTURED,
+    WIDTH,
+    CostOf,
+    ErrorCurve,
+    Form,
+    Layer,
+    Point,
+    Price,
+)
 
 MUCH_CHEAPER = 0.75
 """Share of a slow form's MACs below which another of its kind may still be fast."""
@@ -303,7 +316,20 @@ class Planner:
         points = allocate(units, self.whole / ratio, self.rest, self.cost, weights)
         if by_macs:
             points = self._by_time(units, weights, points, self.whole / ratio)
-        return members_of(points)
+        return self._spent(members_of(points), self.whole / ratio, by_time if by_macs else None)
+
+    def _spent(self, points: dict[str, Point], budget: float, time: CostOf | None) -> dict[str, Point]:
+        """``points`` with what they leave of the budget spent layer by layer, at the widths they have.
+
+        The joint choices of a unit lie far apart, those of its layers do not.
+        """
+        widths = {name: point.form.rank for name, point in points.items() if point.form.kind == WIDTH}
+        if not widths:
+            return points
+        own = [replace(c, points=self.curves.points(c.layer.output, widths)) for c in self.curves.layers]
+        chosen = {curve.layer.output: points[curve.layer.output] for curve in own}
+        slack = budget - self.rest - sum(self.cost(point) for point in points.values())
+        return points | spend(own, chosen, slack, self.cost, self.sensitivity, time)
 
     def _by_time(
         self,
