@@ -148,3 +148,27 @@ def test_a_run_takes_at_most_what_it_may() -> None:
     result = example(time=8, max_error=0.02)
     assert time.perf_counter() - start < 1.1 * 8
     assert result.report.promise is not None and result.report.verification is not None
+
+
+def test_a_prediction_that_is_off_by_a_factor_leads_a_search_to_its_end_in_few_fits() -> None:
+    made = list[float]()
+
+    def make(ratio: float) -> float:
+        made.append(ratio)
+        return ratio
+
+    def predicted(ratio: float) -> float:
+        return (ratio - 1) ** 4
+
+    def error(ratio: float) -> float:
+        return 3.0 * predicted(ratio)
+
+    for with_prediction in (predicted, None):
+        made.clear()
+        search = Search(2.0, make, error, ErrorLimit(0.01, ""), predicted=with_prediction)
+        found = search.propose()
+        assert found is not None and error(found) <= 0.009
+        if with_prediction is not None:
+            few = len(made)
+            assert few <= 3 and error(found) > 0.006
+    assert few < len(made)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from math import log
+from math import inf, log
 from statistics import median
+from typing import NamedTuple
 
 from onnx_lrsd.data.holdout import search_and_confirm
 from onnx_lrsd.data.samples import Samples
@@ -98,6 +99,7 @@ class Planner:
         """Forms by layer that were unsure alone, and by which the whole model gained."""
         keys = [*(curve.layer.output for curve in curves.layers), *(pair.key for pair in curves.pairs)]
         self.sensitivity = dict.fromkeys(keys, 1.0)
+        self._joined: _Joined | None = None
         self._baselines: dict[int, Baseline] = {}
         self.weighed = False
         """Whether sensitivities were measured; until then all layers count alike."""
@@ -237,6 +239,14 @@ class Planner:
             reached = partial(ratio_of, cost=run.cost)
             make = partial(self._better_for, fitter=fitter, samples=search_and_confirm(check_on)[0])
             return RatioSearch(options.ratio, make, reached, run.announce, run.time), check_on
+        searching = partial(
+            Search,
+            run.target.first_ratio,
+            self.for_ratio,
+            announce=run.announce,
+            time=run.time,
+            predicted=self.predicted if self.weighed else None,
+        )
         hint = ", or try --int8" if run.int8_may_gain else ""
         one, other = search_and_confirm(check_on)
         if options.max_drop is not None:
@@ -248,9 +258,7 @@ class Planner:
                 drop_limit.searched(*halves)
                 return sum(found.error for found in halves) / len(halves)
 
-            return Search(
-                run.target.first_ratio, self.for_ratio, error, drop_limit, run.announce, run.time
-            ), check_on
+            return searching(error, drop_limit), check_on
 
         if check_on.count < 2 * FEW:
             one = other = check_on
@@ -259,9 +267,7 @@ class Planner:
             return self._compared(fitter.fit(forms).model, one).error_bound
 
         error_limit = ErrorLimit(options.max_error or 0.0, hint)
-        return Search(
-            run.target.first_ratio, self.for_ratio, bound, error_limit, run.announce, run.time
-        ), other
+        return searching(bound, error_limit), other
 
     def _better_for(self, ratio: float, *, fitter: Fitter, samples: Samples) -> Forms:
         """Forms for ``ratio``, without cut channels where these are found to lose clearly more.
@@ -296,6 +302,10 @@ class Planner:
             progress=run.progress,
         )
 
+    def predicted(self, ratio: float) -> float:
+        """What a plan for ``ratio`` is predicted to lose; inf where the layers do not bear it."""
+        return next((trial.error for trial in self.frontier([ratio])), inf)
+
     def frontier(self, ratios: Iterable[float]) -> list[Trial]:
         """What a plan for each of ``ratios`` (ascending) is predicted to lose, as far as the layers bear it.
 
@@ -312,7 +322,7 @@ class Planner:
 
     def _allocate(self, ratio: float) -> dict[str, Point]:
         by_macs = self.run.cost == "macs"
-        units, weights = self.curves.joint(self.sensitivity, [self.cost, by_time] if by_macs else [self.cost])
+        units, weights = self._joint([self.cost, by_time] if by_macs else [self.cost])
         points = allocate(units, self.whole / ratio, self.rest, self.cost, weights)
         if by_macs:
             points = self._by_time(units, weights, points, self.whole / ratio)
@@ -330,6 +340,14 @@ class Planner:
         chosen = {curve.layer.output: points[curve.layer.output] for curve in own}
         slack = budget - self.rest - sum(self.cost(point) for point in points.values())
         return points | spend(own, chosen, slack, self.cost, self.sensitivity, time)
+
+    def _joint(self, costs: Sequence[CostOf]) -> tuple[list[ErrorCurve], dict[str, float]]:
+        """The joint choices of all layers, made again only where curves or sensitivities have changed."""
+        known = self._joined
+        if known is None or known.curves is not self.curves or known.sensitivity != self.sensitivity:
+            found = self.curves.joint(self.sensitivity, costs)
+            known = self._joined = _Joined(self.curves, dict(self.sensitivity), *found)
+        return known.units, known.weights
 
     def _by_time(
         self,
@@ -449,6 +467,15 @@ class Planner:
         pair = self._of_all(others), self._of_all(chosen)
         without = whole_speedup(model, layers, pair[0], self.samples, WHOLE_SECONDS, over=pair[1])
         return slow if without > 1 else {}
+
+
+class _Joined(NamedTuple):
+    """The joint choices that follow from curves and sensitivities, and what the error of each counts."""
+
+    curves: Curves
+    sensitivity: dict[str, float]
+    units: list[ErrorCurve]
+    weights: dict[str, float]
 
 
 def _far_from_moderate(point: Point) -> tuple[bool, float]:

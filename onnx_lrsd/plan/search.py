@@ -24,11 +24,15 @@ MARGIN = 0.9
 """What a search for an output error aims at, as a share of what was asked: other samples must confirm it."""
 HAIR = 1.002
 """By how much more than a ratio is planned for, so that it is met exactly."""
+HALVINGS = 7
+"""How often the interval in which a predicted error is looked for is halved."""
 CORRECTIONS = 3
 """Fits that a ratio may take: what a plan costs is known exactly only once it is written."""
 
 Found = TypeVar("Found")
 Forms: TypeAlias = Mapping[str, Form]
+Predicted: TypeAlias = Callable[[float], float]
+"""The output error that a plan for a ratio is expected to have, up to a factor; inf where there is none."""
 Announce: TypeAlias = Callable[[str], None]
 """Tells who watches that a step begins."""
 
@@ -162,7 +166,9 @@ class Search(Generic[Found]):
         limit: Limit,
         announce: Announce = _silent,
         time: TimeLimit | None = None,
+        predicted: Predicted | None = None,
     ) -> None:
+        self._predicted = predicted
         self._time, self._longest = time or TimeLimit(), 0.0
         self._first, self._make, self._error = first, make, error
         self._limit, self._announce = limit, announce
@@ -223,15 +229,19 @@ class Search(Generic[Found]):
     def _next_ratio(self) -> float | None:
         if not self._tried and self._beyond == inf:
             return self._first
-        return next_ratio([entry[:2] for entry in self._tried], self._beyond, self._limit.value())
+        tried = [entry[:2] for entry in self._tried]
+        return next_ratio(tried, self._beyond, self._limit.value(), self._predicted)
 
 
-def next_ratio(tried: Sequence[tuple[float, float]], beyond: float, limit: float) -> float | None:
+def next_ratio(
+    tried: Sequence[tuple[float, float]], beyond: float, limit: float, predicted: Predicted | None = None
+) -> float | None:
     """Where the output error should fall just below ``limit``, going by the (ratio, error) ``tried``.
 
     None if one of these is near enough.
 
-    Between two of them the error is taken as a power of what is saved, ratio - 1; below all as its square.
+    Between two of them the error is taken as a power of what is ``predicted``, below all as a multiple of it;
+    without a prediction as a power of what is saved, ratio - 1, below all as its square.
     """
     low, least = max((entry for entry in tried if entry[1] <= limit), default=(1.0, 0.0))
     high, most = min((entry for entry in tried if entry[0] > low), default=(beyond, inf))
@@ -239,6 +249,8 @@ def next_ratio(tried: Sequence[tuple[float, float]], beyond: float, limit: float
         return low * STEP
     if high / low < NEAR:
         return None
+    if predicted is not None and most < inf and limit > 0:
+        return _by_prediction(predicted, (low, least), (high, most), AIM * limit)
     part = 0.5
     if most < inf and limit > 0:
         power = 2.0
@@ -246,6 +258,31 @@ def next_ratio(tried: Sequence[tuple[float, float]], beyond: float, limit: float
             power = max(log(most / least) / log((high - 1) / (low - 1)), 0.5)
         part = (1 + (high - 1) * (AIM * limit / most) ** (1 / power) - low) / (high - low)
     return low + (high - low) * min(max(part, 0.2), 0.8)
+
+
+def _by_prediction(
+    predicted: Predicted, below: tuple[float, float], above: tuple[float, float], aim: float
+) -> float | None:
+    """The ratio between those of ``below`` and ``above`` (ratio, error) that should have the error ``aim``.
+
+    None where that of ``below``, which was made, is as near to it as a search comes.
+    """
+    (low, least), (high, most) = below, above
+    near, far = predicted(low), predicted(high)
+    wanted = far * aim / most
+    if 0 < least < most and 0 < near < far < inf:
+        wanted = near * (aim / least) ** (log(far / near) / log(most / least))
+    left, right = low, high
+    for _ in range(HALVINGS):
+        middle = (left + right) / 2
+        if predicted(middle) <= wanted:
+            left = middle
+        else:
+            right = middle
+    if least > 0 and left < NEAR * low:
+        return None
+    least_part = 0.05 if low == 1 else 0.2
+    return low + (high - low) * min(max((left - low) / (high - low), least_part), 0.8)
 
 
 class ErrorLimit:

@@ -35,8 +35,9 @@ from onnx_lrsd.solver.problem import Metric, Problem, regress
 from onnx_lrsd.solver.rectified import Rectified, refine_weight
 from onnx_lrsd.types import DENSE, Array, Factors, Form, Layer, whole_channels
 
-PENDING = 64
-"""Columns that are dropped before their updates are carried out."""
+PENDING, PENDING_PART = 64, 16
+"""Columns that are dropped before their updates are carried out, or a sixteenth of all if these are more:
+each time the whole matrix is read and written."""
 UPCOMING = 3
 """Times as many columns are held ready, of the channels that are cheapest to drop."""
 
@@ -84,11 +85,12 @@ def widths(
                 f"columns {own.shape} of {problem.layer.name} are not {total} times distinct inputs"
             )
     share = [1.0] * len(readers) if weights is None else [float(weight) for weight in weights]
-    states = [_Reader(problem, own) for problem, own in zip(readers, columns, strict=True)]
+    pending = max(PENDING, *(problem.weight.shape[1] // PENDING_PART for problem in readers))
+    states = [_Reader(problem, own, pending) for problem, own in zip(readers, columns, strict=True)]
     left = np.arange(total)
     dropped: list[int] = []
     missed: list[list[Array]] = [[] for _ in readers]
-    steps = max(1, PENDING // max(state.taps for state in states))
+    steps = max(1, pending // max(state.taps for state in states))
     xp = namespace(readers[0].weight)
     while len(left) > least:
         gone = from_numpy(np.zeros(len(left)), like=readers[0].weight)
@@ -131,8 +133,8 @@ class _Reader:
     their diagonals, are always up to date.
     """
 
-    def __init__(self, problem: Problem, columns: Columns) -> None:
-        self.taps = columns.shape[1]
+    def __init__(self, problem: Problem, columns: Columns, pending: int) -> None:
+        self.taps, self.most = columns.shape[1], pending
         beside = np.setdiff1d(np.arange(problem.weight.shape[1]), columns)
         order = indices(np.concatenate([columns.ravel(), beside]), problem.weight)
         xp = namespace(problem.weight)
@@ -151,7 +153,7 @@ class _Reader:
         b = xp.permute_dims(b, (1, 0, 2))
         self.grams = xp.matmul(xp.permute_dims(b, (0, 2, 1)), b)
         self.inverses = self.inverse.blocks(channels, taps)
-        room, (outputs, inputs) = PENDING + taps, self.weight.shape
+        room, (outputs, inputs) = self.most + taps, self.weight.shape
         self.pending = 0
         self.lower, self.product = (zeros((room, inputs), self.weight) for _ in range(2))
         self.left = zeros((room, outputs), self.weight)
