@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks import honesty, rules
+from benchmarks import honesty, rules, scale
 from benchmarks.__main__ import STUDIES, main
 from benchmarks.detections import read_lines
 from benchmarks.mutate import dense
@@ -72,3 +72,19 @@ def test_each_model_is_judged_once_with_its_own_samples_and_the_smallest_first(t
     rows = [{"model": "a.onnx", "asked": "1.5", "code": code} for code in (0, None)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert honesty.kept_rows(tmp_path / "rows.json") == rows[:1]
+
+
+def test_scale_finds_the_powers_and_the_bytes_that_are_there() -> None:
+    def row(size: int, count: int) -> dict[str, float]:
+        return {
+            "size": size,
+            "count": count,
+            "seconds": 3e-9 * size**3 * count,
+            "bytes": 5e7 + 12 * size**2 * count,
+        }
+
+    rows = {"size": [row(size, 2) for size in (256, 512, 1024)], "count": [row(256, n) for n in (2, 4, 8)]}
+    assert scale.exponent(rows["size"], "size", "seconds") == pytest.approx(3)
+    assert scale.exponent(rows["count"], "count", "seconds") == pytest.approx(1)
+    assert scale.bytes_a_parameter(rows) == pytest.approx(12)
+    assert scale.projected_seconds(rows) == pytest.approx(3e-9 * scale.LARGE_SIZE**3 * scale.LARGE_COUNT)

@@ -1,0 +1,161 @@
+"""How time and memory grow: with the size of layers, their number, samples, and the processes it is done by.
+
+    python -m benchmarks scale [--sizes 512,768,1024] [--counts 4,8,16] [--samples 64,128] [--jobs 1,2]
+                               [--json FILE]
+
+Each row is one run of the whole tool, in a process of its own, on a chain of square matrices whose spectra
+fall as those of trained layers (results/published.md), with a Relu behind each. The target is tensorrt, where
+nothing is timed on the way. One of the numbers varies, the others are the first ones given. Seconds are those
+of the processor, of all processes and without the check of the result; memory is the peak of the main
+process, less what it held before. Powers are slopes of a straight line through the logarithms. The projection
+for a model of 7 billion parameters goes far beyond what was measured: it is no measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+import onnx_lrsd
+from benchmarks.options import JSON, comma_separated, heading
+from benchmarks.stages import STAGES, Clocks
+from onnx_lrsd.measure.load_cost import peak_memory
+from onnx_lrsd.run import Journal
+
+OPTIONS = (JSON,)
+AXES = {"size": "sizes", "count": "counts", "samples": "samples", "jobs": "jobs"}
+LARGE_SIZE, LARGE_COUNT = 5590, 224
+"""A model of 7 billion parameters: 32 blocks of 7 matrices, of 31 million numbers each on average."""
+RATIO = 1.5
+FALL = 0.12, 2.5
+"""a and b of the singular values i^-a exp(-b i / size) of trained dense layers (results/published.md)."""
+
+
+def trained_like(size: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """A weight (size, size) with the spectrum of a trained one, which keeps the variance behind a Relu."""
+    left, right = (np.linalg.qr(rng.standard_normal((size, size), np.float32))[0] for _ in range(2))
+    i = np.arange(1, size + 1)
+    values = i ** -FALL[0] * np.exp(-FALL[1] * i / size)
+    values *= np.sqrt(2 * size / np.sum(values**2))
+    return np.ascontiguousarray((left * values.astype(np.float32)) @ right.T)
+
+
+def chain(size: int, count: int) -> onnx.ModelProto:
+    """So many matrices (size, size), each with a Relu behind it but the last."""
+    rng = np.random.default_rng(0)
+    names = ["x", *(f"h{index}" for index in range(count - 1)), "y"]
+    nodes, weights, last = [], [], "x"
+    for index, name in enumerate(names[1:]):
+        weights.append(numpy_helper.from_array(trained_like(size, rng), f"w{index}"))
+        nodes.append(helper.make_node("MatMul", [last, f"w{index}"], [name], name=f"layer{index}"))
+        if name != "y":
+            nodes.append(helper.make_node("Relu", [name], [f"r{index}"]))
+            last = f"r{index}"
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 16, size]) for name in "xy"]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def measured(size: int, count: int, samples: int, jobs: int) -> dict[str, Any]:
+    """One run; seconds of the processor and bytes."""
+    rng = np.random.default_rng(1)
+    low = rng.standard_normal((samples * 5 // 4, 16, size // 4)) @ rng.standard_normal((size // 4, size))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(chain(size, count), path)
+        clocks, before = Clocks(), peak_memory()
+        with patch.object(Journal, "clock", lambda journal, stage: clocks.clock(journal, stage)):
+            onnx_lrsd.optimize(path, {"x": low.astype(np.float32)}, target="tensorrt", ratio=RATIO, jobs=jobs)
+    others = resource.getrusage(resource.RUSAGE_CHILDREN)
+    own = sum(clocks.seconds.get(stage, 0.0) for stage in STAGES if stage != "verify")
+    return {
+        "size": size,
+        "count": count,
+        "samples": samples,
+        "jobs": jobs,
+        "seconds": own + others.ru_utime + others.ru_stime,
+        "bytes": peak_memory() - before,
+    }
+
+
+def exponent(rows: list[dict[str, Any]], axis: str, what: str) -> float:
+    """The power of ``axis`` that ``what`` grows with."""
+    x, y = (np.log([row[key] for row in rows]) for key in (axis, what))
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def projected_seconds(rows: dict[str, list[dict[str, Any]]]) -> float:
+    """Seconds for 7 billion parameters, by the powers of size and number of layers."""
+    base = rows["size"][-1]
+    by_size = (LARGE_SIZE / base["size"]) ** exponent(rows["size"], "size", "seconds")
+    by_count = (LARGE_COUNT / base["count"]) ** exponent(rows["count"], "count", "seconds")
+    return float(base["seconds"] * by_size * by_count)
+
+
+def bytes_a_parameter(rows: dict[str, list[dict[str, Any]]]) -> float:
+    """By how much memory grows with each parameter, beside what any run takes; a least-squares line."""
+    points = [*rows["size"], *rows["count"]]
+    parameters = [row["size"] ** 2 * row["count"] for row in points]
+    return float(np.polyfit(parameters, [row["bytes"] for row in points], 1)[0])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this study alone."""
+    parser.add_argument("--sizes", type=comma_separated, default=[512, 768, 1024])
+    parser.add_argument("--counts", type=comma_separated, default=[4, 8, 16])
+    parser.add_argument("--samples", type=comma_separated, default=[64, 128])
+    parser.add_argument("--jobs", type=comma_separated, default=[1, 2])
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Print a row for each run, the exponents and the projection."""
+    if given.one is not None:
+        print(json.dumps(measured(**json.loads(given.one))))
+        return
+    values = {axis: [int(value) for value in getattr(given, option)] for axis, option in AXES.items()}
+    first = {axis: found[0] for axis, found in values.items()}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    known: dict[str, dict[str, Any]] = {}
+    print(heading("layer size", "layers", "samples", "processes", "processor seconds", "memory, MB"))
+    for axis, found in values.items():
+        for value in found:
+            what = json.dumps({**first, axis: value})
+            if what not in known:
+                command = [sys.executable, "-m", "benchmarks", "scale", "--one", what]
+                done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+                known[what] = json.loads(done.stdout.splitlines()[-1])
+                row = known[what]
+                cells = [row["size"], row["count"], row["samples"], row["jobs"]]
+                print(
+                    f"| {' | '.join(map(str, cells))} | {row['seconds']:.1f} | {row['bytes'] / 1e6:.0f} |",
+                    flush=True,
+                )
+            rows.setdefault(axis, []).append(known[what])
+    print(f"\n{heading('grows with', 'seconds, power', 'memory, power')}")
+    for axis in ("size", "count", "samples"):
+        if len(rows[axis]) > 1:
+            powers = [exponent(rows[axis], axis, what) for what in ("seconds", "bytes")]
+            print(f"| {axis} | {powers[0]:.2f} | {powers[1]:.2f} |")
+    hours, each = projected_seconds(rows) / 3600, bytes_a_parameter(rows)
+    gigabytes = each * LARGE_SIZE**2 * LARGE_COUNT / 1e9
+    print(
+        f"\nMemory grows by {each:.1f} bytes with each parameter. A projection, not a measurement: 7 billion "
+        f"parameters ({LARGE_COUNT} matrices of {LARGE_SIZE} x {LARGE_SIZE}) would take {hours:.0f} hours of "
+        f"one core and {gigabytes:.0f} GB."
+    )
+    if given.json is not None:
+        given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
