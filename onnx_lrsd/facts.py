@@ -415,6 +415,8 @@ class Inspection:
     MACs were counted with inputs of ``shapes``: of the first sample of ``source``, or of made-up data where
     that is empty. Open axes of the inputs in ``assumed`` were guessed.
     ``not_counted`` says what is missing in the MACs of the whole, ``notes`` what else is to be known.
+    ``widths`` are the channels that may be cut, by the names of the layers that give and that read them, and
+    ``whole`` the layers whose channels must stay.
     """
 
     layers: tuple[tuple[Layer, Price], ...]
@@ -425,6 +427,8 @@ class Inspection:
     assumed: tuple[str, ...] = ()
     not_counted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    widths: Mapping[str, int] = field(default_factory=dict)
+    whole: tuple[Declined, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

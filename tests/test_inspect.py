@@ -135,3 +135,35 @@ def test_the_api_names_its_own_argument(folder: Path) -> None:
         onnx_lrsd.inspect(folder / "image.onnx", shapes={"picture": (1, 3, 8, 8)})
     found = onnx_lrsd.inspect(folder / "image.onnx", {"image": np.zeros((2, 3, 6, 8), np.float32)})
     assert found.shapes == {"image": (1, 3, 6, 8)} and found.total.macs == macs(6, 8)
+
+
+def test_channels_that_may_be_cut_are_named_and_others_with_the_reason(folder: Path) -> None:
+    found = facts(folder / "image.onnx")
+    assert len(found["layers"]) + len(found["declined"]) == 2
+    ((names, channels),) = found["widths"].items()
+    first, second = names.split(" -> ")
+    assert channels == 64
+    assert [(entry["name"], entry["reason"]) for entry in found["whole"]] == [
+        (second, "they are an output of the model")
+    ]
+    table = run(folder / "image.onnx").stderr
+    assert f"64 channels: {first} -> {second}" in table and "they are an output of the model" in table
+
+
+def test_too_few_channels_and_shared_weights_are_reasons(tmp_path: Path) -> None:
+    graph = parser.parse_graph(
+        "agraph (float[N, 64] x) => (float[N, 64] z) {"
+        " a = MatMul(x, thin)  b = Relu(a)  c = MatMul(b, wide)  d = Relu(c)"
+        " e = MatMul(d, twice)  f = Relu(e)  y = MatMul(f, twice)  z = Softmax(y) }"
+    )
+    rng = np.random.default_rng(0)
+    for name, shape in (("thin", (64, 16)), ("wide", (16, 64)), ("twice", (64, 64))):
+        values = rng.standard_normal(shape).astype(np.float32)
+        graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), tmp_path / "m.onnx")
+    found = facts(tmp_path / "m.onnx")
+    assert not found["widths"]
+    reasons = [entry["reason"] for entry in found["whole"]]
+    assert "they are fewer than 32" in reasons
+    assert any("shares its weight" in reason for reason in reasons)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,21 @@ from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import OptionError
 from onnx_lrsd.facts import Inspection
 from onnx_lrsd.fit.calibrate import input_shapes, locate
+from onnx_lrsd.fit.narrow import planned_pairs
 from onnx_lrsd.graph.model import Model, load, model_bytes
+from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.subgraph import inputs_of
+from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.measure.compare import cost
 from onnx_lrsd.passes.bytes_outside import bytes_outside
 from onnx_lrsd.passes.find_layers import find_layers
-from onnx_lrsd.passes.shared_weights import share_weights
+from onnx_lrsd.passes.pairs import End, find_pairs
+from onnx_lrsd.passes.shared_weights import groups, share_weights
 from onnx_lrsd.passes.unfuse import optimised_by_runtime, unfuse
 from onnx_lrsd.run import DEFAULT_TARGET, NO_FORM
 from onnx_lrsd.runtime.session import sound
 from onnx_lrsd.targets import TARGETS, price
-from onnx_lrsd.types import DENSE, KINDS, Declined, Form, InputSpec, Price
+from onnx_lrsd.types import DENSE, KINDS, Declined, Form, InputSpec, Layer, Price
 
 _READ = 64
 """Samples that are read to see the first: some may share a label."""
@@ -48,8 +53,9 @@ def inspect(
         if unfuse(graph):
             source = source.splice(graph)
             graph = source.graph()
-        layers, declined = find_layers(graph)
-        layers = share_weights(graph, layers)
+        every, declined = find_layers(graph)
+        layers = share_weights(graph, every)
+        widths, stay = _widths(source, graph, every, layers)
     check_shapes(shapes or {}, inputs_of(source.proto))
     samples = made_up_samples(source, shapes) if calibration is None else _first(calibration, source)
     located = locate(layers, input_shapes(source, layers, samples), samples)
@@ -67,7 +73,31 @@ def inspect(
         _assumed(source, shapes or {}) if calibration is None else (),
         whole.not_counted,
         tuple(said for said in (fused, bytes_outside(graph, layers)) if said),
+        widths,
+        stay,
     )
+
+
+def _widths(
+    source: Model, graph: WorkingGraph, every: Sequence[Layer], layers: Sequence[Layer]
+) -> tuple[dict[str, int], tuple[Declined, ...]]:
+    """The channels that may be cut, by who gives and reads them, and the layers whose channels must stay."""
+    found, stay = find_pairs(graph, every, inferred_shapes(source.proto))
+    own = {group[0].output for group in groups(layers) if len(group) == 1 and not group[0].also_read}
+    chosen, left = planned_pairs(found, own, {layer.output for layer in every} - own)
+    by_output = {layer.output: layer for layer in every}
+
+    def names(ends: Sequence[End]) -> str:
+        return ", ".join(dict.fromkeys(by_output[e.output].name for e in ends if e.output in by_output))
+
+    widths = {f"{names(p.producers)} -> {names(p.consumers)}": p.channels for p in chosen.values()}
+    unplanned = [
+        Declined(by_output[output].name, by_output[output].op, reason)
+        for output, reason in left.items()
+        if output in by_output
+    ]
+    of_layers = [entry for entry in stay if entry.name in {layer.name for layer in every}]
+    return widths, (*of_layers, *unplanned)
 
 
 def _first(calibration: Any, model: Model) -> Samples:

@@ -269,19 +269,35 @@ def plannable(pairs: Sequence[Pair], layers: set[str], excluded: set[str]) -> di
     A layer gives the channels of one pair at most, and reads those of one. Those ``excluded`` stay as they
     are.
     """
+    return planned_pairs(pairs, layers, excluded)[0]
+
+
+def planned_pairs(
+    pairs: Sequence[Pair], layers: set[str], excluded: set[str]
+) -> tuple[dict[str, Pair], dict[str, str]]:
+    """The pairs that ``plannable`` has, and why others are left whole, by what gives their channels."""
     found: dict[str, Pair] = {}
+    reasons: dict[str, str] = {}
     giving, reading = set[str](), set[str]()
     for pair in pairs:
         gives = {end.output for end in pair.producers}
         reads = {end.output for end in pair.consumers}
-        if pair.channels < FEWEST_CHANNELS or len(gives | reads) > MOST_LAYERS or not reads <= layers:
-            continue
-        if gives & giving or reads & reading or not gives & layers or gives & excluded:
+        reason = ""
+        if pair.channels < FEWEST_CHANNELS:
+            reason = f"they are fewer than {FEWEST_CHANNELS}"
+        elif len(gives | reads) > MOST_LAYERS:
+            reason = f"more than {MOST_LAYERS} layers give or read them"
+        elif not reads <= layers or not gives & layers or gives & excluded:
+            reason = "a layer that gives or reads them is left alone, or shares its weight"
+        elif gives & giving or reads & reading:
+            reason = "another set of channels is planned between the same layers"
+        if reason:
+            reasons |= dict.fromkeys(gives - giving, reason)
             continue
         giving |= gives
         reading |= reads
         found[key_of(pair)] = pair
-    return found
+    return found, {output: reason for output, reason in reasons.items() if output not in giving}
 
 
 def least_width(pair: Pair) -> int:

@@ -152,7 +152,9 @@ def inspection_to_json(found: Inspection, model: str) -> str:
         },
         "total": _price(found.total),
         "layers": [_inspected(layer, price) for layer, price in found.layers],
-        "declined": [{"name": d.name, "op": d.op, "reason": d.reason} for d in found.declined],
+        "declined": [asdict(entry) for entry in found.declined],
+        "widths": dict(found.widths),
+        "whole": [asdict(entry) for entry in found.whole],
         "not_counted": list(found.not_counted),
         "notes": list(found.notes),
     }

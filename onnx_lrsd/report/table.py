@@ -45,6 +45,8 @@ MANY = 4
 """Layers of one shape that share a row unless all are asked for."""
 FORMS_SHOWN = 2
 """Kinds of forms shown of the layers in one row."""
+REASONS_SHOWN = 4
+"""Reasons why channels stay that are listed."""
 ROWS_SHOWN = 60
 """Rows of layers shown unless all are asked for."""
 _UNIT_NAMES = {"macs": "MACs", "parameters": "parameters", "bytes": "bytes"}
@@ -270,7 +272,28 @@ def inspection_table(found: Inspection, model: str, *, colour: bool = False, eve
             groups[entry.reason].append(entry.name)
         title = f"{counted(len(found.declined), 'node left as it is', 'nodes left as they are')}:"
         parts.append("\n".join([title, *_grouped(groups, every)]))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_channels(found, every)])
+
+
+def _channels(found: Inspection, every: bool) -> list[str]:
+    """Between which layers channels may be cut, and why all of others must stay."""
+    parts = []
+    if found.widths:
+        cut = defaultdict(list)
+        for names, channels in found.widths.items():
+            cut[f"{channels} channels"].append(names)
+        title = f"Channels may be cut between layers in {counted(len(found.widths), 'place')}:"
+        parts.append("\n".join([title, *_grouped(cut, every)]))
+    if found.whole:
+        stay = defaultdict(list)
+        for entry in found.whole:
+            stay[entry.reason].append(entry.name)
+        title = f"All channels stay that {counted(len(found.whole), 'layer gives', 'layers give')}:"
+        lines = list(_grouped(stay, every))
+        shown = lines if every else lines[:REASONS_SHOWN]
+        rest = [] if len(shown) == len(lines) else ["      -v and --json have the other reasons"]
+        parts.append("\n".join([title, *shown, *rest]))
+    return parts
 
 
 def _counted_with(found: Inspection) -> list[str]:
