@@ -11,10 +11,15 @@ import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.nodes import unused_name
-from onnx_lrsd.types import Layer
+from onnx_lrsd.types import Factors, Layer
 
 PART = "/lrsd/"
 """Stands between the name of a layer and the part of it that a new node is."""
+
+
+def beside_factors(factors: Factors) -> str:
+    """What the part is called that is no factor: S, or the weight of a layer that stayed dense."""
+    return "refitted" if factors.form.dense else "S"
 
 
 Stored = dict[Any, gs.Tensor]

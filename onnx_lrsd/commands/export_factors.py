@@ -48,7 +48,7 @@ def export_factors(model: Model, report: Report, folder: Path) -> int:
         for node in nodes:
             for name in reads(node):
                 if name in initializers:
-                    factors[_role(name, dense=layer.form == "dense")] = name
+                    factors[_role(name)] = name
                     tensors[name] = _array(initializers[name], model.folder)
         layers.append(
             {
@@ -81,11 +81,11 @@ def export_factors(model: Model, report: Report, folder: Path) -> int:
     return len(layers)
 
 
-def _role(name: str, *, dense: bool) -> str:
-    """What a tensor is to its layer: V, U, F0 to F2 of three factors, S, channels, bias or weight."""
+def _role(name: str) -> str:
+    """What a tensor is to its layer: V, core, U, S, channels, bias, or the weight that was refitted."""
     part = name.rpartition(PART)[2].split("_")
     role = "channels" if part[:2] == ["S", "channels"] else part[0]
-    return "weight" if dense and role == "S" else role
+    return "weight" if role == "refitted" else role
 
 
 def _array(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[Any]:

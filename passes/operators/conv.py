@@ -18,7 +18,7 @@ from onnx_lrsd.passes.nodes import label
 from onnx_lrsd.passes.operators.bias import bias_of, why_no_bias
 from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightLayout
 from onnx_lrsd.passes.operators.rows import pixel_rows
-from onnx_lrsd.passes.writer import Writer
+from onnx_lrsd.passes.writer import Writer, beside_factors
 from onnx_lrsd.types import Factors, Layer, Rows, Values
 
 WEIGHT_INPUTS = (1,)
@@ -72,10 +72,11 @@ def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Facto
     """
     bias = write.constant("bias", factors.bias)
     tensor: gs.Tensor | None = None
-    names = ("V", "U") if len(factors.kernels) == 2 else tuple(f"F{i}" for i in range(len(factors.kernels)))
+    count = len(factors.kernels)
+    names = ["V", *["core"] * (count - 2), "U"][:count]
     taken = [False] * len(layer.kernel)
     for index, (name, kernel) in enumerate(zip(names, factors.kernels, strict=True)):
-        last = index == len(factors.kernels) - 1
+        last = index == count - 1
         mine = _axes_of(kernel.shape[2:], taken, index == 0, layer)
         inputs = [source if tensor is None else tensor, write.constant(name, kernel)]
         tensor = write.node(
@@ -86,8 +87,9 @@ def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Facto
         return tensor
     picked = write.gather(source, factors.channels, axis=1, total=layer.channels)
     everything = [True] * len(layer.kernel)
-    inputs = [picked, write.constant("S", factors.sparse)] + ([bias] if tensor is None else [])
-    branch = write.node("Conv", "S", inputs, _attributes(layer, factors.sparse.shape[2:], everything))
+    part = beside_factors(factors)
+    inputs = [picked, write.constant(part, factors.sparse)] + ([bias] if tensor is None else [])
+    branch = write.node("Conv", part, inputs, _attributes(layer, factors.sparse.shape[2:], everything))
     return branch if tensor is None else write.node("Add", "sum", [tensor, branch], {})
 
 

@@ -27,7 +27,7 @@ from onnx_lrsd.passes.nodes import label
 from onnx_lrsd.passes.operators.bias import bias_of, why_no_bias
 from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightLayout
 from onnx_lrsd.passes.operators.rows import pixel_rows
-from onnx_lrsd.passes.writer import Writer
+from onnx_lrsd.passes.writer import Writer, beside_factors
 from onnx_lrsd.types import Factors, Layer, Rows, Values
 
 WEIGHT_INPUTS = (1,)
@@ -94,7 +94,9 @@ def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Facto
         assert tensor is not None
         return tensor
     picked = write.gather(source, factors.channels, axis=1, total=layer.m)
-    branch = _transposed(write, "S", layer, picked, factors.sparse, [bias] if tensor is None else [])
+    branch = _transposed(
+        write, beside_factors(factors), layer, picked, factors.sparse, [bias] if tensor is None else []
+    )
     return branch if tensor is None else write.node("Add", "sum", [tensor, branch], {})
 
 

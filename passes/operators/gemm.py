@@ -16,7 +16,7 @@ from onnx_lrsd.passes.nodes import label
 from onnx_lrsd.passes.operators.bias import bias_of, why_no_bias
 from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightLayout
 from onnx_lrsd.passes.operators.rows import feature_rows
-from onnx_lrsd.passes.writer import Writer
+from onnx_lrsd.passes.writer import Writer, beside_factors
 from onnx_lrsd.types import Factors, Layer, Rows, Values
 
 WEIGHT_INPUTS = (1,)
@@ -68,8 +68,9 @@ def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Facto
     addend = write.constant("bias", factors.bias)
     if factors.sparse is not None:
         picked = write.gather(source, factors.channels, axis=0 if transposed else 1, total=layer.m)
-        inputs = [picked, write.constant("S", factors.sparse), addend]
-        addend = write.node("Gemm", "S", inputs, {"transA": int(transposed), "transB": 1})
+        part = beside_factors(factors)
+        inputs = [picked, write.constant(part, factors.sparse), addend]
+        addend = write.node("Gemm", part, inputs, {"transA": int(transposed), "transB": 1})
         if not factors.kernels:
             return addend
     first, last = factors.kernels

@@ -14,7 +14,7 @@ from onnx_lrsd.passes.constants import constant_bias, constant_float64, overrida
 from onnx_lrsd.passes.nodes import is_op, label
 from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightLayout
 from onnx_lrsd.passes.operators.rows import feature_rows
-from onnx_lrsd.passes.writer import Writer
+from onnx_lrsd.passes.writer import Writer, beside_factors
 from onnx_lrsd.types import Factors, Layer, Rows, Values
 
 WEIGHT_INPUTS = (0, 1)
@@ -102,7 +102,8 @@ def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Facto
             last = np.concatenate([last, factors.sparse], axis=1)
     assert last is not None
     last = last.reshape(*_leading(layer), *last.shape)
-    tensor = _product(write, "U", last, tensor, left)
+    part = "U" if factors.kernels else beside_factors(factors)
+    tensor = _product(write, part, last, tensor, left)
     return _plus_bias(write, tensor, factors.bias, left)
 
 
