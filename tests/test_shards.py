@@ -87,7 +87,7 @@ def moments_of(result_of: Callable[[], object], monkeypatch: pytest.MonkeyPatch)
         raise Taught
 
     with monkeypatch.context() as patched:
-        patched.setattr("onnx_lrsd.commands.optimize.what_was_left_out", taught)
+        patched.setattr("onnx_lrsd.commands.prepare.what_was_left_out", taught)
         with pytest.raises(Taught):
             result_of()
     return found[0]

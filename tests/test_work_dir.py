@@ -262,7 +262,7 @@ def test_the_result_is_that_of_a_run_without_and_a_second_run_fits_nothing(
     folder, written = filled
     assert fresh == written
     monkeypatch.setattr(fitter, "reconstruct", never)
-    monkeypatch.setattr("onnx_lrsd.commands.optimize.calibrate", never)
+    monkeypatch.setattr("onnx_lrsd.commands.prepare.calibrate", never)
     assert content(optimised(folder)) == written
 
 
@@ -271,7 +271,7 @@ def test_another_promise_works_with_what_was_kept_and_gives_what_it_would_have(
     filled: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     without = content(optimised(None, **change))
-    monkeypatch.setattr("onnx_lrsd.commands.optimize.calibrate", never)
+    monkeypatch.setattr("onnx_lrsd.commands.prepare.calibrate", never)
     monkeypatch.setattr("onnx_lrsd.plan.curves.pose_shared", never)
     assert content(optimised(filled[0], **change)) == without
 
@@ -300,7 +300,7 @@ def test_a_run_that_was_interrupted_goes_on(
 
     with pytest.raises(Stopped):
         optimised(tmp_path / "work", progress=stop)
-    monkeypatch.setattr("onnx_lrsd.commands.optimize.calibrate", never)
+    monkeypatch.setattr("onnx_lrsd.commands.prepare.calibrate", never)
     monkeypatch.setattr("onnx_lrsd.fit.sensitivity.fit_shared", never)
     assert content(optimised(tmp_path / "work")) == fresh
 

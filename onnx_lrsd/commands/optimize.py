@@ -5,93 +5,51 @@ load -> find -> calibrate -> curves -> plan -> fit (decompose and rewrite) -> ve
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-import numpy as np
 import onnx
 
-from onnx_lrsd.data.holdout import fit_and_check
+from onnx_lrsd.commands.prepare import PartFiles, make_planner, prepare
 from onnx_lrsd.data.samples import Samples
-from onnx_lrsd.errors import OptionError, UnsupportedModelError
+from onnx_lrsd.errors import OptionError
 from onnx_lrsd.facts import Details, Int8, LoadCosts, Report, Spectrum, Verification
 from onnx_lrsd.fit.calibrate import (
     Calibration,
-    GatheredRows,
-    Sampling,
     WeightOf,
-    calibrate,
-    input_shapes,
-    kept_calibration,
-    locate,
-    original_inputs,
-    what_was_left_out,
 )
-from onnx_lrsd.fit.fitter import ORIGINAL, Fitted, Fitter, KeepingFitter, LowRankFitter
-from onnx_lrsd.fit.half import HalfFitter
-from onnx_lrsd.fit.narrow import Inner, Narrower, drop_orders, key_of, plannable
+from onnx_lrsd.fit.fitter import ORIGINAL, Fitted, Fitter
 from onnx_lrsd.fit.reconstruct import biases_added
-from onnx_lrsd.fit.sensitivity import sensitivities
-from onnx_lrsd.fit.shards import facts_of, gathered_rows, part_files
-from onnx_lrsd.graph.model import Model, check, ensure_writable, load, raised, save
-from onnx_lrsd.graph.shapes import inferred_shapes
-from onnx_lrsd.graph.working_graph import WorkingGraph
-from onnx_lrsd.int8.fit import Int8Fitter
+from onnx_lrsd.graph.model import Model, check, save
 from onnx_lrsd.measure.compare import (
     COMPARE_SECONDS,
     TRIAL_SECONDS,
     compare,
     groups_on,
-    labels_for,
-    total_price,
 )
-from onnx_lrsd.measure.judge import FEW
-from onnx_lrsd.measure.layer_times import LayerTimes, seconds_of_a_sample, time_layers
 from onnx_lrsd.measure.load_cost import opening_cost
-from onnx_lrsd.passes.bytes_outside import bytes_outside
-from onnx_lrsd.passes.find_constants import find_constants
-from onnx_lrsd.passes.find_layers import find_layers, read_weight
-from onnx_lrsd.passes.pairs import Pair, cut_tensors, find_pairs
-from onnx_lrsd.passes.shared_weights import groups, share_weights
-from onnx_lrsd.passes.unfuse import optimised_by_runtime, unfuse
-from onnx_lrsd.plan.curves import error_curves, pair_curves, with_seconds
 from onnx_lrsd.plan.planner import Planner
-from onnx_lrsd.plan.promise import STORED, judge, promised
+from onnx_lrsd.plan.promise import judge, promised
 from onnx_lrsd.plan.replay import forms_of, make_plan
 from onnx_lrsd.plan.search import Forms, Once, Proposals
 from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.report.build import Delivered, make_report
 from onnx_lrsd.report.details import RATIOS, collect, spectra, trade_off
-from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start, with_work_dir
-from onnx_lrsd.runtime.session import inference_device, sound
-from onnx_lrsd.solver.width import Widths
+from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start
 from onnx_lrsd.targets import price
-from onnx_lrsd.time_limit import CHECKED, CHECKS, ORDERED, PASSES, OutOfTime
+from onnx_lrsd.time_limit import CHECKED, OutOfTime
 from onnx_lrsd.types import (
-    DENSE,
-    KINDS,
-    WIDTH,
-    Declined,
     Factors,
     Form,
     Layer,
     Plan,
-    Price,
     Progress,
-    Rows,
     Score,
 )
-from onnx_lrsd.wording import counted
 from onnx_lrsd.workers import workers_for
-
-PartFiles: TypeAlias = str | Path | Sequence[str | Path]
-"""A path, a pattern of paths, or a list of these."""
 
 
 class Result(NamedTuple):
@@ -255,170 +213,6 @@ def _optimized(
     return Result(rewritten, report, plan)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A model whose layers are found and calibrated: all that a plan and its fits start from.
-
-    ``run`` knows from here on where the work dir keeps what belongs to this model and these samples.
-    ``source`` is the ``original`` as it is worked on; ``declined`` are nodes that are left alone. ``known``
-    is what the samples ``fit_on`` teach, ``check_on`` are those that results are measured on. ``pairs`` are
-    layers whose channels in between may be cut, which ``narrower`` does; ``fitter`` fits forms.
-    """
-
-    run: Run
-    original: Model
-    source: Model
-    weight_of: WeightOf
-    declined: Sequence[Declined]
-    known: Calibration
-    pairs: Mapping[str, Pair]
-    narrower: Narrower
-    fitter: Fitter
-    fit_on: Samples | None
-    check_on: Samples
-
-
-class Found(NamedTuple):
-    """A model with its ``layers`` and ``constants``, and the samples: what there is before anything is run.
-
-    The rest is as ``Prepared`` has it.
-    """
-
-    run: Run
-    original: Model
-    source: Model
-    weight_of: WeightOf
-    declined: Sequence[Declined]
-    layers: tuple[Layer, ...]
-    constants: tuple[Layer, ...]
-    pairs: Mapping[str, Pair]
-    fit_on: Samples | None
-    check_on: Samples
-
-
-def find(
-    run: Run,
-    model: str | Path | onnx.ModelProto,
-    calibration: Any,
-    evaluation: Any,
-    *,
-    output: Path | None = None,
-    plan: Plan | None = None,
-    whole: bool = False,
-) -> Found:
-    """Load ``model`` and the samples, and find the layers that ``run`` or ``plan`` asks for.
-
-    ``whole``: all samples are taken, however little time there is. Raises LrsdError for anything that is
-    wrong with the input, or if ``output`` cannot be written.
-    """
-    options = run.options
-    with run.journal.clock("load"):
-        original = replace(load(model), device=inference_device(options.device))
-        if output is not None:
-            ensure_writable(output, original.path)
-        with sound(original.proto, original.folder):
-            source, graph = _workable(run, original)
-            layers, declined = find_layers(graph)
-            if run.target.stores_codes and DENSE in (options.forms or KINDS):
-                named = None if plan is None else plan.choices
-                layers, declined = find_constants(graph, layers, declined, named)
-            layers, declined = _select(layers, declined, options)
-            constants = tuple(layer for layer in layers if layer.constant)
-            others = share_weights(graph, [layer for layer in layers if not layer.constant])
-            if run.cost in STORED:
-                run.journal.warn(bytes_outside(graph, [*constants, *others]))
-    weight_of = partial(read_weight, graph)
-    fit_on, check_on, notes = fit_and_check(
-        source, calibration, evaluation, limit=options.samples, seed=options.seed
-    )
-    labels_for(run.metric, check_on)  # where they are missed it is said before the work
-    run.journal.warn(*notes)
-    if not whole:
-        with run.journal.clock("load"):
-            fit_on, check_on = _in_time(run, source, fit_on, check_on)
-    return Found(
-        run=with_work_dir(run, original, fit_on or check_on, calibrated=fit_on is not None),
-        original=original,
-        source=source,
-        weight_of=weight_of,
-        declined=declined,
-        layers=tuple(others),
-        constants=constants,
-        pairs=_pairs(run, source, graph, others, constants, plan),
-        fit_on=fit_on,
-        check_on=check_on,
-    )
-
-
-def prepare(
-    run: Run,
-    model: str | Path | onnx.ModelProto,
-    calibration: Any,
-    evaluation: Any,
-    *,
-    output: Path | None = None,
-    plan: Plan | None = None,
-    moments: PartFiles | None = None,
-) -> Prepared:
-    """Load ``model``, find its layers and calibrate those that ``run`` or ``plan`` asks for.
-
-    ``moments`` are files of shards that stand in for the calibration. Raises LrsdError for anything that is
-    wrong with the input, or if ``output`` cannot be written.
-    """
-    found = find(run, model, calibration, evaluation, output=output, plan=plan, whole=moments is not None)
-    run, original, source, weight_of = found.run, found.original, found.source, found.weight_of
-    pairs, fit_on = found.pairs, found.fit_on
-    with run.journal.clock("calibrate"):
-        known = _calibrate(found, plan, moments)
-        known = replace(known, layers=(*found.constants, *known.layers))
-        run.journal.warn(what_was_left_out(known))
-    with run.journal.clock("decompose"):
-        narrower = _narrower(run, source, known, weight_of, pairs, judged=plan is None)
-    return Prepared(
-        run=run,
-        original=original,
-        source=source,
-        weight_of=weight_of,
-        declined=found.declined,
-        known=known,
-        pairs=pairs,
-        narrower=narrower,
-        fitter=_fitter(run, original, narrower, replace(known, moments={}), fit_on),
-        fit_on=fit_on,
-        check_on=found.check_on,
-    )
-
-
-def _in_time(
-    run: Run, source: Model, fit_on: Samples | None, check_on: Samples
-) -> tuple[Samples | None, Samples]:
-    """As many of the samples to fit on and to measure on as there is time for."""
-    time = run.time
-    if not time.limited:
-        return fit_on, check_on
-    each = seconds_of_a_sample(source, check_on, time.clock)
-    fewer = check_on.some(time.most(CHECKS * each, 1.0, FEW) or check_on.count)
-    if fewer.count < check_on.count:
-        time.leave_out(f"{check_on.count - fewer.count} of {check_on.count} samples to measure on")
-    if fit_on is None:
-        return None, fewer
-    fitted = fit_on.some(time.most(PASSES * each, 1.0, FEW) or fit_on.count)
-    if fitted.count < fit_on.count:
-        time.leave_out(f"{fit_on.count - fitted.count} of {fit_on.count} samples to calibrate on")
-    return fitted, fewer
-
-
-def _workable(run: Run, original: Model) -> tuple[Model, WorkingGraph]:
-    """``original`` in the opset that the target needs and without fused operators, and its graph."""
-    source = raised(original, run.target.opset, f"The target {run.target.name}")
-    graph = source.graph()
-    run.journal.warn(optimised_by_runtime(graph))
-    if not unfuse(graph):
-        return source, graph
-    source = source.splice(graph)
-    return source, source.graph()
-
-
 def _spectra(run: Run, known: Calibration, weight_of: WeightOf) -> dict[str, Spectrum]:
     with run.journal.clock("details"):
         return spectra(known, weight_of, run.options.device)
@@ -456,255 +250,6 @@ def _details(
             after=source if delivered is None or unchanged else delivered.model,
             samples=known.samples,
         )
-
-
-def _select(
-    found: Sequence[Layer], declined: Sequence[Declined], options: Options
-) -> tuple[tuple[Layer, ...], tuple[Declined, ...]]:
-    """The layers that --include and --exclude leave, and all others with the reason.
-
-    Raises UnsupportedModelError where none is left.
-    """
-    kept, out = [], list(declined)
-    for layer in found:
-        if options.include is not None and not re.search(options.include, layer.name):
-            out.append(Declined(layer.name, layer.op, "not named by --include"))
-        elif options.exclude is not None and re.search(options.exclude, layer.name):
-            out.append(Declined(layer.name, layer.op, "named by --exclude"))
-        else:
-            kept.append(layer)
-    if not kept and not out:
-        raise UnsupportedModelError(
-            "The model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight: use it as it is."
-        )
-    if not kept:
-        reasons = Counter(entry.reason for entry in out)
-        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-        raise UnsupportedModelError(f"No layer of the model can be worked on ({listed}): use it as it is.")
-    return tuple(kept), tuple(out)
-
-
-def _pairs(
-    run: Run,
-    source: Model,
-    graph: WorkingGraph,
-    layers: Sequence[Layer],
-    constants: Sequence[Layer],
-    plan: Plan | None,
-) -> dict[str, Pair]:
-    """The pairs whose channels may be cut, those that ``plan`` cuts if there is one.
-
-    Pairs with one of ``constants`` in between are left whole: codes make it smaller.
-    """
-    wanted = WIDTH in (run.options.forms or KINDS)
-    if plan is not None:
-        wanted = bool(plan.widths)
-    if not wanted:
-        return {}
-    every = find_layers(graph)[0]
-    found, _ = find_pairs(graph, every, inferred_shapes(source.proto))
-    # What else reads a weight would still read all of it.
-    own = {group[0].output for group in groups(layers) if len(group) == 1 and not group[0].also_read}
-    stored = {layer.weight for layer in constants}
-    whole = [pair for pair in found if stored.isdisjoint(cut_tensors(graph, pair))]
-    pairs = plannable(whole, own, {layer.output for layer in every} - own)
-    return {key: pair for key, pair in pairs.items() if plan is None or key in plan.widths}
-
-
-def _narrower(
-    run: Run,
-    source: Model,
-    known: Calibration,
-    weight_of: WeightOf,
-    pairs: Mapping[str, Pair],
-    *,
-    judged: bool,
-) -> Narrower:
-    """What cuts ``pairs``, of which it keeps the moments of the layers that read their channels.
-
-    ``judged``: errors of their widths are wanted, by cross-validation.
-    """
-    readers = {end.output for pair in pairs.values() for end in pair.consumers}
-    plain = Narrower(
-        model=source,
-        layers=known.layers,
-        weight_of=weight_of,
-        moments={output: found for output, found in known.moments.items() if output in readers},
-        inner={},
-        device=run.options.device,
-    )
-    sound = {
-        key: pair
-        for key, pair in pairs.items()
-        if all(
-            end.output not in known.moments or np.isfinite(known.moments[end.output].mean).all()
-            for end in pair.consumers
-        )
-    }
-    rows_of = partial(original_inputs, reference=known) if judged else None
-    inner = dict[str, Inner]()
-    for key, pair in sound.items():
-        if run.time.passed(ORDERED):
-            pairs_left = f"{len(sound) - len(inner)} of {counted(len(sound), 'pair')}"
-            run.time.leave_out(f"the channels between {pairs_left} of layers")
-            break
-        order = partial(_drop_order, pair, known.layers, plain, rows_of)
-        inner[key] = Inner(pair, run.keep("widths" if judged else "orders", key, order, (Widths,)))
-    return replace(plain, inner=inner)
-
-
-def _drop_order(
-    pair: Pair,
-    layers: Sequence[Layer],
-    narrower: Narrower,
-    rows_of: Callable[[Layer], Rows | None] | None,
-) -> Widths:
-    return drop_orders({key_of(pair): pair}, layers, narrower.problem, rows_of)[key_of(pair)].widths
-
-
-def asked_for(
-    run: Run, layers: Sequence[Layer], pairs: Mapping[str, Pair], plan: Plan | None
-) -> Callable[[Layer], bool]:
-    """Whether there shall be moments of a layer: a form is worth trying for it, or ``plan`` splits it."""
-    kinds = run.options.forms or KINDS
-    planned = {name for name, choice in plan.choices.items() if not choice.form.dense} if plan else set()
-    planned |= {end.output for pair in pairs.values() for end in pair.consumers}
-    # Of layers that apply one weight all are asked for: only the one that stores it would gain bytes.
-    together = {layer.output for group in groups(layers) if len(group) > 1 for layer in group}
-    return lambda layer: layer.output in planned | together or bool(run.target.forms(layer, kinds))
-
-
-def _calibrate(found: Found, plan: Plan | None, moments: PartFiles | None) -> Calibration:
-    """What the samples teach about the layers that are asked for, or what shards of them have taught."""
-    run, source, layers, fit_on, check_on = (
-        found.run,
-        found.source,
-        found.layers,
-        found.fit_on,
-        found.check_on,
-    )
-    if fit_on is None:
-        shapes = input_shapes(source, layers, check_on)
-        located = locate(layers, shapes, check_on)
-        return Calibration(
-            layers=located,
-            moments={},
-            kept={},
-            by_inputs=frozenset(),
-            inputs={},
-            every=1,
-            shapes=shapes,
-            samples=check_on,
-            batch=1,
-            seed=run.options.seed,
-        )
-    parts = None if moments is None else part_files(moments)
-
-    def gathered(sampling: Sampling) -> Iterator[GatheredRows]:
-        assert parts is not None
-        return gathered_rows(parts, facts_of(found.original, sampling), sampling)
-
-    taught = partial(
-        calibrate,
-        source,
-        layers,
-        fit_on,
-        found.weight_of,
-        asked=asked_for(run, layers, found.pairs, plan),
-        seed=run.options.seed,
-        progress=run.progress,
-        gathered=None if parts is None else gathered,
-    )
-    split = [] if plan is None else sorted(name for name, one in plan.choices.items() if not one.form.dense)
-    return kept_calibration(run.keep, [layers, sorted(found.pairs), split], fit_on, taught)
-
-
-def make_planner(
-    run: Run,
-    source: Model,
-    known: Calibration,
-    weight_of: WeightOf,
-    narrower: Narrower,
-    *,
-    weighed: bool,
-) -> tuple[Planner, Curves, float | None]:
-    """A planner, the curves it plans with, and the measured seconds of the model where times count.
-
-    ``weighed``: layers are weighed by their sensitivities, which takes samples.
-    """
-    curves, total = _curves(run, source, known, weight_of, narrower)
-    with run.journal.clock("plan"):
-        planner = Planner(run, source, curves, total, known.shapes, known.samples, narrower)
-        if weighed:
-            planner.weigh(partial(_sensitivities, run, source, known, weight_of, narrower))
-    return planner, curves, total.seconds
-
-
-def _sensitivities(
-    run: Run, source: Model, known: Calibration, weight_of: WeightOf, narrower: Narrower, forms: Forms
-) -> dict[str, float]:
-    return sensitivities(
-        source,
-        known.layers,
-        forms,
-        weight_of,
-        known.moments,
-        known.samples,
-        narrower=narrower,
-        device=run.options.device,
-        progress=run.progress,
-        keep=run.keep,
-        time=run.time,
-    )
-
-
-def _curves(
-    run: Run, source: Model, known: Calibration, weight_of: WeightOf, narrower: Narrower
-) -> tuple[Curves, Price]:
-    """The error curves of all layers and pairs, and the price of the model, in seconds where times count."""
-    with run.journal.clock("decompose"):
-        curves = error_curves(run, known, weight_of)
-    with run.journal.clock("plan"):
-        total = run.keep("price", None, partial(total_price, source, known.samples), (Price,))
-        if run.target.times:
-            inner = narrower.outputs
-            able = [
-                layer
-                for curve in curves
-                if len(curve.points) > 1 or curve.layer.output in inner
-                for layer in curve.layers
-            ]
-            timed = partial(time_layers, source, able, known.shapes, known.samples, progress=run.progress)
-            measured = run.keep("times", able, timed, (LayerTimes,))
-            curves, total = with_seconds(curves, measured), replace(total, seconds=measured.whole)
-    with run.journal.clock("decompose"):
-        return pair_curves(run, curves, narrower), total
-
-
-def _fitter(
-    run: Run,
-    original: Model,
-    narrower: Narrower,
-    known: Calibration,
-    fit_on: Samples | None,
-) -> Fitter:
-    """What fits forms, with half precision or int8 behind it if asked.
-
-    Without samples to fit on the weights alone decide.
-    """
-    plain = LowRankFitter(
-        original=original,
-        narrower=narrower,
-        calibration=None if fit_on is None else known,
-        device=run.options.device,
-        clock=run.journal.clock,
-        progress=run.progress,
-        keep=run.keep,
-        workers=run.workers,
-    )
-    if run.options.precision is not None:
-        return KeepingFitter(HalfFitter(plain, run.journal.warn))
-    return KeepingFitter(Int8Fitter(run, plain, known.samples) if run.options.int8 else plain)
 
 
 def _next(run: Run, search: Proposals) -> Forms | None:

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import onnx
 
-from onnx_lrsd.commands.optimize import Prepared, make_planner, prepare, verify
+from onnx_lrsd.commands.optimize import verify
+from onnx_lrsd.commands.prepare import Prepared, make_planner, prepare
 from onnx_lrsd.errors import OptionError
 from onnx_lrsd.facts import Sweep, SweepPoint, Verification
 from onnx_lrsd.fit.fitter import BOTH, LOW_RANK, Fitted

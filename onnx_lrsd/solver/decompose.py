@@ -267,13 +267,14 @@ def group(
     xp = namespace(weight)
     groups = shared_groups(layer.kernel, kind)
     weight = cast(weight, xp.float32)
-    grouped = metric.factorised.get(groups)
+    key = groups, weight.shape[1]  # a metric that knows nothing of the inputs goes with any number of columns
+    grouped = metric.factorised.get(key)
     if image is not None:
         image = cast(image, xp.float32)
     if grouped is None:
         matrix = metric.matrix(weight)
         image = weight @ matrix if image is None else image
-        grouped = metric.factorised[groups] = separable.grouped_metric(group_metric(matrix, groups))
+        grouped = metric.factorised[key] = separable.grouped_metric(group_metric(matrix, groups))
     product = None if image is None else group_weight(image, groups)
     return separable.prepare(group_weight(weight, groups), grouped, product)
 

@@ -37,13 +37,16 @@ class Metric:
     """H = C + damping I, the damped second moment of a layer's inputs.
 
     C (m, m) is ``second``, or rows^T rows / N for ``rows`` (N, m). If both are None, nothing is known of the
-    inputs and C is the identity. ``factorised`` holds what was made of it once, by the groups of inputs.
+    inputs and C is the identity. ``factorised`` holds what was made of it once, by the number of groups of
+    inputs and that of inputs.
     """
 
     second: Array | None
     rows: Array | None
     damping: float
-    factorised: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    factorised: dict[tuple[int, int], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def apply(self, weight: Array) -> Array:
         """``weight`` (n, m) times H, (n, m)."""
