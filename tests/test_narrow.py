@@ -368,10 +368,16 @@ def test_what_narrow_cuts_move_is_not_told_by_one_that_moves_little() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lost", "macs", "cut_stays"), [(0.012, 1e6, True), (0.02, 1e6, False), (0.02, 1e12, True)]
+    ("lost", "less", "macs", "cut_stays"),
+    [
+        (0.012, 0.01, 1e6, True),
+        (0.02, 0.01, 1e6, False),
+        (0.02, 0.01, 1e12, True),
+        (0.0009, 0.0001, 1e6, True),  # neither is missed
+    ],
 )
 def test_cut_channels_go_where_other_samples_show_that_they_lose_clearly_more(
-    monkeypatch: pytest.MonkeyPatch, lost: float, macs: float, cut_stays: bool
+    monkeypatch: pytest.MonkeyPatch, lost: float, less: float, macs: float, cut_stays: bool
 ) -> None:
     """Plans for MACs are fitted with and without cut channels, but for models where a fit takes minutes."""
     pair = PairCurve(key="p", channels=32, producers=("a",), consumers=("b",), points=())
@@ -381,7 +387,7 @@ def test_cut_channels_go_where_other_samples_show_that_they_lose_clearly_more(
     planner = Planner(run, None, Curves((), (pair,), {}), total, {}, few)  # type: ignore[arg-type]
     with_cut, without = {"p": Form(WIDTH, 16)}, {"a": Form(CHANNEL, 8)}
     monkeypatch.setattr(Planner, "for_ratio", lambda self, ratio: with_cut if self.curves.pairs else without)
-    errors = {"p": lost, "a": 0.01}
+    errors = {"p": lost, "a": less}
     monkeypatch.setattr(
         Planner, "_compared", lambda self, model, samples: SimpleNamespace(error=errors[next(iter(model))])
     )

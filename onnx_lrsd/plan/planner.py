@@ -49,6 +49,8 @@ _ROUNDS = 6
 LOSES = 1.25
 """How many times as much a plan may lose because it is predicted to be faster at the MACs asked for, or has
 fewer nodes."""
+NEGLIGIBLE = 1e-3
+"""Error that no other plan is fitted to avoid: channels that are cut bring more speed, and none is missed."""
 AFFORDABLE = 2e11
 """MACs of all samples to fit on up to which two plans are fitted: with more a second fit takes minutes."""
 MODERATE = 0.03
@@ -280,13 +282,16 @@ class Planner:
         affordable = self.run.cost == "macs" and self.whole * self.samples.count <= AFFORDABLE
         if not cut or not affordable or self.run.time.passed(PLANNED):
             return forms
+        lost = self._compared(fitter.fit(forms).model, samples).error
+        if lost <= NEGLIGIBLE:
+            return forms
         plain = copy(self)
         plain.curves = Curves(self.curves.layers)
         try:
             others = plain.for_ratio(ratio)
         except BudgetError:
             return forms
-        lost, less = (self._compared(fitter.fit(each).model, samples).error for each in (forms, others))
+        less = self._compared(fitter.fit(others).model, samples).error
         return others if LOSES * less < lost else forms
 
     def _compared(self, model: Model, samples: Samples) -> Verification:
