@@ -336,6 +336,8 @@ class Report:
     ``predicted`` is the latency ratio that the table of a machine led to expect of the layers as they are
     now, low rank alone; ``table`` says which table that was. None and empty where nothing was predicted.
     ``time`` is how many seconds the run was allowed, if that was limited, and ``left_out`` what for.
+    ``whole`` are the layers all of whose channels must stay, with the reason; empty where no channels were
+    to be cut.
     """
 
     input: str
@@ -357,6 +359,7 @@ class Report:
     table: str = ""
     time: float | None = None
     left_out: tuple[str, ...] = ()
+    whole: tuple[Declined, ...] = ()
     details: Details | None = None
 
 

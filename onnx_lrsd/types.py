@@ -127,11 +127,24 @@ class Layer:
 
 @dataclass(frozen=True)
 class Declined:
-    """A node that could carry a weight but is left as it is, and why."""
+    """A node that could carry a weight but is left as it is, and why.
+
+    ``node`` is the label of another node that the reason names, if it names one.
+    """
 
     name: str
     op: str
     reason: str
+    node: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The reason without the label of a node: what several have in common.
+
+        >>> Declined("fc", "MatMul", "Softmax /head/softmax may mix them", "/head/softmax").kind
+        'Softmax may mix them'
+        """
+        return self.reason.replace(f" {self.node}", "", 1) if self.node else self.reason
 
 
 @dataclass(frozen=True, kw_only=True)

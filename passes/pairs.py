@@ -72,7 +72,10 @@ class Pair:
 
 @dataclass
 class _Given:
-    """Channels ``first`` to ``first + n - 1``, which the layer ``name`` gives, and why they must all stay."""
+    """Channels ``first`` to ``first + n - 1``, which the layer ``name`` gives, and why they must all stay.
+
+    ``node`` is the label of the node that ``reason`` names, if it names one.
+    """
 
     name: str
     op: str
@@ -80,6 +83,7 @@ class _Given:
     first: int
     n: int
     reason: str = ""
+    node: str = ""
 
 
 class _Sides(NamedTuple):
@@ -121,12 +125,12 @@ def find_pairs(
     given, read = list[_Given](), list[tuple[str, Owner]]()
     total = 0
 
-    def block(owners: Iterable[Carried | None], reason: str) -> None:
+    def block(owners: Iterable[Carried | None], reason: str, node: str = "") -> None:
         for carried in owners:
             for channel in np.unique(carried.owner) if carried is not None else ():
                 of = _set_of(given, int(channel))
-                if of is not None:
-                    of.reason = of.reason or reason
+                if of is not None and not of.reason:
+                    of.reason, of.node = reason, node
 
     for node in working.nodes:
         carried = [flow.carried.get(tensor.name) for tensor in node.inputs]
@@ -136,18 +140,21 @@ def find_pairs(
                 continue
             handed = hand_on(flow, node, carried)
             if isinstance(handed, str):
-                block(carried, handed)
+                block(carried, handed, label(node))
                 continue
             flow.carried |= {t.name: c for t, c in zip(node.outputs, handed, strict=False) if c is not None}
             continue
         name = names.get(id(node), node.outputs[0].name)
         reason = _read(flow, node, sides, carried)
         if reason:
-            block(carried, reason)
+            block(carried, reason, label(node))
         elif (own := carried[sides.reads]) is not None:
             read.append((name, own.owner))
         owner = np.arange(total, total + sides.n)
-        given.append(_Given(label(node), node.op, name, total, sides.n, _give(flow, node, sides, owner)))
+        reason = _give(flow, node, sides, owner)
+        given.append(
+            _Given(label(node), node.op, name, total, sides.n, reason, label(node) if reason else "")
+        )
         total += sides.n
     for output in working.outputs:
         block([flow.carried.get(output.name)], "they are an output of the model")
@@ -220,11 +227,11 @@ def _pairs(
     pairs, declined = list[Pair](), list[Declined]()
     for index in np.unique(together):
         sets = [own for own, joined in zip(given, together, strict=True) if joined == index]
-        reason = next((own.reason for own in sets if own.reason), "")
+        reason, node = next(((own.reason, own.node) for own in sets if own.reason), ("", ""))
         found = [] if reason else _pairs_of(flow, sets, read, root)
         pairs += found
         if not found:
-            declined += [Declined(own.name, own.op, reason or "no layer reads them") for own in sets]
+            declined += [Declined(own.name, own.op, reason or "no layer reads them", node) for own in sets]
     return tuple(pairs), tuple(declined)
 
 

@@ -21,7 +21,7 @@ import onnx_lrsd
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.fit.calibrate import calibrate
-from onnx_lrsd.fit.narrow import Narrower, drop_orders, key_of, plannable
+from onnx_lrsd.fit.narrow import Narrower, drop_orders, key_of, planned_pairs
 from onnx_lrsd.graph.model import load
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.subgraph import inputs_of
@@ -192,7 +192,7 @@ def narrower() -> Narrower:
     plain = Narrower(
         model=model, layers=known.layers, weight_of=weight_of, moments=known.moments, inner={}, device="cpu"
     )
-    chosen = plannable(pairs, {layer.output for layer in known.layers}, set())
+    chosen, _ = planned_pairs(pairs, {layer.output for layer in known.layers}, set())
     inner = drop_orders(chosen, known.layers, plain.problem)
     return Narrower(
         model=model,
@@ -226,9 +226,9 @@ def test_pairs_are_planned_once_for_each_layer_and_side() -> None:
     layers = find_layers(working)[0]
     pairs, _ = find_pairs(working, layers, inferred_shapes(model.proto))
     every = {layer.output for layer in layers}
-    assert list(plannable(pairs, every, set())) == [INNER]
-    assert not plannable(pairs * 2, {"hb"}, set()) and not plannable(pairs, every, {"hb"})
-    assert list(plannable(pairs * 2, every, set())) == [INNER] == [key_of(pairs[0])]
+    assert list(planned_pairs(pairs, every, set())[0]) == [INNER]
+    assert not planned_pairs(pairs * 2, {"hb"}, set())[0] and not planned_pairs(pairs, every, {"hb"})[0]
+    assert list(planned_pairs(pairs * 2, every, set())[0]) == [INNER] == [key_of(pairs[0])]
 
 
 def layer_curve(name: str, n: int, m: int, points: dict[int, float]) -> ErrorCurve:

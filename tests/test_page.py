@@ -142,6 +142,9 @@ def a_report(layers: int = 4) -> dict[str, Any]:
         "tensorrt": None,
         "predicted": {"latency": 1.7, "table": "built in: some processor"},
         "layers": [layer(i, changed=i + 1 < layers) for i in range(layers)],
+        "whole": [
+            {"name": "gate", "op": "Conv", "reason": "Add /s joins", "kind": "Add joins", "node": "/s"}
+        ],
         "warnings": ["Few samples: the error may be larger on others."],
         "versions": {"onnx-lrsd": "0.1.0", "numpy": "2.0"},
         "seconds": {"load": 0.1, "calibrate": 1.2, "plan": 3.4},
@@ -398,6 +401,8 @@ def test_every_part_of_the_report_is_told(opened: Opened) -> None:
         "0.18\u202f% to 0.70\u202f%",
         "99.0\u202f%",
         "no smaller form is predicted to be faster",
+        "All channels stay",
+        "Add joins",
         "onnx-lrsd optimize models/net.onnx",
         "some processor",
         "numpy",

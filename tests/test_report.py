@@ -129,9 +129,8 @@ plans = st.builds(
 
 KEYS = (
     *("schema", "tool", "model", "target", "cost", "calibration", "before", "after", "ratio", "outputs"),
-    *("metric", "promise", "int8", "loading", "tensorrt", "predicted", "layers", "warnings", "seconds"),
-    "time",
-    "versions",
+    *("metric", "promise", "int8", "loading", "tensorrt", "predicted", "layers", "whole", "warnings"),
+    *("seconds", "time", "versions"),
 )
 LAYER_KEYS = (
     *(
@@ -323,6 +322,23 @@ def test_an_inspection_says_what_can_be_worked_on() -> None:
     table = inspection_table(found, "net.onnx")
     assert "90.0 % of the MACs" in table
     assert "1 x inside If: gate" in table
+
+
+def test_kinds_of_reasons_why_channels_stay_take_one_paragraph() -> None:
+    """A table for reading counts them; -v, the JSON and the page name each layer, and the node in its way."""
+    stay = [
+        Declined(f"query{i}", "MatMul", f"MatMul product{i} may mix them", f"product{i}") for i in range(9)
+    ]
+    stay.append(Declined("head", "Gemm", "they are an output of the model"))
+    report = replace(REPORT, whole=tuple(stay))
+    (said,) = [part for part in report_table(report).split("\n\n") if "All channels stay" in part]
+    assert "10 layers give: 9 x MatMul may mix them; 1 x they are an output of the model" in said
+    assert len(said.splitlines()) <= 2 and "product3" not in said
+    assert "1 x MatMul product3 may mix them: query3" in report_table(report, every=True)
+    facts = json.loads(report_to_json(report))["whole"]
+    assert [entry["name"] for entry in facts] == [entry.name for entry in stay]
+    assert facts[3]["node"] == "product3" and facts[3]["kind"] == "MatMul may mix them"
+    assert "All channels stay" not in report_table(REPORT)
 
 
 NAMES = st.lists(

@@ -14,7 +14,7 @@ from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import OptionError
 from onnx_lrsd.facts import Inspection
 from onnx_lrsd.fit.calibrate import input_shapes, locate
-from onnx_lrsd.fit.narrow import planned_pairs
+from onnx_lrsd.fit.narrow import left_whole, planned_pairs
 from onnx_lrsd.graph.model import Model, load, model_bytes
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.subgraph import inputs_of
@@ -91,13 +91,7 @@ def _widths(
         return ", ".join(dict.fromkeys(by_output[e.output].name for e in ends if e.output in by_output))
 
     widths = {f"{names(p.producers)} -> {names(p.consumers)}": p.channels for p in chosen.values()}
-    unplanned = [
-        Declined(by_output[output].name, by_output[output].op, reason)
-        for output, reason in left.items()
-        if output in by_output
-    ]
-    of_layers = [entry for entry in stay if entry.name in {layer.name for layer in every}]
-    return widths, (*of_layers, *unplanned)
+    return widths, left_whole(stay, left, every)
 
 
 def _first(calibration: Any, model: Model) -> Samples:

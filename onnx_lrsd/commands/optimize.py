@@ -203,6 +203,7 @@ def _optimized(
         layers=known.layers,
         narrow=narrower.cut(chosen if delivered is None or delivered.factors else {})[1],
         declined=ready.declined,
+        stay=ready.stay,
         plan=plan,
         fit_on=fit_on,
         whole=whole,

@@ -30,7 +30,7 @@ from onnx_lrsd.fit.calibrate import (
 )
 from onnx_lrsd.fit.fitter import Fitter, KeepingFitter, LowRankFitter
 from onnx_lrsd.fit.half import HalfFitter
-from onnx_lrsd.fit.narrow import Inner, Narrower, drop_orders, key_of, plannable
+from onnx_lrsd.fit.narrow import Inner, Narrower, drop_orders, key_of, left_whole, planned_pairs
 from onnx_lrsd.fit.sensitivity import sensitivities
 from onnx_lrsd.fit.shards import facts_of, gathered_rows, part_files
 from onnx_lrsd.graph.model import Model, ensure_writable, load, raised
@@ -81,7 +81,8 @@ class Prepared:
     ``run`` knows from here on where the work dir keeps what belongs to this model and these samples.
     ``source`` is the ``original`` as it is worked on; ``declined`` are nodes that are left alone. ``known``
     is what the samples ``fit_on`` teach, ``check_on`` are those that results are measured on. ``pairs`` are
-    layers whose channels in between may be cut, which ``narrower`` does; ``fitter`` fits forms.
+    layers whose channels in between may be cut, which ``narrower`` does; ``stay`` are layers all of whose
+    channels must stay. ``fitter`` fits forms.
     """
 
     run: Run
@@ -91,6 +92,7 @@ class Prepared:
     declined: Sequence[Declined]
     known: Calibration
     pairs: Mapping[str, Pair]
+    stay: Sequence[Declined]
     narrower: Narrower
     fitter: Fitter
     fit_on: Samples | None
@@ -111,6 +113,7 @@ class Found(NamedTuple):
     layers: tuple[Layer, ...]
     constants: tuple[Layer, ...]
     pairs: Mapping[str, Pair]
+    stay: Sequence[Declined]
     fit_on: Samples | None
     check_on: Samples
 
@@ -155,6 +158,7 @@ def find(
     if not whole:
         with run.journal.clock("load"):
             fit_on, check_on = _in_time(run, source, fit_on, check_on)
+    pairs, stay = _pairs(run, source, graph, others, constants, plan)
     return Found(
         run=with_work_dir(run, original, fit_on or check_on, calibrated=fit_on is not None),
         original=original,
@@ -163,7 +167,8 @@ def find(
         declined=declined,
         layers=tuple(others),
         constants=constants,
-        pairs=_pairs(run, source, graph, others, constants, plan),
+        pairs=pairs,
+        stay=stay,
         fit_on=fit_on,
         check_on=check_on,
     )
@@ -201,6 +206,7 @@ def prepare(
         declined=found.declined,
         known=known,
         pairs=pairs,
+        stay=found.stay,
         narrower=narrower,
         fitter=_fitter(run, original, narrower, replace(known, moments={}), fit_on),
         fit_on=fit_on,
@@ -271,8 +277,8 @@ def _pairs(
     layers: Sequence[Layer],
     constants: Sequence[Layer],
     plan: Plan | None,
-) -> dict[str, Pair]:
-    """The pairs whose channels may be cut, those that ``plan`` cuts if there is one.
+) -> tuple[dict[str, Pair], tuple[Declined, ...]]:
+    """The pairs whose channels may be cut, those that ``plan`` cuts if there is one, and who has none.
 
     Pairs with one of ``constants`` in between are left whole: codes make it smaller.
     """
@@ -280,15 +286,20 @@ def _pairs(
     if plan is not None:
         wanted = bool(plan.widths)
     if not wanted:
-        return {}
+        return {}, ()
     every = find_layers(graph)[0]
-    found, _ = find_pairs(graph, every, inferred_shapes(source.proto))
+    found, stay = find_pairs(graph, every, inferred_shapes(source.proto))
     # What else reads a weight would still read all of it.
     own = {group[0].output for group in groups(layers) if len(group) == 1 and not group[0].also_read}
     stored = {layer.weight for layer in constants}
-    whole = [pair for pair in found if stored.isdisjoint(cut_tensors(graph, pair))]
-    pairs = plannable(whole, own, {layer.output for layer in every} - own)
-    return {key: pair for key, pair in pairs.items() if plan is None or key in plan.widths}
+    coded = [pair for pair in found if not stored.isdisjoint(cut_tensors(graph, pair))]
+    others = [pair for pair in found if pair not in coded]
+    pairs, unplanned = planned_pairs(others, own, {layer.output for layer in every} - own)
+    giving = {end.output for pair in pairs.values() for end in pair.producers}
+    in_codes = {end.output for pair in coded for end in pair.producers} - giving
+    unplanned |= dict.fromkeys(sorted(in_codes), "a constant between them gets codes")
+    chosen = {key: pair for key, pair in pairs.items() if plan is None or key in plan.widths}
+    return chosen, left_whole(stay, unplanned, every)
 
 
 def _narrower(

@@ -22,7 +22,7 @@ from onnx_lrsd.passes.split import split
 from onnx_lrsd.solver.cross_validation import width_errors
 from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.solver.width import Widths, fit_width, widths
-from onnx_lrsd.types import DENSE, WIDTH, Factors, Form, Layer, Moments, Rows
+from onnx_lrsd.types import DENSE, WIDTH, Declined, Factors, Form, Layer, Moments, Rows
 
 _Positions = npt.NDArray[np.int64]
 
@@ -263,19 +263,14 @@ def narrow_layer(layer: Layer, widths: Mapping[str, int], pairs: Mapping[str, Pa
     return replace(layer, n=outputs * layer.rows_per_bias, m=channels * taps, full=(layer.n, layer.m))
 
 
-def plannable(pairs: Sequence[Pair], layers: set[str], excluded: set[str]) -> dict[str, Pair]:
-    """The pairs that are worth planning, by key: all that read them are layers, and there are few of these.
-
-    A layer gives the channels of one pair at most, and reads those of one. Those ``excluded`` stay as they
-    are.
-    """
-    return planned_pairs(pairs, layers, excluded)[0]
-
-
 def planned_pairs(
     pairs: Sequence[Pair], layers: set[str], excluded: set[str]
 ) -> tuple[dict[str, Pair], dict[str, str]]:
-    """The pairs that ``plannable`` has, and why others are left whole, by what gives their channels."""
+    """The pairs that are worth planning, by key, and why others are left whole, by what gives their channels.
+
+    All that read a pair are layers, and there are few of these. A layer gives the channels of one pair at
+    most, and reads those of one. Those ``excluded`` stay as they are.
+    """
     found: dict[str, Pair] = {}
     reasons: dict[str, str] = {}
     giving, reading = set[str](), set[str]()
@@ -298,6 +293,26 @@ def planned_pairs(
         reading |= reads
         found[key_of(pair)] = pair
     return found, {output: reason for output, reason in reasons.items() if output not in giving}
+
+
+def left_whole(
+    stay: Sequence[Declined], unplanned: Mapping[str, str], layers: Sequence[Layer]
+) -> tuple[Declined, ...]:
+    """Those of ``layers`` all of whose channels stay: what ``find_pairs`` declined and what is ``unplanned``.
+
+    ``unplanned`` are reasons by the tensor that carries the channels.
+    """
+    names = {layer.name for layer in layers}
+    of_layers = [entry for entry in stay if entry.name in names]
+    by_output = {layer.output: layer for layer in layers}
+    return (
+        *of_layers,
+        *(
+            Declined(by_output[output].name, by_output[output].op, reason)
+            for output, reason in unplanned.items()
+            if output in by_output
+        ),
+    )
 
 
 def least_width(pair: Pair) -> int:

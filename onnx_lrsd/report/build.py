@@ -39,6 +39,7 @@ def make_report(
     layers: Sequence[Layer],
     narrow: Sequence[Layer],
     declined: Sequence[Declined],
+    stay: Sequence[Declined],
     plan: Plan,
     fit_on: Samples | None,
     whole: float | None,
@@ -48,7 +49,8 @@ def make_report(
 ) -> Report:
     """Everything there is to say; ``delivered`` is None where there is only a plan.
 
-    ``narrow`` are the ``layers`` with the channels that were not cut. ``whole`` is the measured time of the
+    ``narrow`` are the ``layers`` with the channels that were not cut, ``stay`` those of which none may be.
+    ``whole`` is the measured time of the
     original in seconds, None where times were not predicted.
     """
     factors: Mapping[str, Factors] = {} if delivered is None else delivered.factors
@@ -84,6 +86,7 @@ def make_report(
         seconds=dict(run.journal.seconds),
         time=run.time.seconds if run.time.limited else None,
         left_out=tuple(run.time.left_out),
+        whole=tuple(stay),
         versions=versions,
         engine=engine,
         details=details,

@@ -36,6 +36,7 @@ from onnx_lrsd.types import (
     NONE,
     UNSTRUCTURED,
     Choice,
+    Declined,
     Form,
     Layer,
     Pattern,
@@ -75,6 +76,7 @@ def report_to_json(report: Report) -> str:
         "tensorrt": None if report.engine is None else _engine(report.engine),
         "predicted": {"latency": report.predicted, "table": report.table or None},
         "layers": [_layer(layer) for layer in report.layers],
+        "whole": [_whole(entry) for entry in report.whole],
         "warnings": list(report.warnings),
         "seconds": {stage: report.seconds.get(stage, 0.0) for stage in _STAGES} | dict(report.seconds),
         "time": None if report.time is None else {"limit": report.time, "left_out": list(report.left_out)},
@@ -152,13 +154,22 @@ def inspection_to_json(found: Inspection, model: str) -> str:
         },
         "total": _price(found.total),
         "layers": [_inspected(layer, price) for layer, price in found.layers],
-        "declined": [asdict(entry) for entry in found.declined],
+        "declined": [_declined(entry) for entry in found.declined],
         "widths": dict(found.widths),
-        "whole": [asdict(entry) for entry in found.whole],
+        "whole": [_whole(entry) for entry in found.whole],
         "not_counted": list(found.not_counted),
         "notes": list(found.notes),
     }
     return _dump(facts)
+
+
+def _declined(entry: Declined) -> Json:
+    return {"name": entry.name, "op": entry.op, "reason": entry.reason}
+
+
+def _whole(entry: Declined) -> Json:
+    """A layer all of whose channels stay; ``kind`` is the reason without the node that it names."""
+    return {**_declined(entry), "kind": entry.kind, "node": entry.node or None}
 
 
 def plan_to_json(plan: Plan) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from onnx_lrsd.facts import (
 from onnx_lrsd.report.names import LEAST_WIDTH, common_pattern, shortened
 from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets.machine import MATRIX, Machine
+from onnx_lrsd.types import Declined
 from onnx_lrsd.wording import counted
 
 _WIDTH = 100
@@ -46,7 +47,7 @@ MANY = 4
 FORMS_SHOWN = 2
 """Kinds of forms shown of the layers in one row."""
 REASONS_SHOWN = 4
-"""Reasons why channels stay that are listed."""
+"""Kinds of reasons why channels stay that are listed unless all are asked for."""
 ROWS_SHOWN = 60
 """Rows of layers shown unless all are asked for."""
 _UNIT_NAMES = {"macs": "MACs", "parameters": "parameters", "bytes": "bytes"}
@@ -83,6 +84,8 @@ def report_table(report: Report, *, colour: bool = False, every: bool = False) -
         parts.append(_split_layers(split, ink, every))
     if left:
         parts.append(_left_alone(left, _share_left(report, split), ink, every))
+    if report.whole:
+        parts.append(_stay(report.whole, every))
     parts += [_paragraph(f"Warning: {warning}") for warning in report.warnings]
     if report.time is not None:
         parts.append(_paragraph(_left_out(report.time, report.left_out)))
@@ -285,15 +288,23 @@ def _channels(found: Inspection, every: bool) -> list[str]:
         title = f"Channels may be cut between layers in {counted(len(found.widths), 'place')}:"
         parts.append("\n".join([title, *_grouped(cut, every)]))
     if found.whole:
-        stay = defaultdict(list)
-        for entry in found.whole:
-            stay[entry.reason].append(entry.name)
-        title = f"All channels stay that {counted(len(found.whole), 'layer gives', 'layers give')}:"
-        lines = list(_grouped(stay, every))
-        shown = lines if every else lines[:REASONS_SHOWN]
-        rest = [] if len(shown) == len(lines) else ["      -v and --json have the other reasons"]
-        parts.append("\n".join([title, *shown, *rest]))
+        parts.append(_stay(found.whole, every))
     return parts
+
+
+def _stay(whole: Sequence[Declined], every: bool) -> str:
+    """Why all channels stay that layers give: how often for which kind of reason, or each if ``every``."""
+    title = f"All channels stay that {counted(len(whole), 'layer gives', 'layers give')}:"
+    if every:
+        groups = defaultdict(list)
+        for entry in whole:
+            groups[entry.reason].append(entry.name)
+        return "\n".join([title, *_grouped(groups, every)])
+    kinds = Counter(entry.kind for entry in whole).most_common()
+    said = [f"{count} x {kind}" for kind, count in kinds[:REASONS_SHOWN]]
+    rest = sum(count for _, count in kinds[REASONS_SHOWN:])
+    said += [f"{rest} for other reasons"] if rest else []
+    return _paragraph(f"{title} {'; '.join(said)} (-v names them)")
 
 
 def _counted_with(found: Inspection) -> list[str]:

@@ -638,24 +638,37 @@ function half(shares, total) {
 function leftAlone(report, layers) {
   const left = layers.filter((layer) => layer.left);
   if (!left.length) return null;
-  const groups = new Map();
-  for (const layer of left) {
-    const reason = layer.reason || 'no reason given';
-    groups.set(reason, [...(groups.get(reason) ?? []), layer]);
-  }
   const whole = report.before?.macs ?? 0;
-  const items = [...groups].sort((a, b) => b[1].length - a[1].length).map(([reason, members]) => {
+  const share = (members) => {
     const macs = members.reduce((sum, layer) => sum + layer.macs_before, 0);
+    return whole && macs ? `${format.share(macs / whole)} of the MACs` : '';
+  };
+  const items = byReason(left, (layer) => layer.reason || 'no reason given', share);
+  return section('Left as they were', `${plural(left.length, 'layer')}, and why.`, html('ul', { class: 'reasons' }, items));
+}
+
+/** Layers whose outputs must all stay, so that no channel goes. */
+function channelsThatStay(report) {
+  const stay = report.whole ?? [];
+  if (!stay.length) return null;
+  return section('All channels stay', `Of ${plural(stay.length, 'layer')} no output may go, and why.`,
+    html('ul', { class: 'reasons' }, byReason(stay, (layer) => layer.kind, () => '')));
+}
+
+/** List items: how many layers share a reason, the reason, a note on them, their names. */
+function byReason(layers, reasonOf, note) {
+  const groups = new Map();
+  for (const layer of layers) groups.set(reasonOf(layer), [...(groups.get(reasonOf(layer)) ?? []), layer]);
+  return [...groups].sort((a, b) => b[1].length - a[1].length).map(([reason, members]) => {
     const names = members.map((layer) => layer.name).join(', ');
     const few = members.length <= 6 || names.length < 160;
     return html('li', {},
       html('span', { class: 'number' }, String(members.length)),
       html('span', {}, reason),
-      html('span', { class: 'number soft' }, whole && macs ? `${format.share(macs / whole)} of the MACs` : ''),
+      html('span', { class: 'number soft' }, note(members)),
       few ? html('span', { class: 'names small mono' }, names)
         : html('details', { class: 'names small' }, html('summary', {}, `${members.slice(0, 3).map((layer) => layer.name).join(', ')} and ${members.length - 3} more`), html('span', { class: 'mono' }, names)));
   });
-  return section('Left as they were', `${plural(left.length, 'layer')}, and why.`, html('ul', { class: 'reasons' }, items));
 }
 
 // ---- outputs
@@ -786,7 +799,7 @@ function reportPage(report) {
   const marks = newMarks();
   return [
     head(report), figures(report), tradeOff(report), layersSection(report, layers, marks), sensitivities(report, layers, marks),
-    outputsSection(report), int8Section(report), leftAlone(report, layers), engineSection(report), again(report, marks), runSection(report),
+    outputsSection(report), int8Section(report), leftAlone(report, layers), channelsThatStay(report), engineSection(report), again(report, marks), runSection(report),
     html('footer', {}, 'Every number here is in the report\u2019s JSON, which this file holds.'),
   ];
 }
