@@ -117,6 +117,11 @@ def weighted(node: gs.Node) -> bool:
     return _operator(node) in _WEIGHTED
 
 
+def holds_weight(domain: str, op: str) -> bool:
+    """Whether an operator holds a weight, or may."""
+    return (domain_of(domain), op) in _WEIGHTED
+
+
 def recurrent(node: gs.Node) -> bool:
     """Whether ``node`` is an LSTM, a GRU or an RNN."""
     return _operator(node) in _RECURRENT

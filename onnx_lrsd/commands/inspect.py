@@ -22,6 +22,7 @@ from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.measure.compare import cost
 from onnx_lrsd.passes.bytes_outside import bytes_outside
 from onnx_lrsd.passes.find_layers import find_layers
+from onnx_lrsd.passes.functions import without_layers_in_functions
 from onnx_lrsd.passes.pairs import End, find_pairs
 from onnx_lrsd.passes.shared_weights import groups, share_weights
 from onnx_lrsd.passes.unfuse import optimised_by_runtime, unfuse
@@ -46,8 +47,9 @@ def inspect(
     """
     if calibration is not None and shapes:
         raise OptionError("{calibration} and {shapes} exclude each other: give one.")
-    source = original = load(model)
-    with sound(source.proto, source.folder):
+    original = load(model)
+    with sound(original.proto, original.folder):
+        source = without_layers_in_functions(original)
         graph = source.graph()
         fused = optimised_by_runtime(graph)
         if unfuse(graph):

@@ -46,6 +46,7 @@ from onnx_lrsd.measure.layer_times import LayerTimes, seconds_of_a_sample, time_
 from onnx_lrsd.passes.bytes_outside import bytes_outside
 from onnx_lrsd.passes.find_constants import find_constants
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.passes.functions import without_layers_in_functions
 from onnx_lrsd.passes.pairs import Pair, cut_tensors, find_pairs
 from onnx_lrsd.passes.shared_weights import groups, share_weights
 from onnx_lrsd.passes.unfuse import optimised_by_runtime, unfuse
@@ -234,8 +235,8 @@ def _in_time(
 
 
 def _workable(run: Run, original: Model) -> tuple[Model, WorkingGraph]:
-    """``original`` in the opset that the target needs and without fused operators, and its graph."""
-    source = raised(original, run.target.opset, f"The target {run.target.name}")
+    """``original`` in the target's opset, without fused operators or layers in functions, and its graph."""
+    source = raised(without_layers_in_functions(original), run.target.opset, f"The target {run.target.name}")
     graph = source.graph()
     run.journal.warn(optimised_by_runtime(graph))
     if not unfuse(graph):
