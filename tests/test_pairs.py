@@ -224,6 +224,8 @@ ACTIVATIONS: dict[str, Step] = {
     "tanh": gelu_tanh,
     "gelu": lambda d: d.node("Gelu", d.tensor, approximate="tanh"),
     "microsoft gelu": lambda d: d.node("Gelu", d.tensor, domain="com.microsoft"),
+    "microsoft fast gelu": lambda d: d.node("FastGelu", d.tensor, domain="com.microsoft"),
+    "microsoft quick gelu": lambda d: d.node("QuickGelu", d.tensor, domain="com.microsoft", alpha=1.702),
     "silu": silu,
     "hard swish": hard_swish,
     "HardSwish": lambda d: d.node("HardSwish", d.tensor),
@@ -259,6 +261,36 @@ def resized(d: Draft) -> None:
     d.node("Resize", d.tensor, "", "", d.constant(np.array(d.shape)), mode="nearest")
 
 
+def transposed_depthwise(d: Draft) -> None:
+    weight, bias = d.random(d.channels, 1, 2, 2), d.random(d.channels)
+    d.node("ConvTranspose", d.tensor, weight, bias, strides=[2, 2], group=d.channels)
+    d.shape = [*d.shape[:2], d.shape[2] * 2, d.shape[3] * 2]
+
+
+def one_axis_more_and_back(d: Draft) -> None:
+    axis = d.constant(np.array([2]))
+    d.node("Squeeze", d.node("Unsqueeze", d.tensor, axis), axis)
+
+
+def halves_one_above_the_other(d: Draft) -> None:
+    """Cut and joined along another axis than that of the channels."""
+    sizes = d.constant(np.array([1, d.shape[2] - 1]))
+    top, bottom = d.node("Split", d.tensor, sizes, count=2, axis=2)
+    d.node("Concat", bottom, d.node("Neg", top), axis=2)
+
+
+def by_its_own_mean(d: Draft) -> None:
+    d.node("Mul", d.tensor, d.node("Sigmoid", d.node("GlobalAveragePool", d.tensor)))
+
+
+def by_its_own_largest(d: Draft) -> None:
+    d.node("Sub", d.tensor, d.node("ReduceMax", d.tensor, d.constant(np.array([2, 3]))))
+
+
+def upside_down(d: Draft) -> None:
+    d.node("Slice", d.tensor, *(d.constant(np.array([number])) for number in (-1, -(2**62), 2, -1)))
+
+
 def scaled(d: Draft) -> None:
     d.shape = [*d.shape[:2], d.shape[2] * 2, d.shape[3]]
     d.node("Resize", d.tensor, "", d.constant(np.array([1, 1, 2, 1], np.float32)), mode="nearest")
@@ -285,6 +317,13 @@ IMAGE: dict[str, Step] = {
     "instance norm": normed,
     "depthwise": lambda d: d.conv(d.tensor, d.channels, group=d.channels),
     "depthwise without bias": lambda d: d.conv(d.tensor, d.channels, bias=False, group=d.channels),
+    "transposed depthwise": transposed_depthwise,
+    "one axis more and back": one_axis_more_and_back,
+    "halves one above the other": halves_one_above_the_other,
+    "by its own mean": by_its_own_mean,
+    "by its own largest": by_its_own_largest,
+    "upside down": upside_down,
+    "lp pool": lambda d: pooled(d, "LpPool"),
     "max pool": lambda d: pooled(d, "MaxPool"),
     "average pool": lambda d: pooled(d, "AveragePool"),
     "pad": padded,
@@ -319,6 +358,13 @@ def global_pool(d: Draft) -> str:
     return str(d.node("Squeeze", d.node("GlobalMaxPool", d.tensor), d.constant(np.array([2, 3]))))
 
 
+def one_position(d: Draft) -> str:
+    """A single place of either axis, which goes with it."""
+    d.shape = d.shape[:2]
+    first = d.node("Gather", d.tensor, d.constant(np.array(1)), axis=3)
+    return str(d.node("Gather", first, d.constant(np.array(0)), axis=2))
+
+
 def gemm(d: Draft, source: str) -> None:
     d.node("Gemm", source, d.random(8, d.shape[-1]), d.random(8), transB=1)
 
@@ -335,6 +381,7 @@ READERS: dict[str, Step] = {
     "reshape": lambda d: gemm(d, counted(d)),
     "mean": lambda d: gemm(d, averaged(d)),
     "global pool": lambda d: d.matmul(global_pool(d), 8),
+    "one position": lambda d: gemm(d, one_position(d)),
     "matmul over channels": lambda d: d.node(
         "MatMul", d.random(8, d.channels), d.node("Reshape", d.tensor, d.constant(np.array([0, 0, -1])))
     ),
@@ -384,6 +431,101 @@ def test_what_lies_between_products_is_cut_with_them(steps: list[str], left: boo
     if left:
         draft.node("Add", draft.tensor, draft.random(9))
     assert_cuts_well(draft, draft.model(), 16)
+
+
+def test_a_gelu_that_adds_the_bias_is_cut_with_it() -> None:
+    draft = Draft([2, 7, 8])
+    draft.matmul("x", 16)
+    draft.node("BiasGelu", draft.tensor, draft.random(16), domain="com.microsoft")
+    draft.matmul(draft.tensor, 9)
+    assert_cuts_well(draft, draft.model(), 16)
+
+
+def conv_1d(d: Draft, source: str, n: int, channels: int) -> None:
+    d.node("Conv", source, d.random(n, channels, 3), d.random(n), strides=[2], dilations=[2])
+
+
+def conv_3d(d: Draft, source: str, n: int, channels: int) -> None:
+    d.node("Conv", source, d.random(n, channels, 2, 1, 2))
+
+
+def conv_transpose_1d(d: Draft, source: str, n: int, channels: int) -> None:
+    d.node("ConvTranspose", source, d.random(channels, n, 3), strides=[2])
+
+
+def gemm_scaled(d: Draft, source: str, n: int, channels: int) -> None:
+    d.node("Gemm", source, d.random(channels, n), d.random(1, n), alpha=0.5, beta=2.0)
+
+
+def gemm_transposed(d: Draft, source: str, n: int, channels: int) -> None:
+    d.node("Gemm", source, d.random(n, channels), transB=1)
+
+
+def gemm_one_bias(d: Draft, source: str, n: int, channels: int) -> None:
+    d.node("Gemm", source, d.random(channels, n), d.random(1))
+
+
+def weight_first(d: Draft, source: str, n: int, channels: int) -> None:
+    d.node("MatMul", d.random(n, channels), source)
+
+
+Layered = Callable[[Draft, str, int, int], None]
+LAYERS: dict[str, tuple[Layered, list[int]]] = {
+    "conv of one axis": (conv_1d, [2, 8, 20]),
+    "conv of three axes": (conv_3d, [1, 8, 4, 3, 4]),
+    "conv transpose of one axis": (conv_transpose_1d, [2, 8, 5]),
+    "gemm": (gemm_scaled, [3, 8]),
+    "gemm transposed": (gemm_transposed, [3, 8]),
+    "gemm with one bias": (gemm_one_bias, [3, 8]),
+    "matmul with the weight first": (weight_first, [2, 8, 5]),
+}
+
+
+@pytest.mark.parametrize("layer", sorted(LAYERS))
+def test_every_kind_of_layer_gives_channels_and_reads_them(layer: str) -> None:
+    made, shape = LAYERS[layer]
+    draft = Draft(shape)
+    made(draft, "x", 16, 8)
+    draft.node("Relu", draft.tensor)
+    made(draft, draft.tensor, 9, 16)
+    smaller = assert_cuts_well(draft, draft.model(), 16)
+    assert all(16 not in tensor.dims for tensor in smaller.proto.graph.initializer)
+
+
+OLD: dict[str, tuple[int, Step]] = {
+    "clip": (10, lambda d: d.node("Clip", d.tensor, min=-0.3, max=0.9)),
+    "dropout": (10, lambda d: d.node("Dropout", d.tensor, ratio=0.3)),
+    "pad": (10, lambda d: d.node("Pad", d.tensor, pads=[0, 0, 1, 0, 0, 0, 0, 2])),
+    "upsample": (9, lambda d: d.node("Upsample", d.tensor, d.constant(np.array([1, 1, 2, 2], np.float32)))),
+    "resize": (10, lambda d: d.node("Resize", d.tensor, d.constant(np.array([1, 1, 2, 1], np.float32)))),
+    "squeeze": (11, lambda d: d.node("Squeeze", d.node("Unsqueeze", d.tensor, axes=[2]), axes=[2])),
+    "mean": (11, lambda d: d.node("ReduceMean", d.tensor, axes=[2])),
+    "slice": (9, lambda d: d.node("Slice", d.tensor, axes=[2], starts=[1], ends=[5])),
+    "split": (11, lambda d: d.node("Add", *d.node("Split", d.tensor, count=2, axis=2, split=[3, 3]))),
+    "norm": (9, batch_norm),
+}
+
+
+@pytest.mark.parametrize("step", sorted(OLD))
+def test_operators_are_followed_as_older_operator_sets_write_them(step: str) -> None:
+    opset, add = OLD[step]
+    draft = Draft([1, 8, 6, 6])
+    draft.conv("x", 10)
+    add(draft)
+    draft.conv(draft.tensor, 9)
+    assert_cuts_well(draft, draft.model(opset), 10)
+
+
+def test_groups_of_a_transposed_convolution_stay_whole() -> None:
+    draft = Draft([1, 8, 6, 6])
+    draft.conv("x", 12)
+    draft.node("ConvTranspose", draft.tensor, draft.random(12, 5, 2, 2), draft.random(20), group=4)
+    draft.shape = [1, 20, 7, 7]
+    draft.conv(draft.tensor, 9)
+    model = draft.model()
+    assert_cuts_well(draft, model, 4)
+    (pair,), _ = found(draft, model)
+    assert pair.producers[0].positions.shape == (4, 3) and pair.consumers[0].positions.shape == (4, 5)
 
 
 def test_a_gate_takes_two_layers() -> None:
