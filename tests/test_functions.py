@@ -143,3 +143,15 @@ def test_a_function_of_another_opset_is_left_with_the_reason(opset: int) -> None
     assert without_layers_in_functions(model) is model
     ((_, declined),) = [find_layers(model.graph())]
     assert declined[0].reason == "inside the function Held: left as it is"
+
+
+@pytest.mark.parametrize("opset", [16, 18])
+def test_a_function_of_another_opset_keeps_what_it_calls(opset: int) -> None:
+    """The others are worked on all the same."""
+    calls = [call("Held", "x", to="h"), call("Other", "h", to="y")]
+    inner = [call("Held", "a", to="o")]
+    functions = [function("Held", own(8)), function("Other", inner, opset=opset, more=[OWN])]
+    proto = model_of(calls, functions)
+    model = without_layers_in_functions(load(proto))
+    assert len(find_layers(model.graph())[0]) == 1 and list(model.proto.functions) == functions
+    np.testing.assert_allclose(run(model.proto), run(proto), rtol=1e-5, atol=1e-6)
