@@ -125,6 +125,10 @@ class Layer:
         return replace(self, output="", name="", input="", weight="", shares="", also_read="", full=None)
 
 
+OUTPUT_OF_MODEL = "they are an output of the model"
+"""Why all channels of a last layer stay."""
+
+
 @dataclass(frozen=True)
 class Declined:
     """A node that could carry a weight but is left as it is, and why.

@@ -34,7 +34,7 @@ from onnx_lrsd.passes.operators import operator_at
 from onnx_lrsd.passes.operators.operator import ChannelAxes
 from onnx_lrsd.passes.tidy import captured_names, remove_orphans
 from onnx_lrsd.passes.writer import PART
-from onnx_lrsd.types import Declined, Layer
+from onnx_lrsd.types import OUTPUT_OF_MODEL, Declined, Layer
 
 Mask = npt.NDArray[np.bool_]
 
@@ -157,7 +157,7 @@ def find_pairs(
         )
         total += sides.n
     for output in working.outputs:
-        block([flow.carried.get(output.name)], "they are an output of the model")
+        block([flow.carried.get(output.name)], OUTPUT_OF_MODEL)
     for captured in captured_names(working.graph):
         block([flow.carried.get(captured)], "a branch or a loop reads them")
     return _pairs(flow, given, read, total)

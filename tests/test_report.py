@@ -329,16 +329,18 @@ def test_kinds_of_reasons_why_channels_stay_take_one_paragraph() -> None:
     stay = [
         Declined(f"query{i}", "MatMul", f"MatMul product{i} may mix them", f"product{i}") for i in range(9)
     ]
-    stay.append(Declined("head", "Gemm", "they are an output of the model"))
-    report = replace(REPORT, whole=tuple(stay))
+    stay.append(Declined("few", "Gemm", "they are fewer than 32"))
+    last = Declined("head", "Gemm", "they are an output of the model")
+    report = replace(REPORT, whole=(*stay, last))
     (said,) = [part for part in report_table(report).split("\n\n") if "All channels stay" in part]
-    assert "10 layers give: 9 x MatMul may mix them; 1 x they are an output of the model" in said
+    assert "10 layers give: 9 x MatMul may mix them; 1 x they are fewer than 32" in said
     assert len(said.splitlines()) <= 2 and "product3" not in said
     assert "1 x MatMul product3 may mix them: query3" in report_table(report, every=True)
     facts = json.loads(report_to_json(report))["whole"]
-    assert [entry["name"] for entry in facts] == [entry.name for entry in stay]
+    assert [entry["name"] for entry in facts] == [*(entry.name for entry in stay), "head"]
     assert facts[3]["node"] == "product3" and facts[3]["kind"] == "MatMul may mix them"
-    assert "All channels stay" not in report_table(REPORT)
+    assert "All channels stay" not in report_table(replace(REPORT, whole=(last,)))
+    assert "an output of the model: head" in report_table(replace(REPORT, whole=(last,)), every=True)
 
 
 NAMES = st.lists(

@@ -32,7 +32,7 @@ from onnx_lrsd.facts import (
 from onnx_lrsd.report.names import LEAST_WIDTH, common_pattern, shortened
 from onnx_lrsd.storage import STORAGES
 from onnx_lrsd.targets.machine import MATRIX, Machine
-from onnx_lrsd.types import Declined
+from onnx_lrsd.types import OUTPUT_OF_MODEL, Declined
 from onnx_lrsd.wording import counted
 
 _WIDTH = 100
@@ -84,8 +84,10 @@ def report_table(report: Report, *, colour: bool = False, every: bool = False) -
         parts.append(_split_layers(split, ink, every))
     if left:
         parts.append(_left_alone(left, _share_left(report, split), ink, every))
-    if report.whole:
-        parts.append(_stay(report.whole, every))
+    # That those of the last layer stay goes without saying.
+    whole = [entry for entry in report.whole if every or entry.reason != OUTPUT_OF_MODEL]
+    if whole:
+        parts.append(_stay(whole, every))
     parts += [_paragraph(f"Warning: {warning}") for warning in report.warnings]
     if report.time is not None:
         parts.append(_paragraph(_left_out(report.time, report.left_out)))
