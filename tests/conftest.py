@@ -1,5 +1,6 @@
 """What every test stands on."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from onnx_lrsd.runtime.timing import pair_latency
 settings.register_profile("quick", deadline=None, max_examples=25)
 settings.register_profile("thorough", deadline=None, max_examples=100)
 settings.load_profile("quick")
+
+
+def pytest_configure() -> None:
+    """Give each of pytest's workers, which share the cores, one thread of BLAS: more would wait for each other."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

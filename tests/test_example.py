@@ -60,6 +60,7 @@ def _python_of(document: str) -> list[CodeType]:
     return [compile(code, document, "exec") for code in blocks]
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme_halves_the_macs_and_keeps_the_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

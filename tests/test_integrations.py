@@ -64,7 +64,7 @@ def test_a_pass_of_onnx_ir_gives_a_new_model_and_leaves_the_old_one(folder: Path
     from onnx_lrsd.integrations.onnx_ir import LrsdPass
 
     model = onnx_ir.load(folder / "model.onnx")
-    smaller = LrsdPass({"x": samples()}, ratio=4)
+    smaller = LrsdPass({"x": samples()}, ratio=4, forms=("channel",))
     result = onnx_ir.passes.Sequential(smaller, CheckerPass())(model)
     assert result.modified
     assert smaller.report is not None and smaller.report.promise is not None and smaller.report.promise.kept
@@ -78,7 +78,7 @@ def test_a_pass_of_onnx_ir_that_gains_nothing_says_that_it_changed_nothing(folde
     onnx_ir = pytest.importorskip("onnx_ir", reason="the extra onnx-ir is not installed")
     from onnx_lrsd.integrations.onnx_ir import LrsdPass
 
-    result = LrsdPass({"x": samples()}, ratio=1000)(onnx_ir.load(folder / "model.onnx"))
+    result = LrsdPass({"x": samples()}, ratio=1000, forms=("channel",))(onnx_ir.load(folder / "model.onnx"))
     assert not result.modified
     onnx_ir.save(result.model, folder / "same.onnx")
     assert np.array_equal(outputs(folder / "same.onnx"), outputs(folder / "model.onnx"))
