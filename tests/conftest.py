@@ -17,7 +17,7 @@ settings.load_profile("quick")
 
 
 def pytest_configure() -> None:
-    """Give each of pytest's workers, which share the cores, one thread of BLAS: more would wait for each other."""
+    """Give each of the workers, which share the cores, one thread of BLAS: more would wait for each other."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
