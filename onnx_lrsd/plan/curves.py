@@ -250,7 +250,11 @@ def widths_to_try(inner: Inner) -> list[int]:
 def _narrow_points(
     run: Run, curve: ErrorCurve, pairs: Mapping[str, PairCurve], narrower: Narrower, *, factors: bool
 ) -> dict[tuple[str, KeptOf], tuple[Point, ...]]:
-    """The points of one layer for all widths on either side: dense, and with ``factors`` at a few."""
+    """The points of one layer for all widths on either side: dense, and with ``factors`` at a few.
+
+    In codes a narrower layer has no factors beside: curves of coded forms take most of a run, and the plans
+    with them lose as much (results/time.md).
+    """
     layer, output = curve.layer, curve.layer.output
     giving = next((pair for pair in pairs.values() if output in pair.producers), None)
     reading = next((pair for pair in pairs.values() if output in pair.consumers), None)
@@ -272,6 +276,7 @@ def _narrow_points(
         points = [_timed_by(_point(run.target, [small], Form(DENSE), 0.0), rate)]
         if (
             factors
+            and not run.target.stores_codes
             and len(curve.points) > 1
             and 0 in widths
             and (widths[0] in few[0] and widths[1] in few[1])
