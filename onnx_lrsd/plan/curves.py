@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -266,26 +266,40 @@ def _narrow_points(
     whole_problem = cache(partial(narrower.problem, layer))
     whole = curve.points[0]
     rate = None if whole.price.seconds is None or not whole.time else whole.price.seconds / whole.time
+    measured: dict[int, Mapping[Form, float]] = {}
     found: dict[tuple[str, KeptOf], tuple[Point, ...]] = {}
-    for widths in product(given, read):
-        if not any(widths):
-            continue
+    beside = factors and not run.target.stores_codes and len(curve.points) > 1
+
+    def narrowed_to(widths: tuple[int, int]) -> tuple[Layer, dict[str, int]]:
         ends = zip((giving, reading), widths, strict=True)
         kept = {pair.key: width for pair, width in ends if pair is not None and width}
-        small = narrow_layer(layer, kept, {key: narrower.inner[key].pair for key in kept})
-        points = [_timed_by(_point(run.target, [small], Form(DENSE), 0.0), rate)]
-        if (
-            factors
-            and not run.target.stores_codes
-            and len(curve.points) > 1
-            and 0 in widths
-            and (widths[0] in few[0] and widths[1] in few[1])
-        ):
+        return narrow_layer(layer, kept, {key: narrower.inner[key].pair for key in kept}), kept
+
+    def errors_at(side: int) -> Mapping[Form, float]:
+        """Those of the forms at the middle one of the few widths of one side."""
+        if side not in measured:
+            middle = _middle(few[side])
+            widths = (middle, 0) if side == 0 else (0, middle)
+            small, kept = narrowed_to(widths)
             outputs, inputs = narrower.left(layer, kept)
             cut = outputs if widths[0] else None, inputs if widths[1] else None
             posed = partial(_narrow_problem, whole_problem, small, cut)
-            for form, error in _errors(run, (output, widths), posed).items():
-                if error <= MOST_ERROR:
+            measured[side] = _errors(run, (output, widths), posed)
+        return measured[side]
+
+    for widths in product(given, read):
+        if not any(widths):
+            continue
+        small, _ = narrowed_to(widths)
+        points = [_timed_by(_point(run.target, [small], Form(DENSE), 0.0), rate)]
+        if beside and 0 in widths and widths[0] in few[0] and widths[1] in few[1]:
+            side = 0 if widths[0] else 1
+            width, channels = widths[side], (giving, reading)[side].channels  # type: ignore[union-attr]
+            left_out = (channels - width) / (channels - _middle(few[side]))
+            own = {point.form: point.error for point in curve.points}
+            for form in run.target.forms(small, run.options.forms or KINDS):
+                error = _between(own.get(form), errors_at(side).get(form), left_out)
+                if error is not None and error <= MOST_ERROR:
                     points.append(_timed_by(_point(run.target, [small], form, error), rate))
         elif run.target.stores_codes:
             # Rounding costs a share of the energy that hardly depends on how many channels there are.
@@ -296,6 +310,22 @@ def _narrow_points(
                 points.append(_point(run.target, [small], form, point.error))
         found[output, widths] = tuple(points)
     return found
+
+
+def _middle(few: Collection[int]) -> int:
+    widths = sorted(width for width in few if width)
+    return widths[len(widths) // 2]
+
+
+def _between(own: float | None, middle: float | None, left_out: float) -> float | None:
+    """The error of a form at a width, from that at all channels and that at the middle width.
+
+    ``left_out`` is the share of the channels left out, in those left out at the middle. Below the middle the
+    error is that of the middle. Curves of every width took most of the time of a run (results/time.md).
+    """
+    if middle is None or left_out >= 1:
+        return middle
+    return None if own is None else own + left_out * (middle - own)
 
 
 def _narrow_problem(
