@@ -328,6 +328,7 @@ def mixed() -> Model:
     return make(nodes, tensors, {"x": (FLOATS, ["n", 4, 6, 32])})
 
 
+@pytest.mark.slow
 def test_constants_are_planned_with_the_layers_replayed_and_unpacked() -> None:
     model = mixed()
     found = onnx_lrsd.optimize(model.proto, samples_of(model), target="size", ratio=4)

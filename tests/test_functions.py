@@ -88,6 +88,7 @@ def run(proto: onnx.ModelProto) -> npt.NDArray[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_layers_inside_functions_are_rewritten_and_other_functions_stay() -> None:
     proto = two_layers(rank=8)
     result = onnx_lrsd.optimize(proto, feed(40), target="size", ratio=1.5)

@@ -118,6 +118,7 @@ def test_an_old_opset_is_raised_and_batch_normalisation_folded() -> None:
         quantise(found.model, onnx_lrsd.read_samples(x, inputs_of(model.proto)), tolerance=0.1)
 
 
+@pytest.mark.slow
 def test_the_report_names_the_share_of_each_step_and_the_fastest_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

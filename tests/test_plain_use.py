@@ -120,6 +120,7 @@ def test_without_samples_the_weights_decide_and_a_warning_says_so(folder: Path, 
     assert np.mean((before - after) ** 2) < 0.5 * np.var(before)
 
 
+@pytest.mark.slow
 def test_without_a_terminal_nothing_is_drawn(folder: Path) -> None:
     command = [sys.executable, "-m", "onnx_lrsd", "compare", *2 * ["model.onnx"], "--data", "calib.npz"]
     done = subprocess.run(command, cwd=folder, capture_output=True, check=False)

@@ -89,6 +89,7 @@ def test_a_fit_that_runs_out_of_time_does_not_lose_what_was_found() -> None:
     assert nothing.why_nothing().endswith("allow more with --time. The original is handed back.")
 
 
+@pytest.mark.slow
 def test_a_ratio_is_corrected_only_where_there_is_room() -> None:
     clock = Clock()
     limit = TimeLimit(100, clock)
@@ -124,6 +125,7 @@ def hurried() -> onnx_lrsd.Result:
         return example(time="45s", max_error=0.02)
 
 
+@pytest.mark.slow
 def test_stages_leave_out_what_has_no_time(hurried: onnx_lrsd.Result) -> None:
     said = hurried.report.left_out
     assert any("samples to calibrate on" in what for what in said)
@@ -133,6 +135,7 @@ def test_stages_leave_out_what_has_no_time(hurried: onnx_lrsd.Result) -> None:
     assert max(layer.macs_before for layer in left) < max(layer.macs_before for layer in others)
 
 
+@pytest.mark.slow
 def test_what_was_left_out_is_in_the_table_and_the_json(hurried: onnx_lrsd.Result) -> None:
     told = json.loads(report_to_json(hurried.report))["time"]
     assert told == {"limit": 45.0, "left_out": list(hurried.report.left_out)}
