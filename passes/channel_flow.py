@@ -32,6 +32,10 @@ BROADCAST = {
     *("Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where"),
     "Xor",
 }
+LINEAR = ("Add", "Identity", "Dropout")
+"""Channels may be turned in front of these: the value that an Add has for each of them is turned as well."""
+KEEP_HEADS = ("Reshape", "Transpose")
+"""These say themselves where the heads are."""
 POOLS = ("MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool")
 REDUCTIONS = {
     *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"),
@@ -44,11 +48,15 @@ class Carried(NamedTuple):
     """The channels of a tensor: ``owner`` (length,) is whose each position of ``axis`` is; -1: of none.
 
     ``axis`` counts from the end, so that broadcasting does not move it; ``rank`` is None if not known.
+    ``heads`` is the axis of the heads that share the channels, from the end too, or 0 while all are on one
+    axis in their order. It is None where they may not be turned: what lies between is not linear in them, or
+    heads may be out of order.
     """
 
     axis: int
     rank: int | None
     owner: Owner
+    heads: int | None = None
 
 
 class Place(NamedTuple):
@@ -133,11 +141,34 @@ def hand_on(flow: Flow, node: gs.Node, given: Given) -> Handed:
             return _mixed(node)
         return _elementwise(flow, node, given)
     if is_op(node, "Concat"):
-        return _concat(flow, node, given)
+        return _bent(_concat(flow, node, given))
+    if is_op(node, "MatMul"):
+        return _weighted(flow, node, given)
     handler, first = _HANDLERS.get(node.op), given[0]
     if handler is None or first is None or any(other is not None for other in given[1:]):
         return _mixed(node)
-    return handler(flow, node, first)
+    handed = handler(flow, node, first)
+    return handed if node.op in KEEP_HEADS else _bent(handed)
+
+
+def _bent(handed: Handed) -> Handed:
+    """The channels, which may not be turned from here on."""
+    if isinstance(handed, str):
+        return handed
+    return [None if carried is None else carried._replace(heads=None) for carried in handed]
+
+
+def _weighted(flow: Flow, node: gs.Node, given: Given) -> Handed:
+    """A product that sums over another axis, as attention weights values: each channel by itself."""
+    side = 0 if given[0] is not None else 1
+    own, shape = given[side], flow.shape(node.inputs[1 - side])
+    across = (-2, -1)[side]
+    if own is None or given[1 - side] is not None or own.rank is None or shape is None:
+        return _mixed(node)
+    if own.axis != across or min(own.rank, len(shape)) < 2:
+        return _mixed(node)
+    heads = own.heads if own.heads == 0 or (own.heads or 0) < -2 else None
+    return [own._replace(rank=max(own.rank, len(shape)), heads=heads)]
 
 
 def _mixed(node: gs.Node) -> str:
@@ -146,6 +177,7 @@ def _mixed(node: gs.Node) -> str:
 
 def _elementwise(flow: Flow, node: gs.Node, given: Given) -> Handed:
     first = next(carried for carried in given if carried is not None)
+    linear = is_op(node, *LINEAR)
     if is_op(node, *BROADCAST) and flow.opset < 7 and len(node.inputs) > 1:
         return f"{node.op} {label(node)} broadcasts in the way of old operator sets"
     ranks = [first.rank]
@@ -154,14 +186,18 @@ def _elementwise(flow: Flow, node: gs.Node, given: Given) -> Handed:
             if carried.axis != first.axis or not flow.merge(first.owner, carried.owner):
                 return f"{node.op} {label(node)} joins them with others"
             ranks.append(carried.rank)
+            linear = linear and carried.heads == first.heads
         elif not tensor.is_empty():
+            parts = len(flow.parts)
             reason = _beside(flow, node, index, first)
             if reason:
                 return reason
+            linear = linear and (len(flow.parts) > parts or not is_op(node, "Add"))
             shape = flow.shape(tensor)
             ranks.append(None if shape is None else len(shape))
     known = [rank for rank in ranks if rank is not None]
-    return [first._replace(rank=max(known) if len(known) == len(ranks) else None)]
+    rank = max(known) if len(known) == len(ranks) else None
+    return [first._replace(rank=rank, heads=first.heads if linear else None)]
 
 
 def _beside(flow: Flow, node: gs.Node, index: int, carried: Carried) -> str:
@@ -299,7 +335,12 @@ def _transposed(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
             return _mixed(node)
         order = list(range(carried.rank))[::-1]
     rank = len(order)
-    return [Carried(order.index(carried.axis + rank) - rank, rank, carried.owner)]
+
+    def moved(axis: int) -> int:
+        return int(order.index(axis + rank)) - rank
+
+    heads = moved(carried.heads) if carried.heads else carried.heads
+    return [Carried(moved(carried.axis), rank, carried.owner, heads)]
 
 
 def _reshaped(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
@@ -321,15 +362,60 @@ def _reshaped(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
     wide = carried.owner.reshape([-1 if i == at else 1 for i in range(len(block[0]))])
     flat = np.broadcast_to(wide, [int(size or 0) for size in sizes_before])
     owners = flat.reshape([int(size or 0) for size in sizes_after])
-    found = _on_one_axis(flow, owners)
+    split = len(block[0]) == 1 and len(block[1]) == 2
+    if split and _are_values(node, block[1][1] - len(after), len(after)):
+        found = _in_heads(flow, owners)
+    else:
+        found = _on_one_axis(flow, owners)
     if found is None:
         return spread
     axis, owner = block[1][0] + found[0], found[1]
+    heads = _heads(carried, blocks or [], len(before), len(after))
     if is_op(node, "Reshape"):
         reason = _count_entry(flow, node, axis, carried.axis + len(before), owner)
         if reason:
             return reason
-    return [Carried(axis - len(after), len(after), owner)]
+    return [Carried(axis - len(after), len(after), owner, heads)]
+
+
+def _are_values(node: gs.Node, axis: int, rank: int) -> bool:
+    """Whether an axis of what ``node`` gives, of ``rank`` axes, is kept by a product that alone reads it."""
+    tensor = node.outputs[0]
+    while len(tensor.outputs) == 1 and is_op(tensor.outputs[0], "Transpose"):
+        order = tensor.outputs[0].attrs.get("perm", list(range(rank))[::-1])
+        axis, tensor = order.index(axis + rank) - rank, tensor.outputs[0].outputs[0]
+    readers = tensor.outputs
+    if len(readers) != 1 or not is_op(readers[0], "MatMul"):
+        return False
+    return axis == (-2 if readers[0].inputs[0] is tensor else -1)
+
+
+def _in_heads(flow: Flow, owners: Owner) -> tuple[int, Owner] | None:
+    """The last axis of ``owners`` (heads, channels), whose positions of all heads are tied together."""
+    if (owners < 0).any() or len(np.unique(owners)) != owners.size:
+        return None
+    for own in owners.T:
+        flow.tie(own.tolist())
+    return 1, owners[0]
+
+
+def _heads(
+    carried: Carried, blocks: Sequence[tuple[list[int], list[int]]], before: int, after: int
+) -> int | None:
+    """The axis of the heads behind a Reshape of these ``blocks``; as in ``Carried``."""
+    if carried.heads is None:
+        return None
+    own = next(block for block in blocks if carried.axis + before in block[0])
+    if carried.heads == 0:
+        if len(own[0]) == 1 and len(own[1]) < 3:
+            return 0 if len(own[1]) == 1 else own[1][0] - after
+        return None
+    at = carried.heads + before
+    if own == ([at, carried.axis + before], own[1][:1]):
+        return 0
+    of_heads = next(block for block in blocks if at in block[0])
+    alone = [len(axes) == 1 for axes in (*own, *of_heads)]
+    return of_heads[1][0] - after if all(alone) else None
 
 
 def _aligned(

@@ -3,13 +3,16 @@
 What one layer gives and only others read need not be computed in full: a channel may go with its row of the
 one, its columns of the others, and its value in every constant between. Nothing is added, and what is left is
 as an exporter would have written a narrower network: smaller constants, no mask, no Gather.
+
+Of the heads of attention one channel each goes at a time. Where all that lies between is linear in them, the
+channels of a head may be turned first: into another basis, in which fewer of them matter.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +32,7 @@ from onnx_lrsd.passes.channel_flow import (
 )
 from onnx_lrsd.passes.constants import constant_value, overridable, stored_tensor
 from onnx_lrsd.passes.find_layers import producer
-from onnx_lrsd.passes.nodes import label, unused_name
+from onnx_lrsd.passes.nodes import is_op, label, unused_name
 from onnx_lrsd.passes.operators import operator_at
 from onnx_lrsd.passes.operators.operator import ChannelAxes
 from onnx_lrsd.passes.tidy import captured_names, remove_orphans
@@ -59,6 +62,7 @@ class Pair:
 
     ``name`` is what a person calls the first producer. The rest is what a cut changes, by channel: ``parts``
     of constants, ``counts`` of channels, axes of tensors. All of it is of the graph the pair was found in.
+    Where there are ``heads``, each has a position of every channel, in order, and its channels may be turned.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Pair:
     parts: tuple[ConstantPart, ...]
     counts: tuple[Count, ...]
     carried: Mapping[str, Carried]
+    heads: int = 0
 
 
 @dataclass
@@ -123,6 +128,7 @@ def find_pairs(
     flow = Flow(working.opset, working.overridable, shapes)
     names = {id(producer(working, layer)): layer.output for layer in layers}
     given, read = list[_Given](), list[tuple[str, Owner]]()
+    straight = set[str]()  # layers that read channels which may be turned
     total = 0
 
     def block(owners: Iterable[Carried | None], reason: str, node: str = "") -> None:
@@ -150,6 +156,8 @@ def find_pairs(
             block(carried, reason, label(node))
         elif (own := carried[sides.reads]) is not None:
             read.append((name, own.owner))
+            if own.heads == 0 and is_op(node, "MatMul", "Gemm"):
+                straight.add(name)
         owner = np.arange(total, total + sides.n)
         reason = _give(flow, node, sides, owner)
         given.append(
@@ -160,7 +168,18 @@ def find_pairs(
         block([flow.carried.get(output.name)], OUTPUT_OF_MODEL)
     for captured in captured_names(working.graph):
         block([flow.carried.get(captured)], "a branch or a loop reads them")
-    return _pairs(flow, given, read, total)
+    found, declined = _pairs(flow, given, read, total)
+    return tuple(replace(p, heads=_heads(p, straight)) for p in found), declined
+
+
+def _heads(pair: Pair, straight: Set[str]) -> int:
+    """Of a pair the heads, each of whose channels may be turned; 0 where they may not, or there is one."""
+    heads = pair.consumers[0].positions.shape[1]
+    known = all(end.output in straight for end in pair.consumers)
+    ends = (*pair.producers, *pair.consumers)
+    alike = all(end.positions.shape[1] == heads for end in ends)
+    parts = all(len(part.owner[part.owner >= 0]) == heads * pair.channels for part in pair.parts)
+    return heads if heads > 1 and known and alike and parts else 0
 
 
 def _set_of(given: Sequence[_Given], channel: int) -> _Given | None:
@@ -201,6 +220,7 @@ def _read(flow: Flow, node: gs.Node, sides: _Sides, carried: Sequence[Carried | 
 def _give(flow: Flow, node: gs.Node, sides: _Sides, owner: Owner) -> str:
     """Note what a cut changes where ``node`` gives channels; why they must stay, or nothing."""
     reason = flow.take(node, sides.weight, sides.axes.outputs, owner)
+    heads = 0 if is_op(node, "MatMul", "Gemm") else None
     if len(node.inputs) > 2 and node.inputs[2].name and not reason:
         bias = constant_value(node.inputs[2])
         if bias is None:
@@ -209,7 +229,9 @@ def _give(flow: Flow, node: gs.Node, sides: _Sides, owner: Owner) -> str:
             reason = flow.take(node, 2, -1, owner)
         elif overridable(node.inputs[2], flow.overridable):
             reason = f"the bias of {node.op} {label(node)} may be overridden"
-    flow.carried[node.outputs[0].name] = Carried(sides.axes.given, sides.axes.rank, owner)
+        else:
+            heads = None  # one number for all channels is not turned with them
+    flow.carried[node.outputs[0].name] = Carried(sides.axes.given, sides.axes.rank, owner, heads)
     return reason
 
 
@@ -325,7 +347,7 @@ def cut(working: WorkingGraph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> No
             parts[place][axis] = stays[owner] & parts[place].get(axis, True)
         for place, entry, owner in pair.counts:
             counts[place][entry] = stays[owner] & counts[place].get(entry, True)
-        for name, (axis, _, owner) in pair.carried.items():
+        for name, (axis, _, owner, _) in pair.carried.items():
             sizes[name] = axis, stays[owner] & sizes.get(name, (axis, True))[1]
     nodes = {tensor.name: node for node in working.nodes for tensor in node.outputs}
     made = _Constants(working)
@@ -350,6 +372,25 @@ def cut(working: WorkingGraph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> No
         shape = tensors[name].shape
         if shape is not None and isinstance(shape[axis], int):
             tensors[name].shape = [*shape[:axis], np.count_nonzero(mask), *shape[len(shape) + axis + 1 :]]
+    remove_orphans(working, made.replaced)
+
+
+def turn(working: WorkingGraph, pair: Pair, bases: npt.NDArray[np.float64]) -> None:
+    """Turn the channels of each head by its own of the orthogonal ``bases`` (heads, channels, channels).
+
+    All that a cut would change of constants is turned alike, so that what the consumers give is the same but
+    for rounding. The pair stays as it is.
+    """
+    nodes = {tensor.name: node for node in working.nodes for tensor in node.outputs}
+    made = _Constants(working)
+    for place, axis, owner in pair.parts:
+        node = nodes[place.output]
+        values = np.asarray(constant_value(node.inputs[place.given]))
+        turned = np.moveaxis(values, axis, -1).astype(np.float64)
+        order = np.argsort(owner, kind="stable")[np.count_nonzero(owner < 0) :]
+        for at, basis in zip(order.reshape(pair.channels, -1).T, bases, strict=True):
+            turned[..., at] = turned[..., at] @ basis.T
+        made.put(node, int(place.given), np.moveaxis(turned, -1, axis).astype(values.dtype))
     remove_orphans(working, made.replaced)
 
 

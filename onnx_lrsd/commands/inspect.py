@@ -92,7 +92,9 @@ def _widths(
     def names(ends: Sequence[End]) -> str:
         return ", ".join(dict.fromkeys(by_output[e.output].name for e in ends if e.output in by_output))
 
-    widths = {f"{names(p.producers)} -> {names(p.consumers)}": p.channels for p in chosen.values()}
+    widths = {
+        f"{names(p.producers)} -> {names(p.consumers)}": p.channels * max(p.heads, 1) for p in chosen.values()
+    }
     return widths, left_whole(stay, left, every)
 
 

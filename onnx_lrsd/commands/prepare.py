@@ -57,6 +57,7 @@ from onnx_lrsd.plan.search import Forms
 from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.run import Options, Run, with_work_dir
 from onnx_lrsd.runtime.session import inference_device, sound
+from onnx_lrsd.solver.heads import Bases
 from onnx_lrsd.solver.width import Widths
 from onnx_lrsd.time_limit import CHECKS, ORDERED, PASSES
 from onnx_lrsd.types import (
@@ -341,7 +342,7 @@ def _narrower(
             run.time.leave_out(f"the channels between {pairs_left} of layers")
             break
         order = partial(_drop_order, pair, known.layers, plain, rows_of)
-        inner[key] = Inner(pair, run.keep("widths" if judged else "orders", key, order, (Widths,)))
+        inner[key] = Inner(pair, *run.keep("widths" if judged else "orders", key, order, (Widths,)))
     return replace(plain, inner=inner)
 
 
@@ -350,8 +351,9 @@ def _drop_order(
     layers: Sequence[Layer],
     narrower: Narrower,
     rows_of: Callable[[Layer], Rows | None] | None,
-) -> Widths:
-    return drop_orders({key_of(pair): pair}, layers, narrower.problem, rows_of)[key_of(pair)].widths
+) -> tuple[Widths, Bases | None]:
+    found = drop_orders({key_of(pair): pair}, layers, narrower.problem, rows_of)[key_of(pair)]
+    return found.widths, found.bases
 
 
 def asked_for(

@@ -6,7 +6,7 @@ network is then fitted in graph order like any other, to the outputs of the orig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -17,9 +17,10 @@ import numpy.typing as npt
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf, original_outputs
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
-from onnx_lrsd.passes.pairs import End, Pair, cut
+from onnx_lrsd.passes.pairs import End, Pair, cut, turn
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.solver.cross_validation import width_errors
+from onnx_lrsd.solver.heads import Bases, head_bases, turned, turned_inputs, turned_outputs
 from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.solver.width import Widths, fit_width, widths
 from onnx_lrsd.types import DENSE, WIDTH, Declined, Factors, Form, Layer, Moments, Rows
@@ -39,10 +40,12 @@ class Inner:
     """The channels of a pair, and in which order the layers that read them can do without them.
 
     Where rows were given, the errors of the widths are those on rows that the readers were not fitted to.
+    With ``bases`` these are channels of heads in other bases, in which the network is before it is cut.
     """
 
     pair: Pair
     widths: Widths
+    bases: Bases | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +92,11 @@ class Narrower:
         working = model.graph()
         now = {layer.output: layer for layer in cut_layers}
         by_output = {layer.output: layer for layer in self.layers}
+        keys = [key for key, form in forms.items() if form.kind == WIDTH]
         for pair, kept in cuts:
             for end in pair.consumers:
                 layer = by_output[end.output]
-                factors = fit_width(self.problem(layer), columns(layer, end), kept)
+                factors = fit_width(self.problem(layer, keys), columns(layer, end), kept)
                 split(working, now[end.output], left[end.output].cut_outputs(layer, factors))
         model = model.splice(working)
         working = model.graph()
@@ -102,7 +106,7 @@ class Narrower:
             model=model,
             layers=layers,
             weight_of=partial(read_weight, working),
-            calibration=None if calibration is None else self._calibration(calibration, layers, left),
+            calibration=None if calibration is None else self._calibration(calibration, layers, left, keys),
             readers=frozenset(end.output for pair, _ in cuts for end in pair.consumers),
         )
 
@@ -112,6 +116,10 @@ class Narrower:
         if not cuts:
             return self.model, self.layers
         working = self.model.graph()
+        for key, form in forms.items():
+            inner = self.inner[key] if form.kind == WIDTH else None
+            if inner is not None and inner.bases is not None:
+                turn(working, inner.pair, inner.bases)
         cut(working, cuts)
         model = self.model.splice(working)
         found = {layer.output: layer for layer in find_layers(model.graph())[0]}
@@ -130,9 +138,25 @@ class Narrower:
         found = _Left.of(layer, self._cuts({key: Form(WIDTH, width) for key, width in widths.items()}))
         return found.outputs, found.inputs
 
-    def problem(self, layer: Layer) -> Problem:
-        """The problem of ``layer`` in the original network."""
-        return pose(layer, *self.weight_of(layer), self.moments.get(layer.output), self.device)
+    def problem(self, layer: Layer, cuts: Iterable[str] = ()) -> Problem:
+        """The problem of ``layer`` in the original network, in the bases of the pairs ``cuts``."""
+        posed = pose(layer, *self.weight_of(layer), self.moments.get(layer.output), self.device)
+        for at, bases in self._turns(layer, cuts, giving=True):
+            posed = turned_outputs(posed, at, bases)
+        for at, bases in self._turns(layer, cuts, giving=False):
+            posed = turned_inputs(posed, at, bases)
+        return posed
+
+    def _turns(self, layer: Layer, cuts: Iterable[str], *, giving: bool) -> list[tuple[_Positions, Bases]]:
+        """The rows of W that ``layer`` gives in other bases where these pairs are cut, or the columns."""
+        found = []
+        for inner in (self.inner[key] for key in cuts):
+            if inner.bases is None:
+                continue
+            for end in inner.pair.producers if giving else inner.pair.consumers:
+                if end.output == layer.output:
+                    found.append((rows(layer, end) if giving else columns(layer, end), inner.bases))
+        return found
 
     def readers(self, key: str) -> tuple[Layer, ...]:
         """The layers that read the channels of a pair, in the order of the graph."""
@@ -144,17 +168,16 @@ class Narrower:
 
         They give the same as in the narrower network, of which nothing else has to be made.
         """
-        pair, widths = self.inner[key].pair, self.inner[key].widths
+        pair, kept = self.inner[key].pair, self.inner[key].widths.kept(width)
         ends = {end.output: end for end in pair.consumers}
-        return {
-            layer.output: _in_place(
-                layer, fit_width(self.problem(layer), columns(layer, ends[layer.output]), widths.kept(width))
-            )
-            for layer in self.readers(key)
-        }
+        found = {}
+        for layer in self.readers(key):
+            factors = fit_width(self.problem(layer, [key]), columns(layer, ends[layer.output]), kept)
+            found[layer.output] = _in_place(layer, factors, self._turns(layer, [key], giving=False))
+        return found
 
     def _calibration(
-        self, known: Calibration, layers: tuple[Layer, ...], left: Mapping[str, _Left]
+        self, known: Calibration, layers: tuple[Layer, ...], left: Mapping[str, _Left], cuts: Sequence[str]
     ) -> Calibration:
         """What the original network taught, of the outputs and inputs that the layers keep."""
         kept, inputs = dict(known.kept), dict(known.inputs)
@@ -162,8 +185,12 @@ class Narrower:
         for layer in self.layers:
             if layer.output in of_cut:
                 own = left[layer.output]
-                kept[layer.output] = original_outputs(layer, known, self.weight_of)[:, own.outputs]
-                inputs[layer.output] = inputs[layer.output][:, own.inputs]
+                gave, read = original_outputs(layer, known, self.weight_of), inputs[layer.output]
+                for at, bases in self._turns(layer, cuts, giving=True):
+                    gave = turned(gave, at, bases)
+                for at, bases in self._turns(layer, cuts, giving=False):
+                    read = turned(read, at, bases)
+                kept[layer.output], inputs[layer.output] = gave[:, own.outputs], read[:, own.inputs]
         return replace(
             known,
             layers=layers,
@@ -222,11 +249,13 @@ class _Left:
         return replace(factors, form=Form(DENSE), sparse=sparse, bias=bias, channels=tuple(range(channels)))
 
 
-def _in_place(layer: Layer, factors: Factors) -> Factors:
-    """A dense weight of some inputs, as one of all that the layer has."""
+def _in_place(layer: Layer, factors: Factors, turns: Iterable[tuple[_Positions, Bases]]) -> Factors:
+    """A dense weight of some inputs, as one of all that the layer has, which ``turns`` do not turn."""
     assert factors.sparse is not None
     weight = np.zeros((layer.n, layer.m))
     weight[:, list(factors.channels)] = factors.sparse
+    for at, bases in turns:
+        weight = turned(weight, at, bases, back=True)
     return replace(
         factors,
         form=Form(DENSE),
@@ -278,7 +307,7 @@ def planned_pairs(
         gives = {end.output for end in pair.producers}
         reads = {end.output for end in pair.consumers}
         reason = ""
-        if pair.channels < FEWEST_CHANNELS:
+        if pair.channels * max(pair.heads, 1) < FEWEST_CHANNELS:
             reason = f"they are fewer than {FEWEST_CHANNELS}"
         elif len(gives | reads) > MOST_LAYERS:
             reason = f"more than {MOST_LAYERS} layers give or read them"
@@ -343,12 +372,16 @@ def drop_orders(
         readers = [by_output[end.output] for end in pair.consumers]
         problems = [problem_of(layer) for layer in readers]
         own = [columns(layer, end) for layer, end in zip(readers, pair.consumers, strict=True)]
+        bases = head_bases(problems, own) if pair.heads else None
+        if bases is not None:
+            problems = [turned_inputs(p, at, bases) for p, at in zip(problems, own, strict=True)]
         order = widths(problems, own, least=least_width(pair))
         errors = order.errors.copy()
         for reader, layer in enumerate(readers):
-            rows = None if rows_of is None else rows_of(layer)
-            if rows is not None:
-                errors[reader] = width_errors(problems[reader], own[reader], order, errors[reader], rows)
-        found[key] = Inner(pair, replace(order, errors=errors))
+            seen = None if rows_of is None else rows_of(layer)
+            if seen is not None:
+                seen = seen if bases is None else turned(seen, own[reader], bases)
+                errors[reader] = width_errors(problems[reader], own[reader], order, errors[reader], seen)
+        found[key] = Inner(pair, replace(order, errors=errors), bases)
         progress(done + 1, len(pairs))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from typing import TypeVar
 
@@ -41,6 +41,8 @@ Made = TypeVar("Made")
 NOTHING = Price(0, 0, 0, 0.0)
 SHARES = 16
 """Widths are tried in steps of so many parts of the channels."""
+HEAD_MULTIPLE = 4
+"""Channels of a head are tried in steps of so many, which vectors hold."""
 MOST_ERROR = 0.5
 """A form that loses half of a layer's output energy is no approximation and never planned."""
 
@@ -242,7 +244,7 @@ def widths_to_try(inner: Inner) -> list[int]:
     """Sixteenths of the channels, rounded to what runtimes like, the largest first."""
     total = inner.pair.channels
     each = max(end.positions.shape[1] for end in inner.pair.producers)
-    block = max(RANK_MULTIPLE // each, 1)
+    block = HEAD_MULTIPLE if inner.pair.heads else max(RANK_MULTIPLE // each, 1)
     shares = {max(round(total * part / SHARES / block), 1) * block for part in range(2, SHARES)}
     return sorted((width for width in shares if width < total), reverse=True)
 
@@ -263,7 +265,6 @@ def _narrow_points(
         for pair in (giving, reading)
     )
     few = [_few(widths) for widths in (given, read)]
-    whole_problem = cache(partial(narrower.problem, layer))
     whole = curve.points[0]
     rate = None if whole.price.seconds is None or not whole.time else whole.price.seconds / whole.time
     measured: dict[int, Mapping[Form, float]] = {}
@@ -283,7 +284,7 @@ def _narrow_points(
             small, kept = narrowed_to(widths)
             outputs, inputs = narrower.left(layer, kept)
             cut = outputs if widths[0] else None, inputs if widths[1] else None
-            posed = partial(_narrow_problem, whole_problem, small, cut)
+            posed = partial(_narrow_problem, partial(narrower.problem, layer, tuple(kept)), small, cut)
             measured[side] = _errors(run, (output, widths), posed)
         return measured[side]
 

@@ -23,6 +23,8 @@ MOST_ROWS = 6144
 """Rows that fit and judge, at most: the fits of wide layers would take longer than all the rest."""
 FEWEST_ROWS = 4 * FOLDS
 """With fewer rows nothing is judged."""
+NOTHING = 1e-12
+"""A relative error of rounding, beside which others are no ratio that says anything."""
 TRIED = (0.75, 0.5, 0.25)
 """Shares of the channels at which widths are judged."""
 
@@ -37,11 +39,11 @@ def width_errors(
     """
     total, count = len(columns), rows.shape[0]
     tried = [max(round(share * total), total - len(found.dropped)) for share in TRIED]
-    tried = [width for width in tried if 0 < width < total and damped[width] > 0]
+    tried = [width for width in tried if 0 < width < total and damped[width] > NOTHING]
     if count < FEWEST_ROWS or problem.energy <= 0 or not tried:
         return damped
     judged = _judged(problem, columns, found, tried, rows[:: -(-count // MOST_ROWS)])
-    ratios = np.log([max(error, 1e-12) / damped[width] for error, width in zip(judged, tried, strict=True)])
+    ratios = np.log([max(error, NOTHING) / damped[width] for error, width in zip(judged, tried, strict=True)])
     known = np.isfinite(damped)
     errors = damped.copy()
     errors[known] *= np.exp(np.interp(np.flatnonzero(known), tried[::-1], ratios[::-1]))
