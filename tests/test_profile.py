@@ -363,7 +363,7 @@ def test_what_a_layer_gains_within_the_model_is_read_from_its_kernels() -> None:
     model = onnx_lrsd.load(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8))
     layers, _ = onnx_lrsd.find_layers(model.graph())
     samples = read_samples({"x": np.ones((2, 64, 32, 32), np.float32)}, inputs_of(model.proto))
-    forms = {"a": Form(SPATIAL, 16), "y": Form(SPATIAL, 128)}
+    forms = {"a": Form(SPATIAL, 16), "y": Form(SPATIAL, 192)}
     found = speedups_within(model, layers, forms, samples)
     assert found["a"] > 1.3 and found["y"] < 0.9
 
