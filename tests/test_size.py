@@ -139,8 +139,9 @@ def test_more_levels_lose_less() -> None:
 @given(st.integers(0, 2**32 - 1), st.sampled_from([3, 4, 16]))
 def test_rounding_looks_at_the_output(seed: int, levels: int) -> None:
     rng = np.random.default_rng(seed)
-    weight, metric = rng.standard_normal((6, 40)), np.asarray(correlated(40).second)
-    counts = np.full((6, 1), float(levels))
+    # Of a few rows one may lose by it, of two hundred together none was seen to.
+    weight, metric = rng.standard_normal((200, 40)), np.asarray(correlated(40).second)
+    counts = np.full((200, 1), float(levels))
     steps = steps_of(weight, np.diag(metric), counts)
 
     def missed(codes: np.ndarray) -> float:
