@@ -91,8 +91,8 @@ class Several:
 
     def check(self, name: str, value: object) -> None:
         """Raise OptionError for what is no list of the names."""
-        listed = isinstance(value, tuple | list) and bool(value)
-        if not listed or any(entry not in self.offered for entry in value):  # type: ignore[attr-defined]
+        listed = value if isinstance(value, tuple | list) else ()
+        if not listed or any(entry not in self.offered for entry in listed):
             raise OptionError(
                 f"{{{name}}} is no list of some of {', '.join(self.offered)}: choose from them.",
                 **{name: value},

@@ -319,12 +319,12 @@ def _plain(value: Any, arrays: list[Bytes]) -> Any:
     raise TypeError(f"no plain value: {type(value).__name__}")
 
 
-def _value(tree: Any, arrays: list[Bytes], classes: Mapping[str, type]) -> Any:
+def _value(tree: Any, arrays: list[Bytes], classes: Mapping[str, Any]) -> Any:
     """The value that ``_plain`` made ``tree`` of."""
     if not isinstance(tree, dict):
         return tree
     if "message" in tree:
-        return getattr(classes[tree["message"]], "FromString")(arrays[tree["bytes"]].tobytes())  # noqa: B009
+        return classes[tree["message"]].FromString(arrays[tree["bytes"]].tobytes())
     if "bytes" in tree:
         return arrays[tree["bytes"]].tobytes()
     if "array" in tree:

@@ -14,7 +14,6 @@ import onnxruntime
 import pytest
 
 import onnx_lrsd
-from onnx_lrsd.runtime.timing import pair_latency
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,12 +31,7 @@ def small_model() -> onnx.ModelProto:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(
-        "onnx_lrsd.measure.compare.pair_latency",
-        lambda *runs, **options: pair_latency(*runs, **{**options, "seconds": 0.05}),
-    )
-    monkeypatch.setattr("onnx_lrsd.measure.layer_times.SECONDS", 0.01)
+def folder(tmp_path: Path) -> Path:
     onnx.save(small_model(), tmp_path / "model.onnx")
     np.savez(tmp_path / "calib.npz", x=samples())
     return tmp_path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,9 @@ import onnx_lrsd
 from onnx_lrsd.cli import main
 from onnx_lrsd.commands.calibrate import calibrate_shard
 from onnx_lrsd.errors import DataError, OptionError
-from onnx_lrsd.runtime.timing import pair_latency
 
 FLOAT = onnx.TensorProto.FLOAT
 OPTIONS: dict[str, Any] = {"ratio": 1.5, "forms": ("channel",)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hasty() -> Iterator[None]:
-    def for_a_moment(*runs: Any, **options: Any) -> Any:
-        return pair_latency(*runs, **{**options, "seconds": 0.0})
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("onnx_lrsd.measure.compare.pair_latency", for_a_moment)
-        patched.setattr("onnx_lrsd.measure.layer_times.SECONDS", 0.0)
-        yield
 
 
 def a_model(seed: int = 0) -> onnx.ModelProto:

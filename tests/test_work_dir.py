@@ -20,7 +20,6 @@ from onnx_lrsd.cli import main
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.facts import LoadCost
 from onnx_lrsd.fit import fitter
-from onnx_lrsd.runtime.timing import pair_latency
 from onnx_lrsd.types import Form, Pattern
 from onnx_lrsd.work_dir import MARK, SUFFIX, Kept, WorkDir, open_work_dir
 
@@ -232,25 +231,20 @@ def content(result: onnx_lrsd.Result) -> bytes:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def hasty() -> Iterator[None]:
-    def for_a_moment(*runs: Any, **options: Any) -> Any:
-        return pair_latency(*runs, **{**options, "seconds": 0.0})
-
+def opening_untimed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("onnx_lrsd.measure.compare.pair_latency", for_a_moment)
-        patched.setattr("onnx_lrsd.measure.layer_times.SECONDS", 0.0)
         patched.setattr("onnx_lrsd.commands.optimize.opening_cost", lambda model: LoadCost(0.1, 1))
         yield
 
 
 @pytest.fixture(scope="module")
-def fresh(hasty: None) -> bytes:
+def fresh(opening_untimed: None) -> bytes:
     """What a run without a work dir gives."""
     return content(optimised(None))
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory, hasty: None) -> tuple[Path, bytes]:
+def filled(tmp_path_factory: pytest.TempPathFactory, opening_untimed: None) -> tuple[Path, bytes]:
     """A work dir that one run has filled, and the model that the run gave."""
     folder = tmp_path_factory.mktemp("kept") / "work"
     return folder, content(optimised(folder))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
@@ -25,7 +25,6 @@ from threadpoolctl import threadpool_limits
 import onnx_lrsd
 from onnx_lrsd.cli import main
 from onnx_lrsd.errors import DeviceError, LrsdError, OptionError
-from onnx_lrsd.runtime.timing import pair_latency
 from onnx_lrsd.workers import IN_PROCESS, Workers, workers_for
 
 TASKS = """
@@ -123,17 +122,6 @@ def test_a_process_that_is_killed_has_its_task_done_by_others(tasks: Any) -> Non
 # The whole tool
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hasty() -> Iterator[None]:
-    def for_a_moment(*runs: Any, **options: Any) -> Any:
-        return pair_latency(*runs, **{**options, "seconds": 0.0})
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("onnx_lrsd.measure.compare.pair_latency", for_a_moment)
-        patched.setattr("onnx_lrsd.measure.layer_times.SECONDS", 0.0)
-        yield
-
-
 def a_model() -> onnx.ModelProto:
     """A chain of layers, some behind a Relu, with channels that may be cut."""
     rng = np.random.default_rng(0)
@@ -164,7 +152,7 @@ def optimised(**options: Any) -> tuple[bytes, onnx_lrsd.Report]:
 
 
 @pytest.fixture(scope="module")
-def alone(hasty: None) -> bytes:
+def alone() -> bytes:
     return optimised()[0]
 
 

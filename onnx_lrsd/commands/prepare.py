@@ -37,10 +37,7 @@ from onnx_lrsd.graph.model import Model, ensure_writable, load, raised
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.int8.fit import Int8Fitter
-from onnx_lrsd.measure.compare import (
-    labels_for,
-    total_price,
-)
+from onnx_lrsd.measure.compare import labels_for, total_price
 from onnx_lrsd.measure.judge import FEW
 from onnx_lrsd.measure.layer_times import LayerTimes, seconds_of_a_sample, time_layers
 from onnx_lrsd.passes.bytes_outside import bytes_outside
@@ -370,13 +367,8 @@ def asked_for(
 
 def _calibrate(found: Found, plan: Plan | None, moments: PartFiles | None) -> Calibration:
     """What the samples teach about the layers that are asked for, or what shards of them have taught."""
-    run, source, layers, fit_on, check_on = (
-        found.run,
-        found.source,
-        found.layers,
-        found.fit_on,
-        found.check_on,
-    )
+    run, source, layers = found.run, found.source, found.layers
+    fit_on, check_on = found.fit_on, found.check_on
     if fit_on is None:
         shapes = input_shapes(source, layers, check_on)
         located = locate(layers, shapes, check_on)

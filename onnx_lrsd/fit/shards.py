@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from onnx_lrsd.data.readers import DAMAGE
 from onnx_lrsd.data.samples import run_on
 from onnx_lrsd.errors import DataError, OptionError
 from onnx_lrsd.fit.calibrate import GatheredRows, Sampling
@@ -35,7 +34,6 @@ OTHER = {
     "seed": "with another seed",
 }
 """What a part may differ in, in the order in which it is told."""
-DAMAGE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 class Shard(NamedTuple):
@@ -132,7 +130,7 @@ def _about(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as part:
             found = json.loads(part[ABOUT].tobytes())
         Shard(*found["shard"]), found["quotas"].get("")
-    except (*DAMAGE, AttributeError):
+    except (*DAMAGE, TypeError, AttributeError):
         raise _damaged(path) from None
     return dict(found)
 
@@ -146,7 +144,7 @@ def _rows(path: Path, about: Mapping[str, Any], sampling: Sampling) -> Iterator[
                 place = places[layer.output]
                 outputs = part[f"{OUTPUTS}/{place}"] if layer.output in fetched else None
                 yield GatheredRows(layer, part[f"{INPUTS}/{place}"], outputs)
-    except DAMAGE:
+    except (*DAMAGE, TypeError):
         raise _damaged(path) from None
 
 

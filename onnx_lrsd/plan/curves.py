@@ -17,7 +17,7 @@ from onnx_lrsd.plan.promise import STORED
 from onnx_lrsd.plan.units import Curves, KeptOf, PairCurve
 from onnx_lrsd.run import NO_FORM, NO_STORAGE, NO_TIME, Run
 from onnx_lrsd.solver.problem import Problem
-from onnx_lrsd.solver.width import Columns, narrowed
+from onnx_lrsd.solver.width import narrowed
 from onnx_lrsd.targets import TARGETS, Machine, Target, price
 from onnx_lrsd.targets.chains import RANK_MULTIPLE
 from onnx_lrsd.time_limit import TRIED, WIDENED
@@ -267,6 +267,7 @@ def _narrow_points(
     few = [_few(widths) for widths in (given, read)]
     whole = curve.points[0]
     rate = None if whole.price.seconds is None or not whole.time else whole.price.seconds / whole.time
+    own = {point.form: point.error for point in curve.points}
     measured: dict[int, Mapping[Form, float]] = {}
     found: dict[tuple[str, KeptOf], tuple[Point, ...]] = {}
     beside = factors and not run.target.stores_codes and len(curve.points) > 1
@@ -283,8 +284,11 @@ def _narrow_points(
             widths = (middle, 0) if side == 0 else (0, middle)
             small, kept = narrowed_to(widths)
             outputs, inputs = narrower.left(layer, kept)
-            cut = outputs if widths[0] else None, inputs if widths[1] else None
-            posed = partial(_narrow_problem, partial(narrower.problem, layer, tuple(kept)), small, cut)
+
+            def posed() -> Problem:
+                whole = narrower.problem(layer, tuple(kept))
+                return narrowed(whole, small, outputs if widths[0] else None, inputs if widths[1] else None)
+
             measured[side] = _errors(run, (output, widths), posed)
         return measured[side]
 
@@ -295,9 +299,9 @@ def _narrow_points(
         points = [_timed_by(_point(run.target, [small], Form(DENSE), 0.0), rate)]
         if beside and 0 in widths and widths[0] in few[0] and widths[1] in few[1]:
             side = 0 if widths[0] else 1
-            width, channels = widths[side], (giving, reading)[side].channels  # type: ignore[union-attr]
-            left_out = (channels - width) / (channels - _middle(few[side]))
-            own = {point.form: point.error for point in curve.points}
+            pair = (giving, reading)[side]
+            assert pair is not None  # who has no pair there has no width but 0
+            left_out = (pair.channels - widths[side]) / (pair.channels - _middle(few[side]))
             for form in run.target.forms(small, run.options.forms or KINDS):
                 error = _between(own.get(form), errors_at(side).get(form), left_out)
                 if error is not None and error <= MOST_ERROR:
@@ -327,13 +331,6 @@ def _between(own: float | None, middle: float | None, left_out: float) -> float 
     if middle is None or left_out >= 1:
         return middle
     return None if own is None else own + left_out * (middle - own)
-
-
-def _narrow_problem(
-    whole: Callable[[], Problem], small: Layer, cut: tuple[Columns | None, Columns | None]
-) -> Problem:
-    """The problem of ``small``, which is the layer of ``whole`` with the outputs and inputs that are left."""
-    return narrowed(whole(), small, *cut)
 
 
 def _few(widths: Sequence[int]) -> set[int]:
