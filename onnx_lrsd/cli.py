@@ -46,16 +46,16 @@ from onnx_lrsd.measure.compare import compare
 from onnx_lrsd.measure.drift import drift
 from onnx_lrsd.option import (
     Address,
-    Choice,
     Duration,
     Flag,
     FolderName,
     Function,
     Number,
     Numbers,
+    OneOf,
     Option,
-    Pattern,
-    Several,
+    Regex,
+    SomeOf,
     Whole,
     options_of,
 )
@@ -85,7 +85,7 @@ from onnx_lrsd.wording import counted
 COMMANDLINE, DEFAULT_MAP = click.core.ParameterSource.COMMANDLINE, click.core.ParameterSource.DEFAULT_MAP
 BROKEN_PROMISE, INTERRUPTED = 3, 130
 STDOUT = Path("-")
-SUFFIX, PLAIN = ".lrsd.onnx", ".plain.onnx"
+RESULT_SUFFIX, PLAIN = ".lrsd.onnx", ".plain.onnx"
 FLAGS = {"evaluation": "--eval", "calibration": "--calib", "shapes": "--shape"}
 """Options whose flag is not their name."""
 VERBOSE, ARGUMENTS, GIVEN = "onnx_lrsd.verbose", "onnx_lrsd.arguments", "onnx_lrsd.given"
@@ -303,19 +303,19 @@ def _click_options(option: Option) -> dict[str, Any]:
             return {"type": _numbers, "metavar": option.metavar}
         case Whole():
             return {"type": int, "metavar": option.metavar}
-        case Choice(offered, spelled):
+        case OneOf(offered, spelled):
             names = {spelled.get(name, name): name for name in offered}
             return {
                 "type": click.Choice(list(names)),
                 "callback": lambda _ctx, _option, name: names.get(name),
             }
-        case Several():
+        case SomeOf():
             return {"type": _listed, "metavar": "LIST"}
         case Address() | Duration():
             return {"metavar": option.metavar}
         case FolderName():
             return {"type": click.Path(path_type=Path), "metavar": option.metavar}
-        case Pattern():
+        case Regex():
             return {"metavar": "REGEX"}
         case Function(known):
             return {"callback": _metric, "metavar": f"{known}|FILE.py:FUNCTION"}
@@ -370,7 +370,7 @@ NODE_DATA_OPTION = click.option(
 
 @main.command("optimize", cls=_Configurable)
 @click.argument("model", type=click.Path(path_type=Path))
-@_output(f"Where to write the model.  [default: MODEL{SUFFIX} beside it]")
+@_output(f"Where to write the model.  [default: MODEL{RESULT_SUFFIX} beside it]")
 @CALIB_OPTION
 @EVAL_OPTION
 @_options_of(Options)
@@ -445,7 +445,7 @@ def optimize_command(
         raise click.UsageError(
             "--export-factors is of a written model in float: leave out --dry-run, --int8 and --target size."
         )
-    target = None if dry_run else output or model.with_name(model.stem + SUFFIX)
+    target = None if dry_run else output or model.with_name(model.stem + RESULT_SUFFIX)
     _check_apart((target, json_path, html_path, save_plan), (model, calib, evaluation, plan_path))
     with _usage(ctx), _progress(quiet) as progress:
         result = optimize(

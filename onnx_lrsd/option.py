@@ -17,7 +17,7 @@ from onnx_lrsd.errors import OptionError
 from onnx_lrsd.time_limit import seconds_of
 
 
-class Values(Protocol):
+class AllowedValues(Protocol):
     """The values that an option takes."""
 
     def check(self, name: str, value: object) -> None:
@@ -33,7 +33,7 @@ class Option:
     """
 
     help: str
-    takes: Values
+    takes: AllowedValues
     metavar: str = ""
     default: str = ""
 
@@ -69,7 +69,7 @@ class Flag:
 
 
 @dataclass(frozen=True)
-class Choice:
+class OneOf:
     """One of the names ``offered``; ``spelled`` are those that the command line writes otherwise."""
 
     offered: Collection[str]
@@ -84,7 +84,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Several:
+class SomeOf:
     """Some of the names ``offered``, at least one."""
 
     offered: Collection[str]
@@ -160,7 +160,7 @@ class Duration:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class Regex:
     """A regular expression."""
 
     def check(self, name: str, value: object) -> None:

@@ -24,15 +24,15 @@ from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.judge import GroupsOf
 from onnx_lrsd.option import (
     Address,
-    Choice,
     Duration,
     Flag,
     FolderName,
     Function,
     Number,
+    OneOf,
     Option,
-    Pattern,
-    Several,
+    Regex,
+    SomeOf,
     Whole,
     check_options,
 )
@@ -76,14 +76,12 @@ class Options:
     samples: Annotated[
         int | None, Option("Calibrate on the first N samples only.", Whole(1), metavar="N")
     ] = None
-    target: Annotated[str | None, Option("What is to run it.", Choice(TARGETS), default=DEFAULT_TARGET)] = (
-        None
-    )
+    target: Annotated[str | None, Option("What is to run it.", OneOf(TARGETS), default=DEFAULT_TARGET)] = None
     cost: Annotated[
         str | None,
         Option(
             "What --ratio counts.",
-            Choice(COSTS, spelled={"parameters": "params"}),
+            OneOf(COSTS, spelled={"parameters": "params"}),
             default="macs; bytes for the target size",
         ),
     ] = None
@@ -117,20 +115,20 @@ class Options:
     ] = None
     weights: Annotated[
         str | None,
-        Option("Store all weights so, with the target size.", Choice(STORAGES), default="the best mix"),
+        Option("Store all weights so, with the target size.", OneOf(STORAGES), default="the best mix"),
     ] = None
     precision: Annotated[
         str | None,
-        Option("Write the result in half precision, for the target tensorrt.", Choice(PRECISIONS)),
+        Option("Write the result in half precision, for the target tensorrt.", OneOf(PRECISIONS)),
     ] = None
     int8: Annotated[bool, Option("Then have ONNX Runtime quantise the layers that bear it.", Flag())] = False
     forms: Annotated[
-        tuple[str, ...] | None, Option(f"Use only these forms, of {','.join(KINDS)}.", Several(KINDS))
+        tuple[str, ...] | None, Option(f"Use only these forms, of {','.join(KINDS)}.", SomeOf(KINDS))
     ] = None
-    include: Annotated[str | None, Option("Work on the layers so named only.", Pattern())] = None
-    exclude: Annotated[str | None, Option("Leave the layers so named as they are.", Pattern())] = None
+    include: Annotated[str | None, Option("Work on the layers so named only.", Regex())] = None
+    exclude: Annotated[str | None, Option("Leave the layers so named as they are.", Regex())] = None
     device: Annotated[
-        str, Option("Where ONNX Runtime runs the models and the layers are fitted.", Choice(DEVICES))
+        str, Option("Where ONNX Runtime runs the models and the layers are fitted.", OneOf(DEVICES))
     ] = "auto"
     time: Annotated[
         str | float | None,

@@ -10,7 +10,7 @@ from time import perf_counter
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.types import Progress
 
-UNITS = {"": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}
+TIME_UNITS = {"": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|min|h|)")
 
 ORDERED, TRIED, WIDENED, WEIGHED, PLANNED, FITTED = 0.2, 0.35, 0.42, 0.55, 0.65, 0.8
@@ -41,7 +41,7 @@ def seconds_of(text: str | float) -> float | None:
     if isinstance(text, bool):
         return None
     found = _DURATION.fullmatch(str(text).strip())
-    seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
+    seconds = float(found[1]) * TIME_UNITS[found[2]] if found else 0.0
     return seconds if isfinite(seconds) and seconds > 0 else None
 
 

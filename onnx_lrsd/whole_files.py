@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-PREFIX = ".onnx-lrsd-"
+PROTOBUF_LIMIT = 2**31 - 1
+"""Bytes that one message of protobuf may take."""
+TEMPORARY_PREFIX = ".onnx-lrsd-"
 """How names begin that are only there while a file is put in place."""
 _UNNAMED = getattr(os, "O_TMPFILE", 0)
 
@@ -41,7 +43,9 @@ def written_whole(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
                     path.unlink(missing_ok=True)
                 raise
             return
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=paths[0].parent, prefix=PREFIX)))
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(dir=paths[0].parent, prefix=TEMPORARY_PREFIX))
+        )
         named = [folder / path.name for path in paths]
         with contextlib.ExitStack() as opened:
             yield tuple(opened.enter_context(path.open("wb")) for path in named)
@@ -55,7 +59,7 @@ def try_folder(folder: Path) -> None:
     if file is not None:
         file.close()
         return
-    with tempfile.TemporaryDirectory(dir=folder, prefix=PREFIX):
+    with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY_PREFIX):
         pass
 
 
@@ -74,7 +78,7 @@ def _name(file: BinaryIO, path: Path) -> None:
     try:
         _link(file, path)
     except FileExistsError:
-        beside = path.with_name(f"{PREFIX}{secrets.token_hex(8)}")
+        beside = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
         _link(file, beside)
         try:
             os.replace(beside, path)

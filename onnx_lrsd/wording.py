@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZE_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -27,6 +27,6 @@ def bytes_of(text: str | int) -> int | None:
     (4000000000, 1572864, 300, None)
     """
     found = _SIZE.fullmatch(str(text))
-    if isinstance(text, bool) or found is None or found[2].upper() not in UNITS:
+    if isinstance(text, bool) or found is None or found[2].upper() not in SIZE_UNITS:
         return None
-    return round(float(found[1]) * UNITS[found[2].upper()])
+    return round(float(found[1]) * SIZE_UNITS[found[2].upper()])

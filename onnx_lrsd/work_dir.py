@@ -21,12 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_lrsd.errors import LrsdError
-from onnx_lrsd.whole_files import written_whole
+from onnx_lrsd.whole_files import PROTOBUF_LIMIT, written_whole
 
 FORMAT = 1
 MARK = "onnx-lrsd-work-dir.json"
 """The file that says that a folder is a work dir, and of which format."""
-SUFFIX = ".lrsd"
+ENTRY_SUFFIX = ".lrsd"
 MAGIC = b"onnx-lrsd entry\n"
 MOST_BYTES = 20 << 30
 """What a work dir may take, if nothing else is asked for."""
@@ -35,17 +35,16 @@ _ALIGNMENT = 64
 _LENGTH = 8
 """Bytes that hold the length of the part of an entry that is text."""
 
-PROTOBUF_LIMIT = 2**31 - 1
-
 Bytes = npt.NDArray[np.uint8]
-T = TypeVar("T")
-Made = TypeVar("Made")
+_Value = TypeVar("_Value")
 
 
 class Keep(Protocol):
     """Looks for what was worked out before, and makes it where there is nothing."""
 
-    def __call__(self, kind: str, facts: object, make: Callable[[], T], classes: Collection[type] = ()) -> T:
+    def __call__(
+        self, kind: str, facts: object, make: Callable[[], _Value], classes: Collection[type] = ()
+    ) -> _Value:
         """What ``make`` gives, or gave in an earlier run for the same ``facts``.
 
         Values are plain ones, arrays, and instances of ``classes``: dataclasses, named tuples and protobuf's
@@ -62,8 +61,8 @@ class KeepNothing:
     """Makes everything anew."""
 
     def __call__(
-        self, kind: str, facts: object, make: Callable[[], Made], classes: Collection[type] = ()
-    ) -> Made:
+        self, kind: str, facts: object, make: Callable[[], _Value], classes: Collection[type] = ()
+    ) -> _Value:
         """What ``make`` gives."""
         return make()
 
@@ -125,7 +124,7 @@ class WorkDir:
     def entries(self) -> list[Entry]:
         """All entries, what was used least recently first."""
         found = []
-        for path in self.folder.glob(f"*{SUFFIX}"):
+        for path in self.folder.glob(f"*{ENTRY_SUFFIX}"):
             with contextlib.suppress(OSError):
                 state, said = path.stat(), _said(path)
                 if said is not None:
@@ -145,7 +144,7 @@ class WorkDir:
         return removed
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{key}{SUFFIX}"
+        return self.folder / f"{key}{ENTRY_SUFFIX}"
 
 
 def open_work_dir(folder: Path, *, make: bool = True, most_bytes: int = MOST_BYTES) -> WorkDir:
@@ -193,12 +192,12 @@ class Kept:
     full: bool = field(default=False, init=False)
 
     def __call__(
-        self, kind: str, facts: object, make: Callable[[], Made], classes: Collection[type] = ()
-    ) -> Made:
+        self, kind: str, facts: object, make: Callable[[], _Value], classes: Collection[type] = ()
+    ) -> _Value:
         """What ``make`` gives, or gave in an earlier run for the same ``facts``."""
         key, found = self._key(kind, facts), self.look(kind, facts, classes)
         if found is not None:
-            value: Made = found[0]
+            value: _Value = found[0]
             return value
         made = make()
         if not self.full:

@@ -27,8 +27,8 @@ CONNECT_SECONDS = 10
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 """What libraries read once, as they are loaded, of how many threads they may have."""
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+_Argument = TypeVar("_Argument")
+_Result = TypeVar("_Result")
 
 
 @dataclass(eq=False)
@@ -48,11 +48,11 @@ class Workers:
 
     def map(
         self,
-        task: Callable[[Given], Made],
-        given: Callable[[int], Given],
+        task: Callable[[_Argument], _Result],
+        given: Callable[[int], _Argument],
         count: int,
         done: Callable[[int], None] = lambda count: None,
-    ) -> list[Made]:
+    ) -> list[_Result]:
         """``task`` of ``given(0)`` to ``given(count - 1)``, in this order; ``done`` is told how many are."""
         if self.executor is None:
             found = []
@@ -60,7 +60,7 @@ class Workers:
                 found.append(task(given(index)))
                 done(len(found))
             return found
-        made: dict[int, Made] = {}
+        made: dict[int, _Result] = {}
         for _ in range(2):
             missing = [index for index in range(count) if index not in made]
             for index, value in self._handed_out(task, given, missing):
@@ -77,11 +77,11 @@ class Workers:
         return [made[index] for index in range(count)]
 
     def _handed_out(
-        self, task: Callable[[Given], Made], given: Callable[[int], Given], missing: Sequence[int]
-    ) -> Iterator[tuple[int, Made]]:
+        self, task: Callable[[_Argument], _Result], given: Callable[[int], _Argument], missing: Sequence[int]
+    ) -> Iterator[tuple[int, _Result]]:
         """What workers made of those ``missing``, as far as they did."""
         assert self.executor is not None
-        upcoming, waiting = deque(missing), deque[tuple[int, Future[Made]]]()
+        upcoming, waiting = deque(missing), deque[tuple[int, Future[_Result]]]()
         while upcoming or waiting:
             while upcoming and len(waiting) < AHEAD * self.count:
                 index = upcoming.popleft()

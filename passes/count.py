@@ -29,7 +29,7 @@ def without_functions(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def compute_tensors(proto: onnx.ModelProto) -> list[str]:
-    """Tensors of the main graph whose shapes ``macs`` needs; ``proto`` has no functions."""
+    """Tensors of the main graph whose shapes ``node_macs`` needs; ``proto`` has no functions."""
     names: list[str] = []
     folded = _folded(proto)
     for node in proto.graph.node:
@@ -46,7 +46,7 @@ def compute_tensors(proto: onnx.ModelProto) -> list[str]:
     return [name for name in dict.fromkeys(names) if name and name not in others]
 
 
-def macs(proto: onnx.ModelProto, shapes: Shapes) -> dict[str, int]:
+def node_macs(proto: onnx.ModelProto, shapes: Shapes) -> dict[str, int]:
     """First output of every counted node of the main graph -> its multiply-accumulates.
 
     Convolutions, products (of activations too), Gemm, attention and recurrent operators are counted, in the
@@ -57,7 +57,7 @@ def macs(proto: onnx.ModelProto, shapes: Shapes) -> dict[str, int]:
 
 
 def not_counted(proto: onnx.ModelProto, shapes: Shapes) -> tuple[str, ...]:
-    """What ``macs`` leaves out since it cannot be told, in words with the number of nodes."""
+    """What ``node_macs`` leaves out since it cannot be told, in words with the number of nodes."""
     missed = Counter(_count(proto, shapes)[1])
     return tuple(f"{count} x {what}" for what, count in missed.items())
 

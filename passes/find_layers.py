@@ -20,7 +20,7 @@ from onnx_lrsd.passes.constants import (
 from onnx_lrsd.passes.nodes import DOMAIN, domain_of, is_op, label
 from onnx_lrsd.passes.operators import OPERATORS, operator_at, operator_of
 from onnx_lrsd.passes.operators.operator import Matrix, Operator
-from onnx_lrsd.passes.pack import PREFIX
+from onnx_lrsd.passes.pack import PACKED_PREFIX
 from onnx_lrsd.passes.products import CONTRIB, NCHWC
 from onnx_lrsd.types import Declined, Layer
 
@@ -188,7 +188,7 @@ def _no_weight(node: gs.Node, operator: Operator) -> str | None:
     if all(derived(given) for given in node.inputs[:2]):
         return "all that it reads is constant"
     for operand in (node.inputs[index] for index in operator.WEIGHT_INPUTS):
-        if derived(operand) and operand.name.startswith(PREFIX):
+        if derived(operand) and operand.name.startswith(PACKED_PREFIX):
             return "its weight is in codes: `onnx-lrsd unpack` writes the plain model"
         if derived(operand):
             return f"its weight is not stored but computed, by {operand.inputs[0].op}"

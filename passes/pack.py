@@ -21,7 +21,7 @@ from onnx_lrsd.types import SPATIAL, Codes, Entries, Factors, Layer
 
 OPSET = 13
 """The first in which all that decoding needs reads its numbers from inputs."""
-PREFIX = "lrsd/"
+PACKED_PREFIX = "lrsd/"
 """Tensors of decoding are named lrsd/NUMBER/PART: short, since small layers pay for every byte."""
 
 
@@ -62,9 +62,9 @@ class _Decoder:
     def __init__(self, write: Writer) -> None:
         self._write, self._tensors = write, write.tensors()
         number = 0
-        while any(name.startswith(f"{PREFIX}{number}/") for name in self._tensors):
+        while any(name.startswith(f"{PACKED_PREFIX}{number}/") for name in self._tensors):
             number += 1
-        self._prefix, self._count = f"{PREFIX}{number}/", 0
+        self._prefix, self._count = f"{PACKED_PREFIX}{number}/", 0
 
     def weight(self, layer: Layer, factors: Factors) -> gs.Tensor:
         """The weight as the operator of ``layer`` reads it."""
@@ -175,7 +175,7 @@ class _Decoder:
         return gs.Constant(self._name("c"), np.ascontiguousarray(values))
 
     def _shared(self, part: str, values: np.ndarray[Any, Any]) -> gs.Tensor:
-        name = f"{PREFIX}{part}"
+        name = f"{PACKED_PREFIX}{part}"
         if name not in self._tensors:
             kept = values.astype(np.float32) if values.dtype == np.float64 else values
             self._tensors[name] = gs.Constant(name, kept)

@@ -181,7 +181,9 @@ REWRITES: dict[tuple[str, str], Callable[[_Plain, gs.Node], bool]] = {
 def optimised_by_runtime(working: WorkingGraph) -> str:
     """A sentence that says so where ONNX Runtime's optimiser wrote the file; empty where it did not."""
     found = dict.fromkeys(
-        node.op for node in working.nodes if node.op in FUSED or str(node.domain or "").endswith(".nchwc")
+        node.op
+        for node in working.nodes
+        if node.op in FUSED_OPERATORS or str(node.domain or "").endswith(".nchwc")
     )
     if not found:
         return ""
@@ -192,7 +194,7 @@ def optimised_by_runtime(working: WorkingGraph) -> str:
     )
 
 
-FUSED = (
+FUSED_OPERATORS = (
     *("FusedConv", "FusedGemm", "FusedMatMul", "TransposeMatMul", "BiasGelu", "FastGelu", "QuickGelu"),
     *("SkipLayerNormalization", "EmbedLayerNormalization", "BiasSplitGelu", "NhwcFusedConv"),
 )

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.nodes import domain_of, label
 from onnx_lrsd.passes.operators import OPERATORS, operator_at
-from onnx_lrsd.passes.pack import PREFIX
+from onnx_lrsd.passes.pack import PACKED_PREFIX
 from onnx_lrsd.passes.tidy import remove_node
 
 
@@ -25,10 +25,10 @@ def coded_weights(proto: onnx.ModelProto) -> list[str]:
     for node in proto.graph.node:
         if _decodes(node):
             continue
-        if node.input and all(name.startswith(PREFIX) for name in node.input):
+        if node.input and all(name.startswith(PACKED_PREFIX) for name in node.input):
             names.extend(node.output)
         elif (domain_of(node.domain), node.op_type) in OPERATORS:
-            names.extend(name for name in node.input if name.startswith(PREFIX))
+            names.extend(name for name in node.input if name.startswith(PACKED_PREFIX))
     return list(dict.fromkeys(names))
 
 
@@ -37,7 +37,7 @@ def replace_coded_weights(working: WorkingGraph, weights: Mapping[str, np.ndarra
     constants = {
         name: gs.Constant(name, np.ascontiguousarray(values))
         for name, values in weights.items()
-        if not name.startswith(PREFIX)
+        if not name.startswith(PACKED_PREFIX)
     }
     for node in working.nodes:
         for index, given in enumerate(node.inputs):
@@ -52,11 +52,11 @@ def replace_coded_weights(working: WorkingGraph, weights: Mapping[str, np.ndarra
             node.outputs.clear()
             remove_node(working, node)
     for node in reversed(list(working.nodes)):
-        if all(output.name.startswith(PREFIX) and not output.outputs for output in node.outputs):
+        if all(output.name.startswith(PACKED_PREFIX) and not output.outputs for output in node.outputs):
             node.inputs.clear()
             node.outputs.clear()
             remove_node(working, node)
 
 
 def _decodes(node: onnx.NodeProto) -> bool:
-    return bool(node.output) and all(name.startswith(PREFIX) for name in node.output)
+    return bool(node.output) and all(name.startswith(PACKED_PREFIX) for name in node.output)

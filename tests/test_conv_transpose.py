@@ -22,7 +22,7 @@ from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.graph.model import Model, check, load
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.int8.quantise import quantise
-from onnx_lrsd.passes.count import compute_tensors, macs, parameters
+from onnx_lrsd.passes.count import compute_tensors, node_macs, parameters
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.session import open_session, shapes
@@ -215,7 +215,7 @@ def test_layers_around_a_transposed_convolution_are_fitted_to_what_it_gives(stri
 
 
 def counted(model: Model, x: Values) -> int:
-    return sum(macs(model.proto, shapes(model.proto, {"x": x}, compute_tensors(model.proto))).values())
+    return sum(node_macs(model.proto, shapes(model.proto, {"x": x}, compute_tensors(model.proto))).values())
 
 
 def test_what_is_priced_is_what_is_counted_in_the_file() -> None:

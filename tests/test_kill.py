@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 
 import onnx_lrsd
 from onnx_lrsd import whole_files
-from onnx_lrsd.work_dir import MARK, SUFFIX
+from onnx_lrsd.work_dir import ENTRY_SUFFIX, MARK
 
 KILLS = 10
 """Of a whole run, and as many of the write alone."""
@@ -129,14 +129,14 @@ def test_a_run_that_is_killed_leaves_all_or_nothing_and_goes_on(
     expected = output.read_bytes()
     for _ in range(KILLS):
         output.unlink(missing_ok=True)
-        for path in (tmp_path / "work").glob(f"*{SUFFIX}"):
+        for path in (tmp_path / "work").glob(f"*{ENTRY_SUFFIX}"):
             if rng.random() < 0.5:
                 path.unlink()
         killed("run", lasted * rng.random())
         assert [path.name for path in output.parent.iterdir()] in ([], ["out.onnx"])
         whole(output)
         names = [path.name for path in (tmp_path / "work").iterdir()]
-        assert all(name == MARK or name.endswith(SUFFIX) for name in names)
+        assert all(name == MARK or name.endswith(ENTRY_SUFFIX) for name in names)
     output.unlink(missing_ok=True)
     killed("run", float("inf"))
     assert output.read_bytes() == expected

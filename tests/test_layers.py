@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lrsd.graph.model import Model, check, load, raised
-from onnx_lrsd.passes.count import compute_tensors, macs, parameters
+from onnx_lrsd.passes.count import compute_tensors, node_macs, parameters
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.isolate import isolate
 from onnx_lrsd.passes.split import split
@@ -234,7 +234,7 @@ def test_costs_are_counted_from_shapes() -> None:
     tensors = {"w": np.ones((8, 4, 3, 3), np.float32), "g": np.ones((10, 8 * 16), np.float32)}
     model = make(nodes, tensors, {"x": [1, 4, 8, 8]})
     known = shapes(model.proto, {"x": np.ones((1, 4, 8, 8), np.float32)}, compute_tensors(model.proto))
-    assert macs(model.proto, known) == {"c": 8 * 16 * 4 * 9, "y": 10 * 128}
+    assert node_macs(model.proto, known) == {"c": 8 * 16 * 4 * 9, "y": 10 * 128}
     assert parameters(model.proto) == 8 * 4 * 9 + 10 * 128
 
 

@@ -128,7 +128,7 @@ def test_curves_are_the_errors_before_any_sweep_and_sweeps_only_lower_them(kind:
     groups = shared_groups(layer.kernel, kind)
     metric = group_metric(problem.metric.matrix(problem.weight), groups).astype(np.float32)
     grouped = separable.grouped_metric(metric)
-    prepared = separable.prepare(group_weight(problem.weight, groups).astype(np.float32), grouped)
+    prepared = separable.separable_problem(group_weight(problem.weight, groups).astype(np.float32), grouped)
     curve = separable.curve(prepared, 10).by_rank
     assert curve[0] == 1 and (np.diff(curve) <= 1e-9).all()
     for rank in (2, 5, 9):

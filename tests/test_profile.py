@@ -208,7 +208,7 @@ def test_profile_says_before_it_measures_that_it_cannot_write(monkeypatch: pytes
 
 def test_measuring_fills_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, small in (
-        *(("SIDES", (7, 14)), ("_CHANNELS", (8, 32)), ("PASSES", 1), ("_SECONDS", 0.01)),
+        *(("SIDES", (7, 14)), ("_CHANNELS", (8, 32)), ("TIMED_PASSES", 1), ("_SECONDS", 0.01)),
         *(("MATRIX_ROWS", (1, 4)), ("MATRIX_INPUTS", (16, 32)), ("MATRIX_OUTPUTS", (16, 64))),
         ("MOST_MACS", 8_000_000),
     ):

@@ -21,7 +21,7 @@ from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.facts import LoadCost
 from onnx_lrsd.fit import fitter
 from onnx_lrsd.types import Form, Pattern
-from onnx_lrsd.work_dir import MARK, SUFFIX, Kept, WorkDir, open_work_dir
+from onnx_lrsd.work_dir import ENTRY_SUFFIX, MARK, Kept, WorkDir, open_work_dir
 
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -83,7 +83,7 @@ def test_whatever_it_depends_on_has_an_entry_of_its_own(tmp_path: Path, other: s
 def test_of_200_damaged_entries_none_is_believed(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     kept_in(tmp_path)("kind", 0, lambda: VALUE, CLASSES)
-    (path,) = tmp_path.glob(f"*{SUFFIX}")
+    (path,) = tmp_path.glob(f"*{ENTRY_SUFFIX}")
     whole = path.read_bytes()
     for number in range(200):
         damaged = bytearray(whole)
@@ -106,7 +106,7 @@ def test_of_200_damaged_entries_none_is_believed(tmp_path: Path) -> None:
 
 def test_an_entry_under_another_name_is_not_believed(tmp_path: Path) -> None:
     kept_in(tmp_path)("kind", 0, lambda: 1)
-    (path,) = tmp_path.glob(f"*{SUFFIX}")
+    (path,) = tmp_path.glob(f"*{ENTRY_SUFFIX}")
     path.rename(path.with_stem("0" * 32))
     assert open_work_dir(tmp_path).read("0" * 32, ()) is None
 
@@ -172,7 +172,7 @@ def test_a_full_disk_is_said_once_and_loses_nothing(tmp_path: Path, monkeypatch:
 def test_the_command_lists_and_clears(tmp_path: Path) -> None:
     for number in range(3):
         kept_in(tmp_path)("curves", number, lambda: np.zeros(1000))
-    (tmp_path / f"mine{SUFFIX}").write_text("not an entry")
+    (tmp_path / f"mine{ENTRY_SUFFIX}").write_text("not an entry")
 
     def said(*arguments: object) -> str:
         result = CliRunner().invoke(main, ["cache", str(tmp_path), *map(str, arguments)])
@@ -182,7 +182,7 @@ def test_the_command_lists_and_clears(tmp_path: Path) -> None:
     assert "curves" in said() and "3 entries" in said() and "m.onnx" in said()
     assert "2 entries" in said("--keep", "10kB") and "1 entry" in said()
     assert "0 entries" in said("--clear") and "empty" in said()
-    assert (tmp_path / f"mine{SUFFIX}").exists()
+    assert (tmp_path / f"mine{ENTRY_SUFFIX}").exists()
     for arguments, code in ((["--keep", "much"], 2), (["--clear", "--keep", "1GB"], 2)):
         assert CliRunner().invoke(main, ["cache", str(tmp_path), *arguments]).exit_code == code
     assert CliRunner().invoke(main, ["cache", str(tmp_path / "none")]).exit_code == 1
@@ -277,7 +277,7 @@ def test_another_input_is_worked_out_anew(filled: tuple[Path, bytes], change: di
 
 def test_damage_costs_time_and_nothing_else(filled: tuple[Path, bytes]) -> None:
     folder, written = filled
-    for path in folder.glob(f"*{SUFFIX}"):
+    for path in folder.glob(f"*{ENTRY_SUFFIX}"):
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert content(optimised(folder)) == written
 
@@ -309,5 +309,5 @@ def test_a_work_dir_that_is_none_is_one_sentence(tmp_path: Path) -> None:
 
 def test_entries_are_plain_files_of_one_folder(filled: tuple[Path, bytes]) -> None:
     names = [path.name for path in filled[0].iterdir()]
-    assert all(name == MARK or name.endswith(SUFFIX) for name in names)
+    assert all(name == MARK or name.endswith(ENTRY_SUFFIX) for name in names)
     assert isinstance(open_work_dir(filled[0]), WorkDir)

@@ -16,7 +16,7 @@ from onnx_lrsd.report.table import form_of
 from onnx_lrsd.runtime.kernel_times import kernels
 from onnx_lrsd.types import Progress
 
-FUSED = "fused "
+FUSED_PREFIX = "fused "
 """What ONNX Runtime puts in front of the name of a Gemm that it fuses with the rectifier behind."""
 FUSED_AT_MOST = 3
 """Nodes in a row that one kernel does the work of: a convolution, its sum or scale, and its rectifier."""
@@ -46,7 +46,7 @@ def node_data(
     feed = samples.example()
     ran = kernels(after.proto, feed, folder=after.folder)
     seconds = dict[str, float]()
-    names = [kernel.name.removeprefix(FUSED) for kernel in ran]
+    names = [kernel.name.removeprefix(FUSED_PREFIX) for kernel in ran]
     for kernel, node in zip(ran, kernel_nodes(after.proto, names), strict=True):
         if node is not None and node.name:
             key = _worker(node, kernel.op, producers).name

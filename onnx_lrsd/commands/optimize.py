@@ -37,7 +37,7 @@ from onnx_lrsd.plan.replay import forms_of, make_plan
 from onnx_lrsd.plan.search import Forms, Once, Proposals
 from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.report.build import Delivered, make_report
-from onnx_lrsd.report.details import RATIOS, collect, spectra, trade_off
+from onnx_lrsd.report.details import PREDICTED_RATIOS, collect, spectra, trade_off
 from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start
 from onnx_lrsd.targets import price
 from onnx_lrsd.time_limit import CHECKED, OutOfTime
@@ -240,7 +240,7 @@ def _details(
             sensitivity={} if weighed is None else weighed.sensitivity,
             trade_off=trade_off(
                 run.cost,
-                predicted=[] if weighed is None else weighed.frontier(RATIOS),
+                predicted=[] if weighed is None else weighed.frontier(PREDICTED_RATIOS),
                 tried=search.tried(),
                 found=None if delivered is None else delivered.verification,
             ),

@@ -36,7 +36,7 @@ _CHANNELS = (8, 16, 64, 256)
 MATRIX_ROWS, MATRIX_INPUTS, MATRIX_OUTPUTS = (1, 16, 128), (64, 256, 1024), (16, 64, 256, 1024)
 MOST_MACS = 600_000_000
 """Nodes above it are not measured and get the rate of the next smaller map."""
-PASSES, _SECONDS = 4, 0.35
+TIMED_PASSES, _SECONDS = 4, 0.35
 """Passes over all sessions, and about how long one session runs in a pass."""
 SHORTEST, LONG = 1e-7, 2e-5
 """Seconds. Shorter work is rounded up to SHORTEST; from LONG on the time of recording hardly counts."""
@@ -59,7 +59,7 @@ def measure(progress: Progress | None = None) -> Machine:
         _session(_products(inputs, rows), (rows, MATRIX_OUTPUTS[0]))
         for inputs, rows in product(MATRIX_INPUTS, MATRIX_ROWS)
     ]
-    best = _best(sessions * PASSES, progress)
+    best = _best(sessions * TIMED_PASSES, progress)
     squares = tuple(side * side for side in SIDES)
     rates = {kind: _rates(best, kind, _outputs(block), _CHANNELS, squares) for kind in KERNELS}
     rates[MATRIX] = _rates(best, MATRIX, MATRIX_OUTPUTS, MATRIX_INPUTS, MATRIX_ROWS)
@@ -178,7 +178,7 @@ def _block() -> int:
     """The number of outputs that convolutions are padded to."""
     channels, side = 64, 28
     session = _session(_convolutions(channels, side, (2, *_BLOCKS)), (1, _BLOCKS[0], side, side))
-    best = _best([session] * PASSES)
+    best = _best([session] * TIMED_PASSES)
 
     def padded(block: int) -> bool:
         half, full = (best[_name(SQUARE, out, channels, side * side)] for out in (block // 2, block))
@@ -194,4 +194,4 @@ def _value() -> float:
     node = helper.make_node("Gather", ["x", "index"], ["y"], "gather", axis=1)
     end = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, channels // 2, side, side])
     session = _session(_model([node], (1, channels, side, side), [end], [index]), (1, channels, side, side))
-    return min(session()["gather"] for _ in range(PASSES)) / (channels // 2 * side * side)
+    return min(session()["gather"] for _ in range(TIMED_PASSES)) / (channels // 2 * side * side)

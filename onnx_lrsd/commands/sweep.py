@@ -25,7 +25,7 @@ from onnx_lrsd.run import Options, Run, start
 from onnx_lrsd.types import Progress
 from onnx_lrsd.workers import workers_for
 
-RATIOS = (1.2, 1.5, 2.0, 3.0)
+SWEEP_RATIOS = (1.2, 1.5, 2.0, 3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class SweepOptions(Options):
 
     ratios: Annotated[
         tuple[float, ...], Option("Make a model for each of these ratios.", Numbers(1), metavar="LIST")
-    ] = RATIOS
+    ] = SWEEP_RATIOS
 
     def __post_init__(self) -> None:
         """Check the options. Raises OptionError as ``Options`` does, and for a single ratio."""

@@ -31,7 +31,7 @@ MOST_LAYERS = 6
 """Layers that a pair has, at most: a stream that a whole network adds to is none."""
 FEWEST_CHANNELS = 32
 """Channels that a pair must have before any of them are worth cutting."""
-LEAST = 8
+NARROWEST = 8
 """The least width that is tried is an eighth."""
 
 
@@ -346,7 +346,7 @@ def left_whole(
 
 def least_width(pair: Pair) -> int:
     """The fewest channels that may be kept."""
-    return max(pair.channels // LEAST, 1)
+    return max(pair.channels // NARROWEST, 1)
 
 
 def key_of(pair: Pair) -> str:

@@ -25,7 +25,7 @@ from onnx_lrsd.types import Layer, Values
 from onnx_lrsd.whole_files import written_whole
 from onnx_lrsd.work_dir import hash_of
 
-FORMAT = 1
+SHARD_FORMAT = 1
 ABOUT, INPUTS, OUTPUTS = "about", "inputs", "outputs"
 OTHER = {
     "format": "by another version of onnx-lrsd",
@@ -55,7 +55,7 @@ def shard_of(text: str) -> Shard:
 def facts_of(model: Model, sampling: Sampling) -> dict[str, Any]:
     """What the rows of all shards have in common, beside their layers."""
     return {
-        "format": FORMAT,
+        "format": SHARD_FORMAT,
         "model": content_hash(model.proto, model.folder),
         "samples": hash_of(run_on(sampling.samples)),
         "seed": sampling.seed,

@@ -37,11 +37,10 @@ from onnx_lrsd.graph.external_data import (
     tensor_values,
 )
 from onnx_lrsd.graph.working_graph import WorkingGraph
-from onnx_lrsd.whole_files import try_folder, written_whole
+from onnx_lrsd.whole_files import PROTOBUF_LIMIT, try_folder, written_whole
 
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # it logs to stdout, which belongs to the user
 
-PROTOBUF_LIMIT = 2**31 - 1
 EXTERNAL_THRESHOLD = 1024
 ALIGNMENT = 4096
 DEFAULTS_FROM = 4

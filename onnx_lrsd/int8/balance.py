@@ -25,11 +25,11 @@ from onnx_lrsd.passes.nodes import domain_of
 from onnx_lrsd.passes.products import attribute
 from onnx_lrsd.runtime.session import open_session
 
-SAMPLES = 32
+BALANCE_SAMPLES = 32
 """Samples that deviations are taken from."""
 POWER = 0.5
 """Of the deviation, by which a channel is divided (results/int8.md)."""
-LEAST = 1e-3
+LEAST_DEVIATION = 1e-3
 """Share of the largest deviation below which channels count alike: what is nearly dead is not blown up."""
 
 
@@ -53,12 +53,13 @@ def balanced(proto: onnx.ModelProto, samples: Samples) -> onnx.ModelProto:
     links = _links(proto)
     if not links:
         return proto
-    deviations = _deviations(proto, links, samples.some(SAMPLES))
+    deviations = _deviations(proto, links, samples.some(BALANCE_SAMPLES))
     found = onnx.ModelProto()
     found.CopyFrom(proto)
     weights = {tensor.name: tensor for tensor in found.graph.initializer}
     for link in links:
-        scale = np.maximum(deviations[link.between], LEAST * deviations[link.between].max()) ** POWER
+        deviation = deviations[link.between]
+        scale = np.maximum(deviation, LEAST_DEVIATION * deviation.max()) ** POWER
         if not np.isfinite(scale).all() or scale.min() <= 0:
             continue
         scale /= np.exp(np.log(scale).mean())

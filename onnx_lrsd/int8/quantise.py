@@ -22,14 +22,15 @@ import onnx
 from onnx_lrsd.data.samples import Samples, batch_to_run
 from onnx_lrsd.errors import LrsdError, ModelError
 from onnx_lrsd.fit.sensitivity import Reference
-from onnx_lrsd.graph.model import PROTOBUF_LIMIT, Model, in_memory, model_bytes, raised
+from onnx_lrsd.graph.model import Model, in_memory, model_bytes, raised
 from onnx_lrsd.int8.balance import balanced
-from onnx_lrsd.passes.count import compute_tensors, macs
+from onnx_lrsd.passes.count import compute_tensors, node_macs
 from onnx_lrsd.passes.nodes import domain_of
 from onnx_lrsd.passes.operators import OPERATORS
 from onnx_lrsd.runtime.quantiser import quantization, saturates
 from onnx_lrsd.runtime.session import shapes, simplified
 from onnx_lrsd.types import Feed, Progress
+from onnx_lrsd.whole_files import PROTOBUF_LIMIT
 
 _WEIGHTED = tuple(op for (_, op), operator in OPERATORS.items() if not operator.NOT_INT8)
 _QUANTISED = (*_WEIGHTED, "Relu", "Clip", "MaxPool")
@@ -148,7 +149,7 @@ def _weighted(proto: onnx.ModelProto) -> list[str]:
 
 def _work(proto: onnx.ModelProto, feed: Feed) -> dict[str, int]:
     """MACs by node name."""
-    counted = macs(proto, shapes(proto, feed, compute_tensors(proto)))
+    counted = node_macs(proto, shapes(proto, feed, compute_tensors(proto)))
     return {node.name: counted.get(node.output[0], 0) for node in proto.graph.node if node.output}
 
 

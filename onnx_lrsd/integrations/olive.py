@@ -30,7 +30,7 @@ from onnx_lrsd.run import Options
 
 REPORT = "lrsd_report.json"
 """Written beside the model."""
-SAMPLES = {
+SAMPLE_PATHS = {
     "calibration": "Path of unlabelled samples to calibrate on.",
     "evaluation": "Path of samples to verify on; with labels, accuracy is measured.",
 }
@@ -48,7 +48,7 @@ class Lrsd(Pass):
         """The samples, and each field of ``Options``; ``metric`` is 'top1' or FILE.py:FUNCTION."""
         given = {
             name: PassConfigParam(type_=str | None, default_value=None, description=said)
-            for name, said in SAMPLES.items()
+            for name, said in SAMPLE_PATHS.items()
         }
         types = {**get_type_hints(Options), **OF_OTHER_TYPES}
         options = {
@@ -67,7 +67,7 @@ class Lrsd(Pass):
         """
         output = Path(resolve_onnx_path(output_model_path, Path(model.model_path).name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        given = {name: getattr(config, name) for name in [*SAMPLES, *options_of(Options)]}
+        given = {name: getattr(config, name) for name in [*SAMPLE_PATHS, *options_of(Options)]}
         if given["metric"] not in (None, "top1"):
             script, _, function = given["metric"].rpartition(":")
             given["metric"] = script_function(Path(script), function)

@@ -21,7 +21,7 @@ from onnx_lrsd.errors import DataError, LrsdError, VerificationError
 from onnx_lrsd.facts import ModelCost, OutputError, ScoreChange, Verification
 from onnx_lrsd.graph.model import Model, model_bytes
 from onnx_lrsd.measure.judge import GroupsOf, OutputJudge
-from onnx_lrsd.passes.count import compute_tensors, macs, not_counted, parameters, without_functions
+from onnx_lrsd.passes.count import compute_tensors, node_macs, not_counted, parameters, without_functions
 from onnx_lrsd.runtime.divergence import is_scores
 from onnx_lrsd.runtime.session import Session, open_model, open_session, shapes
 from onnx_lrsd.runtime.timing import FEWEST_ROUNDS, busy_clock, pair_latency
@@ -70,7 +70,7 @@ def cost(model: Model, path_bytes: int, feed: Feed, samples: int = 1) -> ModelCo
     """
     proto = without_functions(model.proto)
     known = shapes(proto, feed, compute_tensors(proto), model.folder)
-    total, missed = sum(macs(proto, known).values()), not_counted(proto, known)
+    total, missed = sum(node_macs(proto, known).values()), not_counted(proto, known)
     return ModelCost(path_bytes, parameters(model.proto), round(total / samples), None, missed)
 
 

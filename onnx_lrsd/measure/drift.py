@@ -20,7 +20,7 @@ from onnx_lrsd.types import Feed, Progress, Values
 
 MOST_SAMPLES = 64
 """Samples that tensors are compared on: where two models part is seen on few."""
-NEGLIGIBLE = 16.0
+SCORE_RANGE = 16.0
 """A score so far below the largest one has a share of 1e-7 of it after a Softmax: rounding."""
 FETCHED_BYTES = 128 << 20
 """Tensors of both models that are held at a time."""
@@ -148,13 +148,13 @@ def _softmax_axes(proto: onnx.ModelProto) -> dict[str, int]:
 
 
 def _as_softmax_sees(values: Values, axis: int) -> Values:
-    """``values``, none further than NEGLIGIBLE below the largest one along ``axis``.
+    """``values``, none further than SCORE_RANGE below the largest one along ``axis``.
 
     Masks of attention hold numbers such as -65504, beside which no error of a score would count.
     """
     if not values.ndim or not values.size:
         return values
-    seen: Values = np.maximum(values, values.max(axis=axis, keepdims=True) - NEGLIGIBLE)
+    seen: Values = np.maximum(values, values.max(axis=axis, keepdims=True) - SCORE_RANGE)
     return seen
 
 

@@ -36,9 +36,9 @@ from onnx_lrsd.types import (
 )
 from onnx_lrsd.wording import counted
 
-Made = TypeVar("Made")
+_Result = TypeVar("_Result")
 
-NOTHING = Price(0, 0, 0, 0.0)
+NO_PRICE = Price(0, 0, 0, 0.0)
 SHARES = 16
 """Widths are tried in steps of so many parts of the channels."""
 HEAD_MULTIPLE = 4
@@ -100,7 +100,7 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
     return curves
 
 
-def _after(function: Callable[[int], Made], start: int, index: int) -> Made:
+def _after(function: Callable[[int], _Result], start: int, index: int) -> _Result:
     """``function`` of what is ``index`` behind ``start``."""
     return function(start + index)
 
@@ -232,10 +232,10 @@ def _pair_curve(key: str, inner: Inner) -> PairCurve:
     """What each width loses: the sum of what the layers that read the channels lose."""
     pair, total = inner.pair, inner.pair.channels
     errors = inner.widths.errors.sum(axis=0)
-    found = [Point(Form(DENSE), 0.0, NOTHING)]
+    found = [Point(Form(DENSE), 0.0, NO_PRICE)]
     for width in widths_to_try(inner):
         if errors[width] <= MOST_ERROR * len(pair.consumers) and width < total:
-            found.append(Point(Form(WIDTH, width), float(errors[width]), NOTHING))
+            found.append(Point(Form(WIDTH, width), float(errors[width]), NO_PRICE))
     giving, reading = (tuple(end.output for end in ends) for ends in (pair.producers, pair.consumers))
     return PairCurve(key=key, channels=total, producers=giving, consumers=reading, points=tuple(found))
 

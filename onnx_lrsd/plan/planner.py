@@ -49,7 +49,7 @@ _ROUNDS = 6
 LOSES = 1.25
 """How many times as much a plan may lose because it is predicted to be faster at the MACs asked for, or has
 fewer nodes."""
-NEGLIGIBLE = 1e-3
+NEGLIGIBLE_ERROR = 1e-3
 """Error that no other plan is fitted to avoid: channels that are cut bring more speed, and none is missed."""
 AFFORDABLE = 2e11
 """MACs of all samples to fit on up to which two plans are fitted: with more a second fit takes minutes."""
@@ -283,7 +283,7 @@ class Planner:
         if not cut or not affordable or self.run.time.passed(PLANNED):
             return forms
         lost = self._compared(fitter.fit(forms).model, samples).error
-        if lost <= NEGLIGIBLE:
+        if lost <= NEGLIGIBLE_ERROR:
             return forms
         plain = copy(self)
         plain.curves = Curves(self.curves.layers)

@@ -29,7 +29,7 @@ HALVINGS = 7
 CORRECTIONS = 3
 """Fits that a ratio may take: what a plan costs is known exactly only once it is written."""
 
-Found = TypeVar("Found")
+_Made = TypeVar("_Made")
 Forms: TypeAlias = Mapping[str, Form]
 Predicted: TypeAlias = Callable[[float], float]
 """The output error that a plan for a ratio is expected to have, up to a factor; inf where there is none."""
@@ -151,7 +151,7 @@ class Limit(Protocol):
         ...
 
 
-class Search(Generic[Found]):
+class Search(Generic[_Made]):
     """The largest ratio whose output error is within a limit, found in few fits.
 
     ``make`` makes something of a ratio, from ``first`` on, or raises BudgetError; ``error`` measures it.
@@ -161,8 +161,8 @@ class Search(Generic[Found]):
     def __init__(
         self,
         first: float,
-        make: Callable[[float], Found],
-        error: Callable[[Found], float],
+        make: Callable[[float], _Made],
+        error: Callable[[_Made], float],
         limit: Limit,
         announce: Announce = _silent,
         time: TimeLimit | None = None,
@@ -172,13 +172,13 @@ class Search(Generic[Found]):
         self._time, self._longest = time or TimeLimit(), 0.0
         self._first, self._make, self._error = first, make, error
         self._limit, self._announce = limit, announce
-        self._tried: list[tuple[float, float, Found]] = []  # ratio, output error, what was made
+        self._tried: list[tuple[float, float, _Made]] = []  # ratio, output error, what was made
         self._beyond = self._refused = inf  # the least ratio out of reach, and the least that was refused
         self._proposed = inf, inf
         self._out_of_reach = ""
         self._rounds = [SEARCHES, *[AGAIN] * REFUSALS]
 
-    def propose(self) -> Found | None:
+    def propose(self) -> _Made | None:
         """What was made for the largest ratio within the limit, of those below what was refused."""
         if not self._rounds:
             return None

@@ -204,7 +204,7 @@ class _Table:
         return found
 
 
-Widths: TypeAlias = dict[str, int]
+WidthPlaces: TypeAlias = dict[str, int]
 """By pair, the place of its width among its points."""
 
 
@@ -280,7 +280,7 @@ class _Unit:
         }
         return _Priced(self, cost, layers, {key: found.min(axis=2) for key, found in layers.items()}, pairs)
 
-    def _widths(self, members: Mapping[str, Point]) -> Widths:
+    def _widths(self, members: Mapping[str, Point]) -> WidthPlaces:
         return {pair.key: pair.points.index(members[pair.key]) for pair in self.pairs if pair.key in members}
 
 
@@ -297,7 +297,7 @@ class _Priced:
     least: Mapping[str, npt.NDArray[np.float64]]
     pairs: Mapping[str, npt.NDArray[np.float64]]
 
-    def best_widths(self, start: Widths) -> Widths:
+    def best_widths(self, start: WidthPlaces) -> WidthPlaces:
         """From the widths ``start`` on, one pair after the other, until none changes."""
         now = {pair.key: start.get(pair.key, 0) for pair in self.unit.pairs}
         for _ in range(ROUNDS if len(self.pairs) > 1 else 1):
@@ -312,7 +312,7 @@ class _Priced:
                 break
         return now
 
-    def _by_width_of(self, key: str, output: str, now: Widths) -> npt.NDArray[np.float64]:
+    def _by_width_of(self, key: str, output: str, now: WidthPlaces) -> npt.NDArray[np.float64]:
         """The worth of a layer by the width of the pair ``key``, with others as they are ``now``."""
         least, given = self.least[output], self.unit.curves.giving.get(output)
         read = self.unit.curves.reading.get(output)
@@ -322,7 +322,7 @@ class _Priced:
             return least[:, now.get(read or "", 0)]
         return least[now.get(given or "", 0), :]
 
-    def chosen(self, widths: Widths) -> _Choice:
+    def chosen(self, widths: WidthPlaces) -> _Choice:
         """The best points of the layers at these widths."""
         curves, members = self.unit.curves, dict[str, Point]()
         for output in self.unit.outputs:

@@ -36,13 +36,13 @@ from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.targets import processor
 from onnx_lrsd.types import CHANNELS, N_OF_M, NONE, ErrorCurve, Factors, Form, Layer, Plan, Point
 
-RATIOS = (1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)
+PREDICTED_RATIOS = (1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)
 """Ratios that the error of a plan is predicted at."""
 POINTS, RANKS, BINS = 80, 64, 40
 ROWS, COLUMNS = 32, 64
 LEVELS = 9
 """A cell of a picture is a digit from 0 to this."""
-SAMPLES, VALUES = 24, 20_000
+COMPARED_SAMPLES, VALUES = 24, 20_000
 """Samples that outputs of layers are compared on, and values of one layer in its histogram."""
 
 _Floats = npt.NDArray[np.floating]
@@ -247,7 +247,7 @@ def _outputs(
         return {}
     errors = {name: Divergence() for name in shared}
     values: dict[str, list[tuple[_Floats, _Floats]]] = {name: [] for name in shared}
-    samples = samples.some(SAMPLES)
+    samples = samples.some(COMPARED_SAMPLES)
     for old, new, real, size in paired_runs(before, after, samples, shared):
         most = -(-VALUES * size // samples.count)
         for name, one, two in zip(shared, old, new, strict=True):

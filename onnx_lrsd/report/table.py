@@ -53,7 +53,7 @@ ROWS_SHOWN = 60
 _UNIT_NAMES = {"macs": "MACs", "parameters": "parameters", "bytes": "bytes"}
 
 Row: TypeAlias = Sequence[str]
-Entry = TypeVar("Entry")
+_Item = TypeVar("_Item")
 
 
 def report_table(report: Report, *, colour: bool = False, every: bool = False) -> str:
@@ -533,9 +533,9 @@ def _split_layers(layers: Sequence[LayerReport], ink: _Ink, every: bool) -> str:
     return "\n\n".join([_grid(header, rows, "lllrrrr", ink), *_sums(groups)])
 
 
-def _alike(entries: Sequence[Entry], key: Callable[[Entry], object], every: bool) -> list[list[Entry]]:
+def _alike(entries: Sequence[_Item], key: Callable[[_Item], object], every: bool) -> list[list[_Item]]:
     """``entries`` in groups of equal ``key`` where that are MANY, in the order of their first; else alone."""
-    alike = defaultdict[object, list[Entry]](list)
+    alike = defaultdict[object, list[_Item]](list)
     for entry in entries:
         alike[key(entry)].append(entry)
     groups = []

@@ -19,13 +19,13 @@ from onnx_lrsd.solver.width import Columns, Widths, restricted
 from onnx_lrsd.types import Array, Rows
 
 FOLDS = 3
-MOST_ROWS = 6144
+MOST_JUDGED = 6144
 """Rows that fit and judge, at most: the fits of wide layers would take longer than all the rest."""
-FEWEST_ROWS = 4 * FOLDS
+FEWEST_JUDGED = 4 * FOLDS
 """With fewer rows nothing is judged."""
-NOTHING = 1e-12
+ROUNDING_ERROR = 1e-12
 """A relative error of rounding, beside which others are no ratio that says anything."""
-TRIED = (0.75, 0.5, 0.25)
+JUDGED_SHARES = (0.75, 0.5, 0.25)
 """Shares of the channels at which widths are judged."""
 
 
@@ -38,12 +38,14 @@ def width_errors(
     ``rows`` (N, m) are its inputs, rows of one sample side by side. More channels never lose more.
     """
     total, count = len(columns), rows.shape[0]
-    tried = [max(round(share * total), total - len(found.dropped)) for share in TRIED]
-    tried = [width for width in tried if 0 < width < total and damped[width] > NOTHING]
-    if count < FEWEST_ROWS or problem.energy <= 0 or not tried:
+    tried = [max(round(share * total), total - len(found.dropped)) for share in JUDGED_SHARES]
+    tried = [width for width in tried if 0 < width < total and damped[width] > ROUNDING_ERROR]
+    if count < FEWEST_JUDGED or problem.energy <= 0 or not tried:
         return damped
-    judged = _judged(problem, columns, found, tried, rows[:: -(-count // MOST_ROWS)])
-    ratios = np.log([max(error, NOTHING) / damped[width] for error, width in zip(judged, tried, strict=True)])
+    judged = _judged(problem, columns, found, tried, rows[:: -(-count // MOST_JUDGED)])
+    ratios = np.log(
+        [max(error, ROUNDING_ERROR) / damped[width] for error, width in zip(judged, tried, strict=True)]
+    )
     known = np.isfinite(damped)
     errors = damped.copy()
     errors[known] *= np.exp(np.interp(np.flatnonzero(known), tried[::-1], ratios[::-1]))

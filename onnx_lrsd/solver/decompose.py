@@ -276,7 +276,7 @@ def group(
         image = weight @ matrix if image is None else image
         grouped = metric.factorised[key] = separable.grouped_metric(group_metric(matrix, groups))
     product = None if image is None else group_weight(image, groups)
-    return separable.prepare(group_weight(weight, groups), grouped, product)
+    return separable.separable_problem(group_weight(weight, groups), grouped, product)
 
 
 def choose_channels(problem: Problem, form: Form) -> Elimination:

@@ -90,7 +90,7 @@ class SharedFactors:
     def __init__(self, target: Array, h: Resolvent, groups: int, rank: int, outer: int = 0) -> None:
         self._groups, self._outer = groups, outer
         self._metric = self._grouped(h.matrix)
-        problem = separable.prepare(group_weight(target, groups), self._metric)
+        problem = separable.separable_problem(group_weight(target, groups), self._metric)
         self.v, self.h, _ = separable.fit(problem, rank, 1, outer=outer)
         self._low = self._product()
 
@@ -124,8 +124,8 @@ class SharedFactors:
 
     def _sweep(self, target: Array, product: Array) -> None:
         weight, image = group_weight(target, self._groups), group_weight(product, self._groups)
-        problem = separable.prepare(weight, self._metric, image)
-        self.v, self.h, _ = separable.sweep(problem, self.v, self.h, _V_STEPS, self._outer)
+        problem = separable.separable_problem(weight, self._metric, image)
+        self.v, self.h, _ = separable.alternate(problem, self.v, self.h, _V_STEPS, self._outer)
         self._low = self._product()
 
     def _product(self) -> Array:

@@ -74,7 +74,7 @@ def refine(
 
     def step(pair: tuple[Array, Array], moved: Array) -> tuple[Array, Array]:
         product = shared.product + group_weight(problem.weigh(moved), groups)
-        return separable.sweep(replace(shared, product=product), *pair, STEPS, outer)[:2]
+        return separable.alternate(replace(shared, product=product), *pair, STEPS, outer)[:2]
 
     best = _rounds(problem, seen, (cast(v, single), cast(h, single)), weight_of, step)
     v, h, shift = (cast(x, xp.float64) for x in (*best.parts, best.shift))

@@ -89,7 +89,7 @@ def grouped_metric(blocks: Array) -> GroupedMetric:
     return GroupedMetric(blocks, mean, spd_inverse(mean), xp.linalg.cholesky(mean))
 
 
-def prepare(weight: Array, metric: GroupedMetric, product: Array | None = None) -> Separable:
+def separable_problem(weight: Array, metric: GroupedMetric, product: Array | None = None) -> Separable:
     """The problem of ``weight`` (B, n, A); ``product`` (B, n, A), if it is known, is (W C)_b."""
     xp = namespace(weight)
     if product is None:
@@ -111,7 +111,7 @@ def fit(
     h, error = _outer(problem, v, outer)
     for _ in range(sweeps if problem.weight.shape[0] > 1 else 0):
         before = error
-        v, h, error = sweep(problem, v, h, steps, outer)
+        v, h, error = alternate(problem, v, h, steps, outer)
         if before - error < RESTS * before:
             break
     return v, h, error
@@ -144,7 +144,9 @@ def _leading(gram: Array, rank: int) -> Array:
     return found @ top_eigenvectors((small + small.T) / 2, rank)[1]
 
 
-def sweep(problem: Separable, v: Array, h: Array, steps: int, outer: int = 0) -> tuple[Array, Array, float]:
+def alternate(
+    problem: Separable, v: Array, h: Array, steps: int, outer: int = 0
+) -> tuple[Array, Array, float]:
     """Both factors once: V by ``steps`` of conjugate gradients from ``v``, then the best H for it."""
     v = _orthonormalise(problem, _inner(problem, v, h, steps))
     h, error = _outer(problem, v, outer)
