@@ -164,21 +164,20 @@ def _optimized(
 ) -> Result:
     """The algorithm, in its order; all is as ``optimize`` has it."""
     ready = prepare(run, model, calibration, evaluation, output=output, plan=plan, moments=moments)
-    original, source, known, weight_of = ready.original, ready.source, ready.known, ready.weight_of
-    narrower, fitter, fit_on, check_on = ready.narrower, ready.fitter, ready.fit_on, ready.check_on
-    run = replace(ready.run, groups=groups_on(source, check_on))
+    found, known, narrower, fitter = ready.found, ready.known, ready.narrower, ready.fitter
+    original, source, weight_of = found.original, found.source, found.weight_of
+    fit_on, check_on = found.fit_on, found.check_on
+    run = replace(found.run, groups=groups_on(source, check_on))
     planner, curves, whole = None, Curves(()), None
     if plan is None:
-        planner, curves, whole = make_planner(
-            run, source, known, weight_of, narrower, weighed=fit_on is not None
-        )
+        planner, curves, whole = make_planner(run, ready)
         with run.journal.clock("plan"):
             search, check_on = planner.search(fitter, check_on)
     else:
-        search = Once(forms_of(plan, known.layers, ready.pairs))
+        search = Once(forms_of(plan, known.layers, found.pairs))
     spectrum = _spectra(run, known, weight_of) if details else {}
     known = replace(known, moments={})  # they may be large, and a fit takes its own
-    ready = replace(ready, known=known)
+    del ready
     chosen, rewritten, delivered, build = _next(run, search) or {}, original, None, None
     if not dry_run:
         chosen, delivered = _deliver(
@@ -202,8 +201,8 @@ def _optimized(
         output=output,
         layers=known.layers,
         narrow=narrower.cut(chosen if delivered is None or delivered.factors else {})[1],
-        declined=ready.declined,
-        stay=ready.stay,
+        declined=found.declined,
+        stay=found.stay,
         plan=plan,
         fit_on=fit_on,
         whole=whole,

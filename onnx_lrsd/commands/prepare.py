@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -74,34 +74,14 @@ PartFiles: TypeAlias = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A model whose layers are found and calibrated: all that a plan and its fits start from.
+class Found:
+    """A model with its layers, and the samples: what there is before anything is run.
 
     ``run`` knows from here on where the work dir keeps what belongs to this model and these samples.
-    ``source`` is the ``original`` as it is worked on; ``declined`` are nodes that are left alone. ``known``
-    is what the samples ``fit_on`` teach, ``check_on`` are those that results are measured on. ``pairs`` are
-    layers whose channels in between may be cut, which ``narrower`` does; ``stay`` are layers all of whose
-    channels must stay. ``fitter`` fits forms.
-    """
-
-    run: Run
-    original: Model
-    source: Model
-    weight_of: WeightOf
-    declined: Sequence[Declined]
-    known: Calibration
-    pairs: Mapping[str, Pair]
-    stay: Sequence[Declined]
-    narrower: Narrower
-    fitter: Fitter
-    fit_on: Samples | None
-    check_on: Samples
-
-
-class Found(NamedTuple):
-    """A model with its ``layers`` and ``constants``, and the samples: what there is before anything is run.
-
-    The rest is as ``Prepared`` has it.
+    ``source`` is the ``original`` as it is worked on; ``declined`` are nodes that are left alone.
+    ``constants`` are weights of no layer that may be stored as codes. ``pairs`` are layers whose channels in
+    between may be cut; ``stay`` are layers all of whose channels must stay. Results are measured on
+    ``check_on``.
     """
 
     run: Run
@@ -115,6 +95,20 @@ class Found(NamedTuple):
     stay: Sequence[Declined]
     fit_on: Samples | None
     check_on: Samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What was ``found``, calibrated: all that a plan and its fits start from.
+
+    ``known`` is what the samples ``found.fit_on`` teach, ``narrower`` cuts the channels of ``found.pairs``,
+    and ``fitter`` fits forms.
+    """
+
+    found: Found
+    known: Calibration
+    narrower: Narrower
+    fitter: Fitter
 
 
 def find(
@@ -189,28 +183,15 @@ def prepare(
     wrong with the input, or if ``output`` cannot be written.
     """
     found = find(run, model, calibration, evaluation, output=output, plan=plan, whole=moments is not None)
-    run, original, source, weight_of = found.run, found.original, found.source, found.weight_of
-    pairs, fit_on = found.pairs, found.fit_on
+    run = found.run
     with run.journal.clock("calibrate"):
         known = _calibrate(found, plan, moments)
         known = replace(known, layers=(*found.constants, *known.layers))
         run.journal.warn(what_was_left_out(known))
     with run.journal.clock("decompose"):
-        narrower = _narrower(run, source, known, weight_of, pairs, judged=plan is None)
-    return Prepared(
-        run=run,
-        original=original,
-        source=source,
-        weight_of=weight_of,
-        declined=found.declined,
-        known=known,
-        pairs=pairs,
-        stay=found.stay,
-        narrower=narrower,
-        fitter=_fitter(run, original, narrower, replace(known, moments={}), fit_on),
-        fit_on=fit_on,
-        check_on=found.check_on,
-    )
+        narrower = _narrower(found, known, judged=plan is None)
+    fitter = _fitter(found, replace(known, moments={}), narrower)
+    return Prepared(found=found, known=known, narrower=narrower, fitter=fitter)
 
 
 def _in_time(
@@ -301,25 +282,18 @@ def _pairs(
     return chosen, left_whole(stay, unplanned, every)
 
 
-def _narrower(
-    run: Run,
-    source: Model,
-    known: Calibration,
-    weight_of: WeightOf,
-    pairs: Mapping[str, Pair],
-    *,
-    judged: bool,
-) -> Narrower:
-    """What cuts ``pairs``, of which it keeps the moments of the layers that read their channels.
+def _narrower(found: Found, known: Calibration, *, judged: bool) -> Narrower:
+    """What cuts the pairs, of which it keeps the moments of the layers that read their channels.
 
     ``judged``: errors of their widths are wanted, by cross-validation.
     """
+    run, pairs = found.run, found.pairs
     readers = {end.output for pair in pairs.values() for end in pair.consumers}
     plain = Narrower(
-        model=source,
+        model=found.source,
         layers=known.layers,
-        weight_of=weight_of,
-        moments={output: found for output, found in known.moments.items() if output in readers},
+        weight_of=found.weight_of,
+        moments={output: moments for output, moments in known.moments.items() if output in readers},
         inner={},
         device=run.options.device,
     )
@@ -405,38 +379,30 @@ def _calibrate(found: Found, plan: Plan | None, moments: PartFiles | None) -> Ca
     return kept_calibration(run.keep, [layers, sorted(found.pairs), split], fit_on, taught)
 
 
-def make_planner(
-    run: Run,
-    source: Model,
-    known: Calibration,
-    weight_of: WeightOf,
-    narrower: Narrower,
-    *,
-    weighed: bool,
-) -> tuple[Planner, Curves, float | None]:
+def make_planner(run: Run, ready: Prepared) -> tuple[Planner, Curves, float | None]:
     """A planner, the curves it plans with, and the measured seconds of the model where times count.
 
-    ``weighed``: layers are weighed by their sensitivities, which takes samples.
+    With samples to fit on, layers are weighed by their sensitivities.
     """
-    curves, total = _curves(run, source, known, weight_of, narrower)
+    found, known = ready.found, ready.known
+    curves, total = _curves(run, ready)
     with run.journal.clock("plan"):
-        planner = Planner(run, source, curves, total, known.shapes, known.samples, narrower)
-        if weighed:
-            planner.weigh(partial(_sensitivities, run, source, known, weight_of, narrower))
+        planner = Planner(run, found.source, curves, total, known.shapes, known.samples, ready.narrower)
+        if found.fit_on is not None:
+            planner.weigh(partial(_sensitivities, run, ready))
     return planner, curves, total.seconds
 
 
-def _sensitivities(
-    run: Run, source: Model, known: Calibration, weight_of: WeightOf, narrower: Narrower, forms: Forms
-) -> dict[str, float]:
+def _sensitivities(run: Run, ready: Prepared, forms: Forms) -> dict[str, float]:
+    found, known = ready.found, ready.known
     return sensitivities(
-        source,
+        found.source,
         known.layers,
         forms,
-        weight_of,
+        found.weight_of,
         known.moments,
         known.samples,
-        narrower=narrower,
+        narrower=ready.narrower,
         device=run.options.device,
         progress=run.progress,
         keep=run.keep,
@@ -444,12 +410,11 @@ def _sensitivities(
     )
 
 
-def _curves(
-    run: Run, source: Model, known: Calibration, weight_of: WeightOf, narrower: Narrower
-) -> tuple[Curves, Price]:
+def _curves(run: Run, ready: Prepared) -> tuple[Curves, Price]:
     """The error curves of all layers and pairs, and the price of the model, in seconds where times count."""
+    source, known, narrower = ready.found.source, ready.known, ready.narrower
     with run.journal.clock("decompose"):
-        curves = error_curves(run, known, weight_of)
+        curves = error_curves(run, known, ready.found.weight_of)
     with run.journal.clock("plan"):
         total = run.keep("price", None, partial(total_price, source, known.samples), (Price,))
         if run.target.times:
@@ -467,21 +432,16 @@ def _curves(
         return pair_curves(run, curves, narrower), total
 
 
-def _fitter(
-    run: Run,
-    original: Model,
-    narrower: Narrower,
-    known: Calibration,
-    fit_on: Samples | None,
-) -> Fitter:
+def _fitter(found: Found, known: Calibration, narrower: Narrower) -> Fitter:
     """What fits forms, with half precision or int8 behind it if asked.
 
     Without samples to fit on the weights alone decide.
     """
+    run = found.run
     plain = LowRankFitter(
-        original=original,
+        original=found.original,
         narrower=narrower,
-        calibration=None if fit_on is None else known,
+        calibration=None if found.fit_on is None else known,
         device=run.options.device,
         clock=run.journal.clock,
         progress=run.progress,

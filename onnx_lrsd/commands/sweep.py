@@ -82,8 +82,8 @@ def _swept(
     """The models for ``ratios``; all is as ``sweep`` has it."""
     ensure_writable(folder / "model.onnx", None)
     ready = prepare(run, model, calibration, evaluation)
-    run = replace(ready.run, groups=groups_on(ready.source, ready.check_on))
-    original = ready.original
+    original, fit_on = ready.found.original, ready.found.fit_on
+    run = replace(ready.found.run, groups=groups_on(ready.found.source, ready.found.check_on))
     stem = "model" if original.path is None else original.path.stem
     points = list[SweepPoint]()
     for ratio, fitted in _models(run, ready, sorted(set(ratios))):
@@ -107,8 +107,8 @@ def _swept(
         target=run.target.name,
         cost=run.cost,
         gains=gains,
-        calibration_samples=0 if ready.fit_on is None else ready.fit_on.count,
-        calibration_source="" if ready.fit_on is None else ready.fit_on.source,
+        calibration_samples=0 if fit_on is None else fit_on.count,
+        calibration_source="" if fit_on is None else fit_on.source,
         points=tuple(points),
         best=_best(run, points, gains),
         warnings=tuple(run.journal.warnings),
@@ -118,9 +118,7 @@ def _swept(
 
 def _models(run: Run, ready: Prepared, ratios: Sequence[float]) -> Iterator[tuple[float | None, Fitted]]:
     """Each model with its ratio, which is None for int8 alone; of a ratio low rank first, then with int8."""
-    planner = make_planner(
-        run, ready.source, ready.known, ready.weight_of, ready.narrower, weighed=ready.fit_on is not None
-    )[0]
+    planner, _, _ = make_planner(run, ready)
     if run.options.int8:
         alone = ready.fitter.fit({})
         if alone.nodes:
@@ -159,7 +157,8 @@ def _fitted(run: Run, ready: Prepared, ratio: float, search: RatioSearch) -> lis
 
 def _found(run: Run, ready: Prepared, fitted: Fitted, *, latency: bool = True) -> Verification:
     with run.journal.clock("verify"):
-        return verify(run, ready.original, ready.known.layers, fitted, ready.check_on, latency=latency)
+        found = ready.found
+        return verify(run, found.original, ready.known.layers, fitted, found.check_on, latency=latency)
 
 
 def _beside_one_original(points: Sequence[SweepPoint]) -> list[SweepPoint]:
