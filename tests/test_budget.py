@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_layers import conv, linear
 
 from onnx_lrsd.errors import BudgetError, DataError
 from onnx_lrsd.plan.allocate import allocate, lower_hull
@@ -36,9 +36,7 @@ MACS = COSTS["macs"]
 
 
 def curve(name: str, points: list[tuple[int, float]]) -> ErrorCurve:
-    layer = Layer(
-        output=name, name=name, op="MatMul", input="x", weight="w", shape=(8, 8), dtype="float32", n=8, m=8
-    )
+    layer = linear(8, 8, name)
     made = [Point(Form(CHANNEL, cost), error, Price(cost, cost, 4 * cost)) for cost, error in points]
     return ErrorCurve(layer, (Point(Form(), 0.0, Price(100, 100, 400)), *made))
 
@@ -98,32 +96,15 @@ def test_a_sensitive_layer_is_spared() -> None:
     assert chosen["a"].form == Form() and chosen["b"].form != Form()
 
 
-def conv(stride: int, pad: int) -> Layer:
+def conv_of(stride: int, pad: int) -> Layer:
     size = (17, 13)
     out = [(length + 2 * pad - 3) // stride + 1 for length in size]
-    shape, strides, pads = (128, 96, 3, 3), (stride, stride), (pad,) * 4
-    layer = Layer(
-        output="y",
-        name="y",
-        op="Conv",
-        input="x",
-        weight="w",
-        shape=shape,
-        dtype="float32",
-        n=128,
-        m=96 * 9,
-        axis=1,
-        kernel=(3, 3),
-        strides=strides,
-        pads=pads,
-        dilations=(1, 1),
-    )
-    return replace(layer, positions=out[0] * out[1], size=size)
+    return conv(128, 96, strides=(stride, stride), pads=(pad,) * 4, positions=out[0] * out[1], size=size)
 
 
 @pytest.mark.parametrize("stride, pad", [(1, 1), (1, 0), (2, 1)])
 def test_prices_count_the_nodes_as_they_will_run(stride: int, pad: int) -> None:
-    layer = conv(stride, pad)
+    layer = conv_of(stride, pad)
     rows, columns = ((length + 2 * pad - 3) // stride + 1 for length in layer.size)
     here = rows * columns
     assert price(layer, Form(DENSE)).macs == 128 * 96 * 9 * here
@@ -138,7 +119,7 @@ def test_prices_count_the_nodes_as_they_will_run(stride: int, pad: int) -> None:
 
 
 def test_every_form_a_target_offers_is_predicted_to_be_faster() -> None:
-    target, layer = TARGETS["onnxruntime"], conv(1, 1)
+    target, layer = TARGETS["onnxruntime"], conv_of(1, 1)
     forms = target.forms(layer, KINDS)
     assert {form.kind for form in forms} == set(KINDS) - {DENSE, WIDTH}  # a pair has a width, no layer
     assert all(
@@ -159,5 +140,5 @@ def test_every_form_a_target_offers_is_predicted_to_be_faster() -> None:
 )
 def test_a_target_refuses_in_words_what_it_does_not_write(target: str, form: Form, says: str) -> None:
     with pytest.raises(DataError, match=says):
-        TARGETS[target].check(conv(1, 1), form)
-    TARGETS[target].check(conv(1, 1), Form(CHANNEL, 8))
+        TARGETS[target].check(conv_of(1, 1), form)
+    TARGETS[target].check(conv_of(1, 1), Form(CHANNEL, 8))

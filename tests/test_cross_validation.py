@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from plain_layers import linear
 
 from onnx_lrsd.solver.cross_validation import width_errors
 from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.solver.width import fit_width, widths
-from onnx_lrsd.types import Layer, Moments
+from onnx_lrsd.types import Moments
 
 Values = npt.NDArray[Any]
 
@@ -31,17 +32,6 @@ def rows(count: int, seed: int, loud: float) -> Values:
 
 
 def posed(x: Values) -> Problem:
-    layer = Layer(
-        output="y",
-        name="y",
-        op="Gemm",
-        input="x",
-        weight="w",
-        shape=(OUTER, INNER),
-        dtype="float32",
-        n=OUTER,
-        m=INNER,
-    )
     weight = np.random.default_rng(3).standard_normal((OUTER, INNER))
     centred = x - x.mean(axis=0)
     thin = 2 * len(x) < INNER
@@ -49,7 +39,7 @@ def posed(x: Values) -> Problem:
     moments = Moments(
         name="y", count=len(x), mean=x.mean(axis=0), second=second, rows=centred if thin else None
     )
-    return pose(layer, weight, np.zeros(OUTER), moments)
+    return pose(linear(OUTER, INNER), weight, np.zeros(OUTER), moments)
 
 
 def measured(problem: Problem, kept: tuple[int, ...], x: Values) -> float:

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
+from plain_layers import linear
 
 import onnx_lrsd
 from onnx_lrsd import cli
@@ -37,18 +38,11 @@ from onnx_lrsd.types import (
     ErrorCurve,
     Factors,
     Form,
-    Layer,
     Moments,
     Pattern,
     Point,
     Price,
 )
-
-
-def matrix(n: int, m: int) -> Layer:
-    return Layer(
-        output="y", name="dense", op="Gemm", input="x", weight="w", shape=(n, m), dtype="float32", n=n, m=m
-    )
 
 
 def test_singular_values_are_those_of_the_whitened_weight() -> None:
@@ -57,7 +51,7 @@ def test_singular_values_are_those_of_the_whitened_weight() -> None:
     rows -= rows.mean(axis=0)
     second = rows.T @ rows / len(rows)
     known = Moments(name="y", count=len(rows), mean=np.zeros(30), second=second.astype(np.float32))
-    problem = pose(matrix(20, 30), weight, np.zeros(20), known)
+    problem = pose(linear(20, 30), weight, np.zeros(20), known)
     found = spectrum(problem)
     root = np.linalg.cholesky(problem.metric.matrix(weight))
     values = np.linalg.svd(weight @ root, compute_uv=False)
@@ -72,7 +66,7 @@ def test_a_curve_holds_the_chosen_form_and_at_most_so_many_others() -> None:
     dense = Point(Form(), 0.0, Price(1000, 1000, 4000))
     points = [Point(Form(CHANNEL, rank), 1 / rank, Price(rank, rank, 4 * rank)) for rank in range(1, 500)]
     chosen = Form(CHANNEL, 123)
-    found = curve_of(ErrorCurve(matrix(600, 600), (dense, *points)), chosen)
+    found = curve_of(ErrorCurve(linear(600, 600), (dense, *points)), chosen)
     assert str(chosen) in found.forms and len(found.forms) <= POINTS + 1
     assert list(found.macs) == sorted(found.macs)
     at = found.forms.index(str(chosen))
@@ -82,7 +76,7 @@ def test_a_curve_holds_the_chosen_form_and_at_most_so_many_others() -> None:
 
 
 def test_a_picture_shows_where_s_has_entries() -> None:
-    layer = matrix(40, 200)
+    layer = linear(40, 200)
     weight = np.zeros((40, 200))
     weight[30:, 150:] = np.random.default_rng(0).standard_normal((10, 50))
     form = Form(CHANNEL, 0, Pattern(UNSTRUCTURED, 500))
@@ -99,19 +93,19 @@ def test_a_picture_of_channels_marks_those_that_are_kept() -> None:
     factors = Factors(
         form=Form(CHANNEL, 4, Pattern(CHANNELS, 2)), kernels=(), bias=np.zeros(8), channels=(3, 70)
     )
-    shown = picture(matrix(8, 100), factors)
+    shown = picture(linear(8, 100), factors)
     assert shown is not None and shown.kind == "channels"
     cells = "".join(shown.cells)
     assert [index for index, cell in enumerate(cells) if cell != "0"] == [3, 70] and len(cells) == 100
 
 
 def test_forms_without_s_have_no_picture() -> None:
-    layer = matrix(8, 8)
+    layer = linear(8, 8)
     assert picture(layer, Factors(form=Form(CHANNEL, 4), kernels=(), bias=np.zeros(8))) is None
 
 
 def test_a_pattern_of_two_in_four_is_even_all_over() -> None:
-    layer = matrix(16, 64)
+    layer = linear(16, 64)
     weight = np.random.default_rng(0).standard_normal((16, 64))
     form = Form(CHANNEL, 0, Pattern(N_OF_M, 2, 4))
     shown = picture(layer, decompose(pose(layer, weight, np.zeros(16), None), form))

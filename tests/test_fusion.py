@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from plain_layers import linear
 
 import onnx_lrsd
 from onnx_lrsd.measure.speedup import placeholder
@@ -16,7 +17,7 @@ from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.order_sums import order_sums
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.session import onnxruntime, open_session
-from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Form, Layer, whole_channels
+from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Form, whole_channels
 
 C, SIDE = 64, 16
 FORMS = {
@@ -212,20 +213,7 @@ def test_a_product_in_a_residual_block_costs_no_more_nodes_than_its_factors(op: 
 
 
 def test_layers_alike_are_timed_with_factors_of_their_own() -> None:
-    query, key = (
-        Layer(
-            output=name,
-            name=name,
-            op="MatMul",
-            input="x",
-            weight=name,
-            shape=(C, C),
-            dtype="float32",
-            n=C,
-            m=C,
-        )
-        for name in ("q", "k")
-    )
+    query, key = (linear(C, C, name, weight=name) for name in ("q", "k"))
     one, same, other = (placeholder(layer, Form(CHANNEL, 16)) for layer in (query, query, key))
     for first, again, beside in zip(one.kernels, same.kernels, other.kernels, strict=True):
         assert np.array_equal(first, again) and np.abs(first - beside).min() > 0

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
+from plain_layers import linear
 
 import onnx_lrsd
 from onnx_lrsd.data.samples import read_samples
@@ -30,7 +31,7 @@ from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.heads import head_bases, turned, turned_inputs, turned_outputs
 from onnx_lrsd.solver.problem import pose
 from onnx_lrsd.solver.width import fit_width, widths
-from onnx_lrsd.types import WIDTH, Form, Layer, Moments
+from onnx_lrsd.types import WIDTH, Form, Moments
 
 Values = npt.NDArray[Any]
 BETWEEN = {
@@ -188,13 +189,12 @@ def context(count: int, heads: int, size: int, seed: int) -> Values:
 def posed(x: Values, n: int = 6, seed: int = 0, bare: bool = False) -> Any:
     m = x.shape[1]
     weight = np.random.default_rng(seed).standard_normal((n, m))
-    layer = Layer(
-        output="y", name="y", op="MatMul", input="x", weight="w", shape=(n, m), dtype="float32", n=n, m=m
-    )
     mean = x.mean(axis=0)
     centred = (x - mean).astype(np.float32)
     known = Moments(name="y", count=len(x), mean=mean, second=centred.T @ centred / len(x))
-    return pose(layer, weight, np.ones(n), replace(known, second=None, rows=centred) if bare else known)
+    return pose(
+        linear(n, m), weight, np.ones(n), replace(known, second=None, rows=centred) if bare else known
+    )
 
 
 @settings(max_examples=15, deadline=None)

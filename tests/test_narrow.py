@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
+from plain_layers import linear
 
 import onnx_lrsd
 from onnx_lrsd.data.samples import read_samples
@@ -33,7 +34,7 @@ from onnx_lrsd.plan.units import Curves, Joint, PairCurve, members_of
 from onnx_lrsd.report.table import report_table
 from onnx_lrsd.run import Options, start
 from onnx_lrsd.runtime.session import open_session
-from onnx_lrsd.types import CHANNEL, COSTS, DENSE, WIDTH, ErrorCurve, Form, Layer, Point, Price
+from onnx_lrsd.types import CHANNEL, COSTS, DENSE, WIDTH, ErrorCurve, Form, Point, Price
 
 Values = npt.NDArray[Any]
 MACS, BYTES = COSTS["macs"], COSTS["bytes"]
@@ -232,10 +233,7 @@ def test_pairs_are_planned_once_for_each_layer_and_side() -> None:
 
 
 def layer_curve(name: str, n: int, m: int, points: dict[int, float]) -> ErrorCurve:
-    layer = Layer(
-        output=name, name=name, op="Gemm", input="x", weight="w", shape=(n, m), dtype="float32", n=n, m=m
-    )
-    return ErrorCurve(layer, layer_points(n, m, points))
+    return ErrorCurve(linear(n, m, name), layer_points(n, m, points))
 
 
 def layer_points(n: int, m: int, points: dict[int, float]) -> tuple[Point, ...]:

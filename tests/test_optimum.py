@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import pytest
+from plain_layers import conv, linear
 
 from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.channels import eliminate
@@ -20,34 +21,6 @@ from onnx_lrsd.solver.problem import Metric, Problem, pose
 from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, Form, Layer, Moments, whole_channels
 
 Matrix = npt.NDArray[np.float64]
-
-
-def linear(n: int, m: int) -> Layer:
-    return Layer(
-        output="y", name="layer", op="MatMul", input="x", weight="w", shape=(m, n), dtype="float32", n=n, m=m
-    )
-
-
-def conv(n: int, c: int, kernel: tuple[int, ...] = (3, 3)) -> Layer:
-    ones = (1,) * len(kernel)
-    zeros = (0,) * 2 * len(kernel)
-    m = c * int(np.prod(kernel))
-    return Layer(
-        output="y",
-        name="layer",
-        op="Conv",
-        input="x",
-        weight="w",
-        shape=(n, c, *kernel),
-        dtype="float32",
-        n=n,
-        m=m,
-        axis=1,
-        kernel=kernel,
-        strides=ones,
-        pads=zeros,
-        dilations=ones,
-    )
 
 
 def inputs(count: int, m: int, seed: int) -> Matrix:
@@ -282,4 +255,4 @@ def test_one_row_and_no_data_still_give_an_answer() -> None:
 )
 def test_a_form_that_does_not_fit_is_refused(form: Form) -> None:
     with pytest.raises(ValueError, match=r"layer|form"):
-        decompose(posed(linear(5, 10)), form)
+        decompose(posed(linear(5, 10, "layer")), form)

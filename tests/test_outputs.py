@@ -7,6 +7,7 @@ from math import inf
 import numpy as np
 import onnx
 import pytest
+from plain_layers import conv
 
 from onnx_lrsd.graph.model import load
 from onnx_lrsd.passes.consumers import consumers
@@ -15,22 +16,9 @@ from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
 from onnx_lrsd.solver.problem import Problem, output_metric, pose
 from onnx_lrsd.solver.rectified import Rectified
-from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Factors, Form, Layer, Moments
+from onnx_lrsd.types import CHANNEL, CHANNEL_IN, SPATIAL, TUCKER, Factors, Form, Moments
 
-LAYER = Layer(
-    output="y",
-    name="conv",
-    op="Conv",
-    input="x",
-    weight="w",
-    shape=(16, 8, 3, 3),
-    dtype="float32",
-    n=16,
-    m=72,
-    axis=1,
-    kernel=(3, 3),
-    strides=(1, 1),
-)
+LAYER = conv(16, 8)
 FORMS = (Form(CHANNEL, 6), Form(CHANNEL_IN, 2), Form(SPATIAL, 9), Form(TUCKER, 4, outer=8))
 RNG = np.random.default_rng(0)
 ROWS = (RNG.standard_normal((3000, 72)) @ (RNG.standard_normal((72, 72)) * 0.9 ** np.arange(72)).T).astype(

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from plain_layers import conv, linear
 
 import onnx_lrsd
 from onnx_lrsd import cli
@@ -49,28 +50,9 @@ MODELS = Path(__file__).parents[1] / "models"
 MINE = replace(built_in(), processor=machine.processor(), runtime=machine.runtime())
 
 
-def conv(n: int = 128, channels: int = 128, side: int = 28, extent: int = 3) -> Layer:
-    ones, kernel = (1, 1), (extent, extent)
-    shape, pads = (n, channels, *kernel), (extent // 2,) * 4
-    m = channels * extent**2
-    return Layer(
-        output="y",
-        name="y",
-        op="Conv",
-        input="x",
-        weight="w",
-        shape=shape,
-        dtype="float32",
-        n=n,
-        m=m,
-        axis=1,
-        kernel=kernel,
-        strides=ones,
-        pads=pads,
-        dilations=ones,
-        positions=side * side,
-        size=(side, side),
-    )
+def image_conv(n: int = 128, channels: int = 128, side: int = 28, extent: int = 3) -> Layer:
+    pads, positions = (extent // 2,) * 4, side * side
+    return conv(n, channels, (extent, extent), pads=pads, positions=positions, size=(side, side))
 
 
 def stored(text: str) -> None:
@@ -99,28 +81,29 @@ def test_outputs_are_paid_for_in_blocks_and_nodes_by_the_piece() -> None:
     table = built_in()
     node = Node(17, 64, (3, 3), 784)
     assert table.seconds(node) == table.seconds(node._replace(outputs=32))
-    dense = TARGETS["onnxruntime"].predicted_time(conv(), Form(DENSE))
+    dense = TARGETS["onnxruntime"].predicted_time(image_conv(), Form(DENSE))
     slow = TARGETS["onnxruntime"].on
     expensive = slow(replace(table, node=1.0)).predicted_time
-    assert expensive(conv(), Form(DENSE)) == pytest.approx(1 + dense, rel=1e-3)
-    assert expensive(conv(), Form(SPATIAL, 32)) == pytest.approx(2, rel=1e-2)
-    assert expensive(conv(), Form(CHANNEL, 8)) == pytest.approx(3, rel=1e-2)  # a change of layout between
-    product = replace(conv(extent=1), op="Gemm", kernel=(), strides=(), pads=(), dilations=(), positions=1)
+    assert expensive(image_conv(), Form(DENSE)) == pytest.approx(1 + dense, rel=1e-3)
+    assert expensive(image_conv(), Form(SPATIAL, 32)) == pytest.approx(2, rel=1e-2)
+    # A change of the layout stands between.
+    assert expensive(image_conv(), Form(CHANNEL, 8)) == pytest.approx(3, rel=1e-2)
+    product = linear(128, 128, op="Gemm", axis=1, positions=1)
     assert expensive(product, Form(CHANNEL, 16, whole_channels(8))) == pytest.approx(4, rel=1e-2)  # Gather
 
 
 def test_more_rank_takes_more_time_in_every_kind() -> None:
     cost = TARGETS["onnxruntime"].predicted_time
     for kind in (CHANNEL, SPATIAL):
-        times = [cost(conv(), Form(kind, rank)) for rank in range(16, 129, 16)]
+        times = [cost(image_conv(), Form(kind, rank)) for rank in range(16, 129, 16)]
         assert times == sorted(times)
 
 
 def test_where_every_node_is_slow_no_form_is_offered() -> None:
     on = TARGETS["onnxruntime"].on
-    assert on(built_in()).forms(conv(), (CHANNEL, SPATIAL))
-    assert not on(replace(built_in(), node=1.0)).forms(conv(), (CHANNEL, SPATIAL))
-    narrow = on(replace(built_in(), block=8)).forms(conv(), (SPATIAL,))
+    assert on(built_in()).forms(image_conv(), (CHANNEL, SPATIAL))
+    assert not on(replace(built_in(), node=1.0)).forms(image_conv(), (CHANNEL, SPATIAL))
+    narrow = on(replace(built_in(), block=8)).forms(image_conv(), (SPATIAL,))
     assert all(form.rank % 8 == 0 for form in narrow) and any(form.rank % 16 for form in narrow)
 
 
@@ -145,7 +128,7 @@ def test_the_users_table_is_used_where_it_was_made_here() -> None:
     run = start(Options())
     assert run.machine is not None and run.machine.node == 0.5
     assert run.table.startswith("measured on this machine") and not run.journal.warnings
-    assert run.target.predicted_time(conv(), Form(DENSE)) > 0.5
+    assert run.target.predicted_time(image_conv(), Form(DENSE)) > 0.5
 
 
 @pytest.mark.parametrize("field", ["processor", "runtime"])
@@ -237,7 +220,7 @@ def curves(count: int = 4) -> list[ErrorCurve]:
     """Layers of 1 ms whose forms of k tenths of that lose 1 / k."""
     found = []
     for i in range(count):
-        layer = replace(conv(), output=f"l{i}", name=f"l{i}")
+        layer = replace(image_conv(), output=f"l{i}", name=f"l{i}")
         points = [Point(Form(SPATIAL, k), 1 / k, Price(k, k, k, k * 1e-4), k * 1e-4) for k in range(1, 10)]
         dense = Point(Form(DENSE), 0.0, Price(10, 10, 10, 1e-3), 1e-3)
         found.append(ErrorCurve(layer, (dense, *points)))
@@ -344,7 +327,7 @@ def test_a_layer_stays_rewritten_where_the_whole_model_is_slower_without(
 
 
 def test_a_slow_form_takes_no_form_of_another_kind_with_it() -> None:
-    layer = conv()
+    layer = image_conv()
     forms = [Form(SPATIAL, 16), Form(SPATIAL, 64), Form(TUCKER, 16, outer=16), Form(TUCKER, 64, outer=64)]
     points = tuple(Point(form, 0.1, price(layer, form)) for form in (Form(DENSE), *forms))
     left = [point.form for point in _without(ErrorCurve(layer, points), Form(TUCKER, 48, outer=48))]
@@ -381,7 +364,7 @@ def test_the_kernels_of_a_layer_are_its_own_wherever_they_stand() -> None:
     ends = [value(name, onnx.TensorProto.FLOAT, [4, 4]) for name in "xz"]
     proto = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:]))
     left, right = (
-        replace(conv(), name=name, output=output) for name, output in (("left", "a"), ("right", "y"))
+        replace(image_conv(), name=name, output=output) for name, output in (("left", "a"), ("right", "y"))
     )
     names = ["right/lrsd/U", "left/MatMulAddFusion", "b", "softmax", "right/lrsd/V", "ReorderInput"]
     assert kernel_owners(proto, [left, right], names) == ["y", "a", "a", None, "y", None]

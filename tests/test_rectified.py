@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+from plain_layers import conv, linear
 
 from onnx_lrsd.passes.rectifiers import rectifiers
 from onnx_lrsd.solver.decompose import decompose
@@ -23,25 +24,11 @@ from onnx_lrsd.types import (
     UNSTRUCTURED,
     Factors,
     Form,
-    Layer,
     Moments,
     Pattern,
 )
 
-LAYER = Layer(
-    output="y",
-    name="conv",
-    op="Conv",
-    input="x",
-    weight="w",
-    shape=(16, 8, 3, 3),
-    dtype="float32",
-    n=16,
-    m=72,
-    axis=1,
-    kernel=(3, 3),
-    strides=(1, 1),
-)
+LAYER = conv(16, 8)
 ENTRIES = Pattern(UNSTRUCTURED, 40)
 FORMS = (
     Form(CHANNEL, 6),
@@ -115,16 +102,13 @@ def test_a_wide_layer_of_few_rows_is_never_given_a_matrix_of_its_inputs(
 
     monkeypatch.setattr("onnx_lrsd.solver.problem.Metric.matrix", refuse)
     n, m, count = 12, 3000, 40
-    layer = Layer(
-        output="y", name="dense", op="Gemm", input="x", weight="w", shape=(n, m), dtype="float32", n=n, m=m
-    )
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((count, m))
     weight = rng.standard_normal((n, m)) / m**0.5
     outputs = rows @ weight.T
     moments = Moments(name="y", count=count, mean=np.zeros(m), rows=rows.astype(np.float32))
     seen = Rectified(rows.astype(np.float32), outputs.astype(np.float32), 0.0, inf)
-    posed = pose(layer, weight, np.zeros(n), moments)
+    posed = pose(linear(n, m), weight, np.zeros(n), moments)
     for form in (Form(CHANNEL, 3), Form(CHANNEL, 3, weights=(("fp16", 3),))):
         assert 0 < decompose(posed, form, rectified=seen).error < 1
 

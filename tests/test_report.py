@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_layers import conv
 
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.facts import (
@@ -44,7 +45,6 @@ from onnx_lrsd.types import (
     Choice,
     Declined,
     Form,
-    Layer,
     Pattern,
     Plan,
     Price,
@@ -299,18 +299,7 @@ def test_a_report_for_tensorrt_has_its_command_and_the_nodes_that_are_2_4() -> N
 
 
 def test_an_inspection_says_what_can_be_worked_on() -> None:
-    layer = Layer(
-        output="y",
-        name="conv1",
-        op="Conv",
-        input="x",
-        weight="w",
-        shape=(64, 64, 3, 3),
-        dtype="float32",
-        n=64,
-        m=576,
-        kernel=(3, 3),
-    )
+    layer = conv(64, 64, name="conv1")
     found = Inspection(
         ((layer, Price(900, 10, 40)),), (Declined("gate", "MatMul", "inside If"),), Price(1000, 12, 48)
     )

@@ -9,6 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from plain_layers import linear
 
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.fit.calibrate import calibrate
@@ -20,7 +21,7 @@ from onnx_lrsd.passes.post_dominators import count_post_dominators
 from onnx_lrsd.plan.planner import Planner
 from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.run import Options, start
-from onnx_lrsd.types import CHANNEL, UNSTRUCTURED, ErrorCurve, Form, Layer, Moments, Pattern, Point, Price
+from onnx_lrsd.types import CHANNEL, UNSTRUCTURED, ErrorCurve, Form, Moments, Pattern, Point, Price
 
 RNG = np.random.default_rng(3)
 
@@ -108,12 +109,7 @@ def test_layers_are_behind_another_where_no_path_leads_past_them() -> None:
         )
     )
     names = ["first", "inner", "block", "left", "right", "seen", "late"]
-    layers = [
-        Layer(
-            output=name, name=name, op="MatMul", input="", weight="w", shape=(4, 4), dtype="float32", n=4, m=4
-        )
-        for name in names
-    ]
+    layers = [linear(4, 4, name) for name in names]
     expected = {"first": 1, "inner": 2, "block": 1, "left": 1, "right": 1, "seen": 0, "late": 0}
     assert count_post_dominators(graph, layers) == expected
 
@@ -133,12 +129,7 @@ def test_an_error_counts_less_the_more_layers_are_refitted_behind_it() -> None:
             <float[2, 2] w = {1, 2, 3, 4}> { a = MatMul(x, w)  b = MatMul(a, w)  y = MatMul(b, w) }"""
         )
     )
-    layers = [
-        Layer(
-            output=name, name=name, op="MatMul", input="", weight="w", shape=(2, 2), dtype="float32", n=2, m=2
-        )
-        for name in "aby"
-    ]
+    layers = [linear(2, 2, name) for name in "aby"]
     points = Point(Form(), 0.0, Price(4, 4, 16)), Point(Form(CHANNEL, 1), 0.03, Price(2, 2, 8))
     curves = Curves(tuple(ErrorCurve(layer, points) for layer in layers))
     samples = read_samples({"x": np.ones((8, 2), np.float32)}, inputs_of(model.proto))

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_layers import linear
 
 import onnx_lrsd
 from onnx_lrsd.cli import main
@@ -300,9 +301,7 @@ def test_rows_kept_apart_tell_what_s_loses_where_there_are_few(monkeypatch: pyte
 
     monkeypatch.setattr("onnx_lrsd.solver.problem.Metric.matrix", refuse)
     n, m, count, rank = 12, 800, 60, 20
-    layer = Layer(
-        output="y", name="dense", op="Gemm", input="x", weight="w", shape=(n, m), dtype="float32", n=n, m=m
-    )
+    layer = linear(n, m)
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((2 * count, rank)) @ rng.standard_normal((rank, m))
     inputs += 0.3 * rng.standard_normal(inputs.shape)
@@ -369,21 +368,8 @@ def test_memory_that_opening_takes_is_not_that_of_the_process_which_asks() -> No
 
 
 def test_a_weight_that_a_runtime_would_not_fold_is_left() -> None:
-    def layer(n: int) -> Layer:
-        return Layer(
-            output="y",
-            name="y",
-            op="MatMul",
-            input="x",
-            weight="w",
-            shape=(n, 16_384),
-            dtype="float32",
-            n=n,
-            m=16_384,
-        )
-
     forms = TARGETS["size"].forms
-    assert forms(layer(16_384), ("dense",)) and not forms(layer(16_385), ("dense",))
+    assert forms(linear(16_384, 16_384), ("dense",)) and not forms(linear(16_385, 16_384), ("dense",))
 
 
 def test_what_cannot_be_smaller_comes_back_to_the_byte_whatever_its_opset() -> None:
@@ -396,8 +382,7 @@ def test_what_cannot_be_smaller_comes_back_to_the_byte_whatever_its_opset() -> N
 
 def test_an_s_alone_is_tried_further_only_where_it_may_win() -> None:
     rng = np.random.default_rng(0)
-    named = {"output": "y", "name": "y", "op": "Gemm", "input": "x", "weight": "w", "dtype": "float32"}
-    layer = Layer(**named, shape=(96, 96), n=96, m=96)  # type: ignore[arg-type]
+    layer = linear(96, 96)
     smooth = rng.standard_normal((96, 3)) @ rng.standard_normal((3, 96))
     spiky = np.where(rng.random((96, 96)) < 0.05, rng.standard_normal((96, 96)), 0.0)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from plain_layers import conv
 
 from benchmarks.share import choose_split, split_forms
 from onnx_lrsd import arrays
@@ -29,7 +30,6 @@ from onnx_lrsd.types import (
     TUCKER,
     UNSTRUCTURED,
     Form,
-    Layer,
     Pattern,
 )
 
@@ -240,28 +240,8 @@ def test_nearly_singular_inputs_are_safe_in_single_precision() -> None:
     assert np.isfinite(errors).all() and errors[1] < errors[0] < 0.2
 
 
-def conv(n: int = 12, c: int = 8) -> Layer:
-    ones = (1, 1)
-    return Layer(
-        output="y",
-        name="layer",
-        op="Conv",
-        input="x",
-        weight="w",
-        shape=(n, c, 3, 3),
-        dtype="float32",
-        n=n,
-        m=9 * c,
-        axis=1,
-        kernel=(3, 3),
-        strides=ones,
-        pads=(0, 0, 0, 0),
-        dilations=ones,
-    )
-
-
 def conv_problem(seed: int = 0) -> Problem:
-    layer = conv()
+    layer = conv(12, 8)
     rng = np.random.default_rng(seed)
     second = moment(layer.m, seed)
     weight = rng.standard_normal((layer.n, layer.m)) * np.geomspace(1, 0.1, layer.m)

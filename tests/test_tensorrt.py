@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
+from plain_layers import conv, linear
 
 import onnx_lrsd
 from benchmarks.engines import build
@@ -186,29 +186,11 @@ def test_polygraphy_reads_the_same_sparsity(capsys: pytest.CaptureFixture[str]) 
 
 
 def layer_of(op: str, n: int, channels: int, kernel: int = 3, dtype: str = "float16", rows: int = 1) -> Layer:
-    axes = 2 if op == "Conv" else 0
-    taps = (kernel,) * axes
-    shape, pads = (n, channels, *taps), (kernel // 2,) * 2 * axes
-    size = (28,) * axes
-    positions = prod(size) if axes else rows
-    return Layer(
-        output="y",
-        name="layer",
-        op=op,
-        input="x",
-        weight="w",
-        shape=shape,
-        dtype=dtype,
-        n=n,
-        m=channels * prod(taps),
-        axis=1 if axes else -1,
-        kernel=taps,
-        strides=(1,) * axes,
-        pads=pads,
-        dilations=(1,) * axes,
-        positions=positions,
-        size=size,
-    )
+    """A layer of images of 28 x 28, or of so many rows."""
+    if op != "Conv":
+        return linear(n, channels, op=op, shape=(n, channels), dtype=dtype, positions=rows)
+    pads = (kernel // 2,) * 4
+    return conv(n, channels, (kernel, kernel), pads=pads, dtype=dtype, positions=28 * 28, size=(28, 28))
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ import numpy.typing as npt
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from plain_layers import linear
 
 from onnx_lrsd import arrays
 from onnx_lrsd.solver.problem import Metric, Problem, pose
 from onnx_lrsd.solver.rectified import Rectified
 from onnx_lrsd.solver.width import Columns, Widths, fit_width, widths
-from onnx_lrsd.types import Factors, Layer, Moments
+from onnx_lrsd.types import Factors, Moments
 
 Matrix = npt.NDArray[np.float64]
 
@@ -34,12 +35,6 @@ def _cupy(x: Matrix) -> Any:
 
 
 LIBRARIES = [pytest.param(_strict, id="array-api-strict"), pytest.param(_cupy, id="cupy")]
-
-
-def linear(n: int, m: int) -> Layer:
-    return Layer(
-        output="y", name="y", op="Gemm", input="x", weight="w", shape=(n, m), dtype="float32", n=n, m=m
-    )
 
 
 def correlated(count: int, m: int, seed: int) -> Matrix:
