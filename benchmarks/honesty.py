@@ -35,7 +35,7 @@ import numpy as np
 import onnx_lrsd
 from benchmarks.corpus import ROOT
 from benchmarks.options import JSON, LIMIT, heading
-from onnx_lrsd.cli import BROKEN_PROMISE
+from onnx_lrsd.cli.group import BROKEN_PROMISE
 from onnx_lrsd.data.made_up import GUESSES, random_samples
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import DataError, LrsdError

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnx_lrsd.commands.optimize
 from onnx_lrsd import cli
+from onnx_lrsd.cli import making, upkeep
 from onnx_lrsd.commands.doctor import Finding
 from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.facts import Promise, Report
@@ -87,7 +88,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         plan = Plan("onnxruntime", "macs", {"y": Choice(Form(), 0.0, price, price)})
         return onnx_lrsd.Result(onnx_lrsd.Model(onnx.ModelProto()), report, plan)
 
-    monkeypatch.setattr(cli, "optimize", optimize)
+    monkeypatch.setattr(making, "optimize", optimize)
     yield called
 
 
@@ -580,7 +581,7 @@ def test_doctor_says_what_works() -> None:
 
 def test_doctor_exits_1_when_something_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        cli, "examine", lambda: (Finding("inference", False, "fails"), Finding("gpu", None, "none"))
+        upkeep, "examine", lambda: (Finding("inference", False, "fails"), Finding("gpu", None, "none"))
     )
     result = run("doctor")
     assert (result.exit_code, result.stdout.split()[:2]) == (1, ["BAD", "inference"])

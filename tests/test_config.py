@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 import onnx_lrsd
 from onnx_lrsd import cli
+from onnx_lrsd.cli import making
+from onnx_lrsd.cli.config_option import option_name
 from onnx_lrsd.config import Value, read_config, write_config
 from onnx_lrsd.option import options_of
 from onnx_lrsd.types import KINDS
@@ -42,7 +44,7 @@ def heard(*arguments: object) -> dict[str, Any]:
         called.update(options, model=model, calibration=calibration)
         raise onnx_lrsd.LrsdError("Nothing is done here: go on.")
 
-    with patch.object(cli, "optimize", optimize):
+    with patch.object(making, "optimize", optimize):
         result = run(*arguments)
     assert "Nothing is done here" in result.stderr, result.stderr
     del called["progress"]
@@ -107,7 +109,7 @@ def test_what_is_typed_wins_over_the_file(tmp_path: Path) -> None:
 
 
 def test_every_option_may_stand_in_a_file() -> None:
-    names = {cli._name(parameter) for parameter in OPTIMIZE.params} - {""}
+    names = {option_name(parameter) for parameter in OPTIMIZE.params} - {""}
     assert {"model", "output", "calib", "eval", "plan", "json", "html", "verbose", "max-error"} <= names
     assert {name.replace("_", "-") for name in options_of(onnx_lrsd.Options)} <= names
 
@@ -198,7 +200,7 @@ def test_shells_complete_options_and_what_they_take(shell: str) -> None:
 def test_the_documented_line_works_in_bash(tmp_path: Path) -> None:
     program = tmp_path / "onnx-lrsd"
     program.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(Path(cli.__file__).parents[1])!r})\n"
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(Path(onnx_lrsd.__file__).parents[1])!r})\n"
         "from onnx_lrsd.cli import main\nmain(prog_name='onnx-lrsd')\n"
     )
     program.chmod(0o755)

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lrsd import OptionError, cli
+from onnx_lrsd.cli import making
 from onnx_lrsd.commands.sweep import SweepOptions, sweep
 from onnx_lrsd.facts import ModelCost, OutputError, Promise, Sweep, SweepPoint, Verification
 from onnx_lrsd.report import report_page, sweep_table, sweep_to_json
@@ -179,7 +180,7 @@ def test_the_command_writes_json_and_a_page_and_exits_3_where_nothing_is_gained(
         asked.update(options)
         return a_sweep(best)
 
-    monkeypatch.setattr(cli, "sweep", instead)
+    monkeypatch.setattr(making, "sweep", instead)
     place = tmp_path / "new" / "folder"
     result = run(
         "net.onnx", "--calib", "c.npz", "--ratios", "1.2, 2", "--int8", "--max-error", 0.05, "-o", place
@@ -199,7 +200,7 @@ def test_a_sweep_may_stand_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         asked.update(options)
         return a_sweep()
 
-    monkeypatch.setattr(cli, "sweep", instead)
+    monkeypatch.setattr(making, "sweep", instead)
     typed = ["net.onnx", "--ratios", "1.25,4", "-o", tmp_path / "out"]
     printed = run(*typed, "--print-config")
     assert printed.exit_code == 0 and "ratios = [1.25, 4.0]" in printed.stdout
