@@ -19,7 +19,7 @@ from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import reads
 from onnx_lrsd.passes.unpack import coded_weights
 from onnx_lrsd.passes.writer import PART
-from onnx_lrsd.report.table import form_of
+from onnx_lrsd.report.forms import form_of
 from onnx_lrsd.whole_files import written_whole
 
 TENSORS, INDEX = "factors.safetensors", "index.json"

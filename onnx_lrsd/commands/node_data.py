@@ -12,7 +12,7 @@ from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.drift import drift
 from onnx_lrsd.passes.kernel_owners import kernel_nodes
 from onnx_lrsd.passes.writer import PART
-from onnx_lrsd.report.table import form_of
+from onnx_lrsd.report.forms import form_of
 from onnx_lrsd.runtime.kernel_times import kernels
 from onnx_lrsd.types import Progress
 

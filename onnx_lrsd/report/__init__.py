@@ -10,14 +10,8 @@ from onnx_lrsd.report.json import (
     sweep_to_json,
 )
 from onnx_lrsd.report.node_data import node_data_files
-from onnx_lrsd.report.table import (
-    comparison_table,
-    drift_table,
-    inspection_table,
-    machine_table,
-    report_table,
-    sweep_table,
-)
+from onnx_lrsd.report.other_tables import inspection_table, machine_table, sweep_table
+from onnx_lrsd.report.table import comparison_table, drift_table, report_table
 
 __all__ = [
     "comparison_table",
