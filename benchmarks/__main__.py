@@ -9,16 +9,14 @@ import sys
 from collections.abc import Sequence
 
 STUDIES = {
-    "models": "real models through the whole tool: MACs, latency, score; --int8, --baselines",
-    "largest": "the largest speed-up that --max-drop allows, beside simple decompositions at that speed",
+    "models": "real models through the whole tool: MACs, latency, score; --int8, --baselines, --drop",
     "promise": "how often --max-drop holds on samples that nobody has seen, and how far results scatter",
     "rules": "what each part and each rule of plans and fits is worth",
     "solvers": "the solver beside published ones, layer by layer",
     "paper": "the comparison of the paper that the tool follows",
     "peers": "targets size and onnxruntime beside other tools at the same bytes or time",
     "next_tools": "quantisers, float16, onnxslim, onnxsim and others, before and after the tool",
-    "corpus": "any model at all: a model that holds what was promised, or one sentence",
-    "engines": "models that TensorRT-RTX takes are taken after --target tensorrt",
+    "corpus": "any model at all: a model that holds what was promised, or one sentence; --engines",
     "gpu": "the solver on a GPU beside the CPU",
     "spectra": "how singular values of trained layers fall",
     "honesty": "whether the stated error holds on samples that the tool never saw",

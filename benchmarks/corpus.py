@@ -1,6 +1,7 @@
 """Any model at all through the whole tool: an optimised model that holds what was promised, or one sentence.
 
     python -m benchmarks corpus [FOLDER_OR_MODEL...] [--ratio R] [--timeout S] [--target T] [--filled]
+    python -m benchmarks corpus FOLDER_OR_MODEL... --engines [--ratio R] [--timeout S]
 
 Without arguments: the models that the installed onnx package ships with its backend tests. Each runs
 in a process of its own, so that a crash or a hang is a row of the table, on random data of the shapes
@@ -9,6 +10,11 @@ anything but an LrsdError was raised, or the result does not pass onnx.checker w
 has another interface, does not run, or is larger or slower. With --filled, weights that
 ConstantOfShape makes are random numbers in the file instead, as those of a trained model would be.
 Exits 1 if there was a failure.
+
+With --engines TensorRT's own parser and builder judge what --target tensorrt gives, for which the extra
+tensorrt must be installed; TensorRT-RTX builds engines ahead of time on a machine without a GPU. A model is
+parsed and built as it is, optimised, and parsed and built again. A row is a failure when TensorRT parsed or
+built the model before and does not after.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -35,12 +42,13 @@ from onnx_lrsd.graph.model import Model, check, load
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.targets import TARGETS
+from onnx_lrsd.targets.trtexec import open_shapes
 
 OPTIONS = ()
 ROOT = Path(__file__).parent.parent
 SHIPPED = Path(onnx.__file__).parent / "backend" / "test" / "data"
 SAMPLES = 20
-FAILED = "FAILED"
+FAILED, REFUSED = "FAILED", "refused before"
 
 
 def models(given: list[Path]) -> Iterator[Path]:
@@ -132,14 +140,75 @@ def ends(model: Model, end: str) -> list[str]:
     return list(map(str, inputs_of(model.proto) if end == "input" else model.proto.graph.output))
 
 
-def rows(study: str, paths: Iterable[Path], timeout: float, options: Sequence[str]) -> Iterator[str]:
-    """Every model in a process of its own: what ``verdict`` of the study says, and the counts at the end.
+class Taken(NamedTuple):
+    """Whether TensorRT-RTX parsed a file, the bytes of the engine it built (0: none), and why it did not."""
+
+    parsed: bool
+    size: int
+    why: str = ""
+
+
+def build(path: Path, model: Model, samples: Samples) -> Taken:
+    """Parse the file at ``path`` and build an engine for inputs like ``samples``."""
+    import tensorrt_rtx as trt
+
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        return Taken(False, 0, " ".join(parser.get_error(0).desc().split()))
+    config = builder.create_builder_config()
+    config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+    least, most = open_shapes(model, samples)
+    if least:
+        profile = builder.create_optimization_profile()
+        for name in least:
+            profile.set_shape(name, least[name], most[name], most[name])
+        config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    return Taken(True, 0, "no engine") if engine is None else Taken(True, engine.nbytes)
+
+
+def verdict_of_engine(path: Path, ratio: float) -> str:
+    """What came out, as the cells of a row."""
+    try:
+        source = load(path)
+        samples = samples_for(source, path)
+    except LrsdError as error:
+        return f"not run | {error} | | |"
+    before = build(path, source, samples)
+    if not before.parsed:
+        return f"{REFUSED} | {before.why[:100]} | | |"
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "out.onnx"
+        try:
+            model, report, _ = onnx_lrsd.optimize(
+                path, samples, ratio=ratio, target="tensorrt", output=output
+            )
+        except LrsdError as error:
+            return f"left alone | {error} | | {before.size / 1e6:.2f} |"
+        after = build(output, model, samples)
+    split = sum(layer.form != "dense" for layer in report.layers)
+    sparse = 0 if report.engine is None else len(report.engine.sparse)
+    said = f"{split} of {len(report.layers)} layers split, {sparse} weights 2:4"
+    sizes = f"{before.size / 1e6:.2f} | {after.size / 1e6:.2f}"
+    found = report.verification
+    assert found is not None
+    gained = found.before.macs / max(found.after.macs, 1)
+    if not after.parsed or (before.size and not after.size):
+        return f"{FAILED} | {said}; {after.why} | {gained:.2f} x | {sizes}"
+    return f"{'built' if after.size else 'parsed'} | {said} | {gained:.2f} x | {sizes}"
+
+
+def rows(paths: Iterable[Path], timeout: float, options: Sequence[str]) -> Iterator[str]:
+    """Every model in a process of its own: the verdict of it, and the counts at the end.
 
     Raises SystemExit with 1 behind the last row if there was a failure.
     """
     counts: Counter[str] = Counter()
     for path in paths:
-        command = [sys.executable, "-m", "benchmarks", study, str(path.resolve()), "--here", *options]
+        command = [sys.executable, "-m", "benchmarks", "corpus", str(path.resolve()), "--here", *options]
         try:
             run = subprocess.run(
                 command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT
@@ -165,16 +234,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--target", choices=list(TARGETS), default="onnxruntime")
     parser.add_argument("--filled", action="store_true")
+    parser.add_argument("--engines", action="store_true", help="TensorRT-RTX judges")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(given: argparse.Namespace) -> None:
     """Print a markdown row for every model."""
     if given.here:
-        print(verdict(given.models[0], given.ratio, given.filled, given.target))
+        if given.engines:
+            print(verdict_of_engine(given.models[0], given.ratio))
+        else:
+            print(verdict(given.models[0], given.ratio, given.filled, given.target))
         return
+    if given.engines and given.filled:
+        raise SystemExit("--engines takes models as they are: leave out --filled")
     options = ["--ratio", str(given.ratio), "--target", given.target]
     options += ["--filled"] if given.filled else []
-    print(heading("model", "came out", "what", "MACs", "bytes", "latency", "output error"))
-    for row in rows("corpus", models(given.models), given.timeout, options):
+    options += ["--engines"] if given.engines else []
+    columns: tuple[str, ...] = "MACs", "bytes", "latency", "output error"
+    if given.engines:
+        columns = "MACs", "engine before, MB", "after"
+    print(heading("model", "came out", "what", *columns))
+    for row in rows(models(given.models), given.timeout, options):
         print(row, flush=True)

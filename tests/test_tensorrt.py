@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from plain_layers import conv, linear
 
 import onnx_lrsd
-from benchmarks.engines import build
+from benchmarks.corpus import build
 from onnx_lrsd.cli import main
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import ModelError, OptionError
