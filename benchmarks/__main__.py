@@ -22,8 +22,7 @@ STUDIES = {
     "honesty": "whether the stated error holds on samples that the tool never saw",
     "detections": "how many detections of a detector stay, or lines of text as they were read",
     "mutate": "mutated model files: a valid model or one sentence each",
-    "stages": "seconds of the processor, and by the clock, of each stage of a run; --profile",
-    "scale": "time and memory over layer size, layer count, samples and processes",
+    "resources": "time and memory: of each stage of a run; over layer size, layers, samples and processes",
     "replay": "plans replayed by two checkouts give the same bytes",
 }
 """Name -> what it shows. Each is a module of this package with OPTIONS, add_arguments and run."""

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks import honesty, rules, scale
+from benchmarks import honesty, resources, rules
 from benchmarks.__main__ import STUDIES, main
 from benchmarks.detections import read_lines
 from benchmarks.mutate import dense
@@ -74,7 +74,7 @@ def test_each_model_is_judged_once_with_its_own_samples_and_the_smallest_first(t
     assert honesty.kept_rows(tmp_path / "rows.json") == rows[:1]
 
 
-def test_scale_finds_the_powers_and_the_bytes_that_are_there() -> None:
+def test_growth_finds_the_powers_and_the_bytes_that_are_there() -> None:
     def row(size: int, count: int) -> dict[str, float]:
         return {
             "size": size,
@@ -84,7 +84,9 @@ def test_scale_finds_the_powers_and_the_bytes_that_are_there() -> None:
         }
 
     rows = {"size": [row(size, 2) for size in (256, 512, 1024)], "count": [row(256, n) for n in (2, 4, 8)]}
-    assert scale.exponent(rows["size"], "size", "seconds") == pytest.approx(3)
-    assert scale.exponent(rows["count"], "count", "seconds") == pytest.approx(1)
-    assert scale.bytes_a_parameter(rows) == pytest.approx(12)
-    assert scale.projected_seconds(rows) == pytest.approx(3e-9 * scale.LARGE_SIZE**3 * scale.LARGE_COUNT)
+    assert resources.exponent(rows["size"], "size", "seconds") == pytest.approx(3)
+    assert resources.exponent(rows["count"], "count", "seconds") == pytest.approx(1)
+    assert resources.bytes_a_parameter(rows) == pytest.approx(12)
+    assert resources.projected_seconds(rows) == pytest.approx(
+        3e-9 * resources.LARGE_SIZE**3 * resources.LARGE_COUNT
+    )
