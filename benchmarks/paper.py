@@ -4,6 +4,7 @@
     python -m benchmarks paper networks MODEL... --rate R,... [--images FILE.npz] [--samples N] [--share S]
                                         [--methods NAME,...]
     python -m benchmarks paper full MODEL.onnx --images FILE.npz [--ratio 4] [--samples 32]
+    python -m benchmarks paper spectra MODEL.onnx...
 
 Yu, Liu, Wang, Tao, On Compressing Deep Models by Low Rank and Sparse Decomposition, CVPR 2017. Parameters of
 a layer are those of its two factors and the non-zeros of S. The error of a layer is that of its feature maps,
@@ -17,6 +18,12 @@ the weights differ; among the methods may be those of methods.py, which leave la
 
 FOLDER holds model.onnx, calib.npz and eval.npz. A MODEL is a FOLDER, or a file of models/published.py, which
 is then fed the images of --images, in the size that it wants, half of them to fit on.
+
+*spectra*: of trained layers, which the weights of models/published.py are made like. Of every layer's weight
+(n, m) with k = min(n, m) singular values σ_1 >= σ_2 ..., log σ_i is fitted by c - a log i - b i / k; the
+smallest tenth, where rounding and dead channels show, is left out. Of a k x k kernel the root mean square of
+its cosine coefficients is given along one axis, by frequency, relative to frequency 0. The table has the
+median over the layers of a kind, with quartiles of a and b.
 """
 
 from __future__ import annotations
@@ -33,6 +40,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +50,7 @@ import onnxruntime
 
 from benchmarks.layer_problems import LayerProblem, layer_rows
 from benchmarks.methods import EFFORTS, METHODS, SHARE, chosen, spend
-from benchmarks.options import comma_separated
+from benchmarks.options import comma_separated, heading
 from benchmarks.reference.magnitude import magnitude
 from benchmarks.reference.patterns import largest
 from onnx_lrsd.data.samples import Samples, read_samples
@@ -66,6 +74,8 @@ DATA_FREE = (SVD, MAGNITUDE)
 COUNTS = (1000, 500, 200, 100, 50, 20, 10, 5)
 KEEPS = (0.2, 1 / 15)
 LAYERS = "block(2_conv2|3_conv1|3_conv3|4_conv1)"
+FEWEST = 16
+"""Singular values that a fit of two slopes needs at least."""
 HELD_ROWS = 4096
 """Rows of every layer that errors on unseen samples are taken of."""
 
@@ -318,6 +328,64 @@ def run_full(given: argparse.Namespace) -> None:
     print(f"{seconds:.0f} s ({stages}); peak memory {peak(resource.RUSAGE_CHILDREN)} MB.")
 
 
+def kind_of(layer: Layer) -> str:
+    """What layers are told apart by: what they read and how far they look."""
+    if layer.op != "Conv":
+        return "dense"
+    if layer.channels <= 4:
+        return "first convolution"
+    return "convolution, 1 x 1" if prod(layer.kernel) == 1 else "convolution, k x k"
+
+
+def slopes(weight: Array) -> tuple[float, float, float]:
+    """a, b, and the root mean square error of the fit, in log σ."""
+    values = np.linalg.svd(weight, compute_uv=False)
+    count = len(values)
+    i = np.arange(1, 1 + count * 9 // 10)
+    logs = np.log(values[: len(i)])
+    terms = np.stack([np.ones(len(i)), -np.log(i), -i / count], axis=1)
+    # In log i equally many points a decade, or the tail alone would decide.
+    weights = 1 / np.sqrt(i)
+    found = np.linalg.lstsq(terms * weights[:, None], logs * weights, rcond=None)[0]
+    missed = (terms @ found - logs) * weights
+    return float(found[1]), float(found[2]), float(np.sqrt(np.sum(missed**2) / np.sum(weights**2)))
+
+
+def smoothness(weight: Array, size: int) -> Array:
+    """Amplitudes (size,) of the cosine coefficients of k x k kernels along one axis; the first is 1."""
+    at = (np.arange(size) + 0.5) / size
+    basis = np.cos(np.pi * np.arange(size)[:, None] * at)
+    basis /= np.linalg.norm(basis, axis=1, keepdims=True)
+    kernels = weight.reshape(-1, size, size)
+    energy = np.mean((basis @ kernels @ basis.T) ** 2, axis=0)
+    along = np.sqrt((energy[0] + energy[:, 0]) / 2)
+    return np.asarray(along / along[0])
+
+
+def run_spectra(given: argparse.Namespace) -> None:
+    """Print a row for each kind of layer."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    smooth: dict[str, list[Array]] = {}
+    for path in given.models:
+        graph = load(path).graph()
+        for layer in find_layers(graph)[0]:
+            weight = read_weight(graph, layer)[0]
+            if min(weight.shape) >= FEWEST:
+                found.setdefault(kind_of(layer), []).append(slopes(weight))
+            if layer.kernel[:1] == layer.kernel[1:] == (3,):
+                smooth.setdefault(kind_of(layer), []).append(smoothness(weight, 3))
+    titles = "layers", "how many", "a (quartiles)", "b (quartiles)", "error of the fit"
+    print(heading(*titles, "kernel amplitudes"))
+    for name, rows in found.items():
+        low, middle, high = np.quantile(rows, (0.25, 0.5, 0.75), axis=0)
+        cells = [f"{middle[j]:.2f} ({low[j]:.2f} to {high[j]:.2f})" for j in (0, 1)]
+        along: list[float] = np.median(smooth[name], axis=0).tolist() if name in smooth else []
+        print(
+            f"| {name} | {len(rows)} | {cells[0]} | {cells[1]} | {middle[2]:.2f} "
+            f"| {', '.join(f'{value:.2f}' for value in along)} |"
+        )
+
+
 def peak(who: int) -> int:
     """Largest resident memory so far, in MB."""
     return resource.getrusage(who).ru_maxrss // 1024
@@ -330,7 +398,7 @@ def versions() -> Iterator[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The three parts and what each takes."""
+    """The parts and what each takes."""
     parts = parser.add_subparsers(required=True)
     samples = parts.add_parser("samples", help="errors over the number of samples")
     samples.add_argument("folder", type=Path)
@@ -357,9 +425,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     full.add_argument("--ratio", type=float, default=4)
     full.add_argument("--samples", type=int, default=32)
     full.set_defaults(part=run_full)
+    spectra = parts.add_parser("spectra", help="how singular values and kernels of trained layers fall")
+    spectra.add_argument("models", nargs="+", type=Path)
+    spectra.set_defaults(part=run_spectra)
 
 
 def run(given: argparse.Namespace) -> None:
-    """Run one of the three."""
+    """Run one of them."""
     print(f"{', '.join(versions())}, one thread of the solver\n")
     given.part(given)

@@ -5,7 +5,7 @@
 With --weights the values are those of the file, under the names that the networks' layers have in Caffe
 (``conv1_1.weight`` (n, c, k, k), ``fc6.weight`` (n, m), ``fc6.bias`` (n,)). Without it they are generated
 and the network classifies nothing, but as a load for a compressor it is like a trained one: the singular
-values of every layer fall as measured on trained layers (``SPECTRA``; `python -m benchmarks spectra`
+values of every layer fall as measured on trained layers (``SPECTRA``; `python -m benchmarks paper spectra`
 measures them), kernels are as smooth, first filters are Gabor functions, and every layer's outputs
 have mean 0 and variance 1 on images of natural statistics, however deep it lies. The same seed gives the
 same network on the same machine and libraries.

@@ -15,7 +15,7 @@ import published
 import pytest
 from published import INPUT, Network, generated, natural_images, trained_like
 
-from benchmarks.spectra import slopes, smoothness
+from benchmarks.paper import slopes, smoothness
 
 NETWORKS = list(published.NETWORKS)
 PUBLISHED = {
