@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 STUDIES = {
     "models": "real models through the whole tool: MACs, latency, score; --int8, --baselines, --drop",
-    "promise": "how often --max-drop holds on samples that nobody has seen, and how far results scatter",
     "rules": "what each part and each rule of plans and fits is worth",
     "solvers": "the solver beside published ones, layer by layer",
     "paper": "the comparison of the paper that the tool follows, and spectra of trained layers",
@@ -18,8 +17,7 @@ STUDIES = {
     "next_tools": "quantisers, float16, onnxslim, onnxsim and others, before and after the tool",
     "corpus": "any model at all: a model that holds what was promised, or one sentence; --engines",
     "gpu": "the solver on a GPU beside the CPU",
-    "honesty": "whether the stated error holds on samples that the tool never saw",
-    "detections": "how many detections of a detector stay, or lines of text as they were read",
+    "honesty": "whether what is said holds on samples never seen: errors, --max-drop, scatter, detections",
     "mutate": "mutated model files: a valid model or one sentence each",
     "resources": "time and memory: of each stage of a run; over layer size, layers, samples and processes",
     "replay": "plans replayed by two checkouts give the same bytes",

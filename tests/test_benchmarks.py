@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import honesty, resources, rules
 from benchmarks.__main__ import STUDIES, main
-from benchmarks.detections import read_lines
+from benchmarks.honesty import read_lines
 from benchmarks.mutate import dense
 
 ROOT = Path(__file__).parent.parent
