@@ -28,7 +28,7 @@ from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.session import open_session, simplified
 from onnx_lrsd.solver.codes.curve import coded_errors
 from onnx_lrsd.solver.codes.fit import bridged, decode
-from onnx_lrsd.solver.codes.rounding import nearest, round_columns, settle, steps_of
+from onnx_lrsd.solver.codes.rounding import Feedback, nearest, round_columns, settle, steps_of
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.effort import BRIEF, FAST
 from onnx_lrsd.solver.layout import expand
@@ -150,7 +150,7 @@ def test_rounding_looks_at_the_output(seed: int, levels: int) -> None:
         return float(np.sum((error @ metric) * error))
 
     plain = nearest(weight, steps, counts)
-    rounded = round_columns(weight, metric, steps, counts)
+    rounded = round_columns(weight, Feedback.of(metric), steps, counts)
     settled = settle(weight, metric, rounded, steps, counts)
     assert missed(rounded) < missed(plain)
     assert missed(settled) <= missed(rounded) * (1 + 1e-5)

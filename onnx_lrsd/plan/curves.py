@@ -13,6 +13,7 @@ from onnx_lrsd.fit.narrow import Inner, Narrower, narrow_layer
 from onnx_lrsd.fit.shared import pose_shared
 from onnx_lrsd.measure.layer_times import LayerTimes
 from onnx_lrsd.passes.shared_weights import groups
+from onnx_lrsd.plan.allocate import by_time, lower_hull
 from onnx_lrsd.plan.promise import STORED
 from onnx_lrsd.plan.units import Curves, KeptOf, PairCurve
 from onnx_lrsd.run import NO_FORM, NO_STORAGE, NO_TIME, Run
@@ -22,6 +23,7 @@ from onnx_lrsd.targets import TARGETS, Machine, Target, price
 from onnx_lrsd.targets.chains import RANK_MULTIPLE
 from onnx_lrsd.time_limit import TRIED, WIDENED
 from onnx_lrsd.types import (
+    COSTS,
     DENSE,
     KINDS,
     WIDTH,
@@ -198,9 +200,10 @@ def _shared_errors(
     return [stored(index) if found is None else found[0] for index, found in enumerate(kept)]
 
 
-def _errors(run: Run, what: tuple[object, ...], posed: Callable[[], Problem]) -> Mapping[Form, float]:
-    """The errors of every form worth trying for ``what``, whose problem is posed where they are not kept."""
-    kinds = run.options.forms or KINDS
+def _errors(
+    run: Run, what: tuple[object, ...], kinds: tuple[str, ...], posed: Callable[[], Problem]
+) -> Mapping[Form, float]:
+    """The errors of forms of these kinds for ``what``, whose problem is posed where they are not kept."""
     return run.keep(
         "errors", what, lambda: dict(run.target.errors(posed(), kinds, run.weights)), (Form, Pattern)
     )
@@ -265,12 +268,12 @@ def _narrow_points(
         for pair in (giving, reading)
     )
     few = [_few(widths) for widths in (given, read)]
-    whole = curve.points[0]
+    whole, kinds = curve.points[0], _worth_trying(run, curve)
     rate = None if whole.price.seconds is None or not whole.time else whole.price.seconds / whole.time
     own = {point.form: point.error for point in curve.points}
     measured: dict[int, Mapping[Form, float]] = {}
     found: dict[tuple[str, KeptOf], tuple[Point, ...]] = {}
-    beside = factors and not run.target.stores_codes and len(curve.points) > 1
+    beside = factors and bool(kinds) and not run.target.stores_codes
 
     def narrowed_to(widths: tuple[int, int]) -> tuple[Layer, dict[str, int]]:
         ends = zip((giving, reading), widths, strict=True)
@@ -289,7 +292,7 @@ def _narrow_points(
                 whole = narrower.problem(layer, tuple(kept))
                 return narrowed(whole, small, outputs if widths[0] else None, inputs if widths[1] else None)
 
-            measured[side] = _errors(run, (output, widths), posed)
+            measured[side] = _errors(run, (output, widths, kinds), kinds, posed)
         return measured[side]
 
     for widths in product(given, read):
@@ -302,7 +305,7 @@ def _narrow_points(
             pair = (giving, reading)[side]
             assert pair is not None  # who has no pair there has no width but 0
             left_out = (pair.channels - widths[side]) / (pair.channels - _middle(few[side]))
-            for form in run.target.forms(small, run.options.forms or KINDS):
+            for form in run.target.forms(small, kinds):
                 error = _between(own.get(form), errors_at(side).get(form), left_out)
                 if error is not None and error <= MOST_ERROR:
                     points.append(_timed_by(_point(run.target, [small], form, error), rate))
@@ -315,6 +318,20 @@ def _narrow_points(
                 points.append(_point(run.target, [small], form, point.error))
         found[output, widths] = tuple(points)
     return found
+
+
+def _worth_trying(run: Run, curve: ErrorCurve) -> tuple[str, ...]:
+    """The kinds of factors that are best for the layer as it is, at some price of what counts or of time.
+
+    Others are not tried for fewer channels.
+    """
+    best = {
+        point.form.kind
+        for cost in (COSTS[run.cost], by_time)
+        for point in lower_hull(curve.points, cost)
+        if not point.form.dense
+    }
+    return tuple(kind for kind in run.options.forms or KINDS if kind in best)
 
 
 def _middle(few: Collection[int]) -> int:

@@ -17,7 +17,7 @@ from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.decompose import choose_channels, decompose, group
 from onnx_lrsd.solver.effort import FAST
 from onnx_lrsd.solver.layout import shared_groups
-from onnx_lrsd.solver.lowrank import low_rank
+from onnx_lrsd.solver.lowrank import low_rank_errors
 from onnx_lrsd.solver.problem import Metric, Problem
 from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.types import CHANNEL, CHANNELS, N_OF_M, TUCKER, UNSTRUCTURED, Form, Pattern
@@ -74,7 +74,7 @@ def _family(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
         if form.rank and form.kind != CHANNEL:
             alike[shared_groups(problem.layer.kernel, form.kind)].append(form)
         elif form.rank and form not in found:
-            tail = to_numpy(low_rank(weight, metric, image).errors)
+            tail = to_numpy(low_rank_errors(weight, metric, image))
             found |= {f: float(tail[f.rank]) * total for f in forms if f.rank and f.kind == CHANNEL}
     for shared in alike.values():
         ranks = [form.rank for form in shared if form.kind == TUCKER]

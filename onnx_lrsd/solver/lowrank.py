@@ -37,7 +37,26 @@ def low_rank(weight: Array, metric: Metric, image: Array | None = None) -> LowRa
         root = weight @ (vectors * scale)
         values, inner = top_eigenvectors(root.T @ root, m)
         left, right = root @ inner, (inner / scale[:, None]).T @ vectors.T
+    return LowRank(left, right, _tail(values))
+
+
+def low_rank_errors(weight: Array, metric: Metric, image: Array | None = None) -> Array:
+    """``LowRank.errors`` (min(n, m) + 1,) alone: eigenvalues take a fraction of the time of eigenvectors."""
+    xp = namespace(weight)
+    n, m = weight.shape
+    if n <= m or metric.rows is not None:
+        sandwich = (metric.apply(weight) if image is None else image) @ weight.T
+    else:
+        root = weight @ xp.linalg.cholesky(metric.matrix(weight))
+        sandwich = root.T @ root
+    values = xp.linalg.eigvalsh((sandwich + sandwich.T) / 2)
+    return _tail(xp.flip(values)[: min(n, m)])
+
+
+def _tail(values: Array) -> Array:
+    """What each rank misses, from none on, of descending eigenvalues (k,): (k + 1,), the first one 1."""
+    xp = namespace(values)
     values = xp.maximum(values, 0.0)
     tail = xp.flip(xp.cumulative_sum(xp.flip(values)))
     total = tail[0] if float(tail[0]) > 0 else xp.ones_like(tail[0])
-    return LowRank(left, right, xp.concat([tail, xp.zeros_like(tail[:1])]) / total)
+    return xp.concat([tail, xp.zeros_like(tail[:1])]) / total

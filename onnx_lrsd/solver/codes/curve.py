@@ -16,11 +16,11 @@ import numpy as np
 
 from onnx_lrsd.arrays import from_numpy, indices, namespace, to_numpy
 from onnx_lrsd.solver import separable
-from onnx_lrsd.solver.codes.fit import code_dense
+from onnx_lrsd.solver.codes.fit import code_dense, feedback_of
 from onnx_lrsd.solver.decompose import decompose, group
 from onnx_lrsd.solver.effort import BRIEF
 from onnx_lrsd.solver.layout import expand, rank_size, shared_groups
-from onnx_lrsd.solver.lowrank import low_rank
+from onnx_lrsd.solver.lowrank import low_rank_errors
 from onnx_lrsd.solver.problem import Problem
 from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.storage import FP16, INT2, INT3, INT4, INT6, STORAGES, TERNARY, UINT8, Storage
@@ -52,11 +52,14 @@ GAP_BITS = 4.3
 SAMPLED = 4096
 """Rows of a constant that the errors of its storages are measured on."""
 MOST_WORK = 3e9
-"""n m^2 up to which an S is tried: its search takes about forty products of that size."""
+"""n m^2 up to which an S is tried where bits do not count: its search takes forty products of that size."""
 FEWEST_OUTPUTS, WORK, WORK_BESIDE = 64, 1e9, 4e8
-"""Where bits do not count and n m^2 is above WORK, a sample of at least FEWEST_OUTPUTS outputs stands for the
-weight. Up to WORK_BESIDE an S is also tried beside factors: with larger weights that takes longer and gains
-less."""
+"""Where n m^2 is above WORK, a sample of at least FEWEST_OUTPUTS outputs stands for the weight, which has no
+factors. Up to WORK_BESIDE an S is also tried beside factors where bits do not count: with larger weights that
+takes longer and gains less."""
+CODED_WORK, CODED_BESIDE = 4e8, 1e8
+"""n m^2 up to which an S in codes is tried, and beside factors: of 53 layers of a residual network none above
+256 x 64 had one in its best form at 4 to 24 times fewer bytes (results/time.md)."""
 
 
 def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) -> dict[Form, float]:
@@ -75,7 +78,7 @@ def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) ->
     if weights == FP16.name:
         return found | _in_numbers(sparse, kinds)
     n, m = problem.weight.shape
-    if problem.metric.rows is not None or n * m**2 > MOST_WORK:
+    if problem.metric.rows is not None or n * m**2 > CODED_WORK:
         return found
     return found | _with_entries(sparse, found, noises, weights)
 
@@ -88,17 +91,20 @@ def _fits(problem: Problem, kind: str) -> bool:
 
 
 def _dense(problem: Problem, weights: str | None) -> dict[Form, float]:
-    n = problem.layer.n
+    """A dense weight in each storage; outputs are rounded one by one, so that some of many tell it."""
+    n, m = problem.weight.shape
     asked = list(STORAGES.values()) if weights is None else [STORAGES[weights]]
     measured: dict[str, float] = {}
+    rows = min(max(int(WORK / m**2), FEWEST_OUTPUTS), n)
+    sampled = problem if rows == n else _some_rows(problem, rows)
+    feedback = feedback_of(sampled)
 
     def error(storage: Storage) -> float:
         if storage.name not in measured:
-            weight = code_dense(problem, _dense_form(n, storage)).weight
-            measured[storage.name] = problem.error(weight) - base
+            weight = code_dense(sampled, _dense_form(rows, storage), feedback).weight
+            measured[storage.name] = sampled.error(weight)
         return measured[storage.name]
 
-    base = problem.error(problem.weight)  # not 0 where the inputs have changed
     found = {}
     for storage in asked:
         if storage in MEASURED:
@@ -145,7 +151,7 @@ def _energies(problem: Problem, kind: str) -> tuple[np.ndarray, np.ndarray]:
     top = min(int(MOST_OF_DENSE * n * m / rank_size(problem.layer, kind)), m // groups, n * groups)
     scale = float((metric.apply(weight) * weight).sum()) / max(problem.energy, 1e-30)
     if kind == CHANNEL:
-        missed = to_numpy(low_rank(weight, metric).errors)[: top + 1] * scale
+        missed = to_numpy(low_rank_errors(weight, metric))[: top + 1] * scale
     else:
         missed = to_numpy(separable.curve(group(problem.layer, weight, metric, kind), top).by_rank) * scale
     return np.maximum(missed[:-1] - missed[1:], 0.0), missed
@@ -242,7 +248,7 @@ def _with_entries(
         rivals = [errors[other] for other in errors if _bits(problem, other) <= bits]
         if error > HOPELESS * min(rivals, default=inf):
             break
-    for bits in BESIDE if noises else ():
+    for bits in BESIDE if noises and n * m**2 <= CODED_BESIDE else ():
         factors = min(noises, key=lambda form: abs(np.log(_bits(problem, form) / bits)))
         entries = min(round(_bits(problem, factors) * n * m / (storage.bits + GAP_BITS)), n * m // 2)
         if entries:

@@ -14,13 +14,13 @@ import numpy as np
 
 from onnx_lrsd.arrays import cast, diagonal, from_numpy, identity, namespace, to_numpy, trace
 from onnx_lrsd.solver.codes.rounding import (
+    Feedback,
     best_scale,
     nearest,
     round_columns,
     round_rows,
     settle,
     steps_of,
-    upper_root,
 )
 from onnx_lrsd.solver.layout import group_metric, shared_groups, ungroup_weight
 from onnx_lrsd.solver.problem import Metric, Problem
@@ -45,9 +45,15 @@ class Coded(NamedTuple):
     weight: Array
 
 
-def code_dense(problem: Problem, form: Form) -> Coded:
-    """The whole weight in the storage of ``form``."""
-    codes, weight = _code_rows(problem.weight, problem.metric, form.weights)
+def feedback_of(problem: Problem) -> Feedback | None:
+    """How ``code_dense`` carries errors on, for many storages; None where nothing or few rows are known."""
+    metric = problem.metric
+    return None if metric.second is None else Feedback.of(metric.matrix(problem.weight))
+
+
+def code_dense(problem: Problem, form: Form, feedback: Feedback | None = None) -> Coded:
+    """The whole weight in the storage of ``form``; ``feedback`` may be shared between calls."""
+    codes, weight = _code_rows(problem.weight, problem.metric, form.weights, feedback)
     return Coded(Packed(codes), weight)
 
 
@@ -93,16 +99,20 @@ def _centred(storage: Storage, codes: np.ndarray) -> np.ndarray:
     return codes.astype(np.float64) - (storage.levels - 1) / 2
 
 
-def _code_rows(weight: Array, metric: Metric | Array, weights: Mix) -> tuple[Codes, Array]:
+def _code_rows(
+    weight: Array, metric: Metric | Array, weights: Mix, feedback: Feedback | None = None
+) -> tuple[Codes, Array]:
     """Rows of ``weight`` (rows, m) in their storages, and what they decode to, float64."""
     xp = namespace(weight)
+    if not isinstance(metric, Metric):
+        feedback = Feedback.of(metric)
     blocks, steps, decoded, start = [], [], [], 0
     for name, count in _in_pieces(weights, weight.shape[1]):
         part, storage = weight[start : start + count, :], STORAGES[name]
         start += count
         if storage is FP16:
             return _halved(weight)
-        codes, step = _rounded(part, metric, storage)
+        codes, step = _rounded(part, metric, storage, feedback)
         blocks.append((name, _stored(codes, storage)))
         steps.append(to_numpy(step)[:, 0].astype(np.float32))
         decoded.append(cast(codes, xp.float64) * cast(step, xp.float64))
@@ -125,7 +135,9 @@ def _halved(rows: Array) -> tuple[Codes, Array]:
     )
 
 
-def _rounded(weight: Array, metric: Metric | Array, storage: Storage) -> tuple[Array, Array]:
+def _rounded(
+    weight: Array, metric: Metric | Array, storage: Storage, feedback: Feedback | None
+) -> tuple[Array, Array]:
     """Centred codes of rows in a metric, and their steps (rows, 1).
 
     A metric of few rows stands for an (m, m) matrix that is never formed: its diagonal alone decides.
@@ -140,8 +152,9 @@ def _rounded(weight: Array, metric: Metric | Array, storage: Storage) -> tuple[A
             steps = steps_of(weight, own, levels)
             return nearest(weight, steps, levels), steps
         metric = metric.matrix(weight)
-    steps = steps_of(weight, xp.square(diagonal(upper_root(metric))), levels)
-    codes = round_columns(weight, metric, steps, levels)
+    feedback = feedback or Feedback.of(metric)
+    steps = steps_of(weight, feedback.left, levels)
+    codes = round_columns(weight, feedback, steps, levels)
     steps = best_scale(weight, metric, codes, steps)
     codes = settle(weight, metric, codes, steps, levels)
     return codes, best_scale(weight, metric, codes, steps)
@@ -179,7 +192,7 @@ def _code_pair(problem: Problem, form: Form, v: Array, h: Array, aim: Array) -> 
     rows_of_h = by_feature(best)
     steps = steps_of(rows_of_h, xp.ones_like(rows_of_h[0, :]), levels)
     wide_steps, wide_levels = (xp.reshape(xp.concat([x] * groups, axis=0), (1, -1)) for x in (steps, levels))
-    codes = round_columns(best, gram, wide_steps, wide_levels)
+    codes = round_columns(best, Feedback.of(gram), wide_steps, wide_levels)
     codes = cast(settle(best, gram, codes, wide_steps, wide_levels), xp.float64)
     of_h, packed, start = by_feature(codes), [], 0
     for name, of_v in coded_v.blocks:

@@ -10,6 +10,8 @@ while there are others to mend them. ``settle`` is coordinate descent on the cod
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from onnx_lrsd.arrays import cast, diagonal, namespace
@@ -76,16 +78,38 @@ def round_rows(weight: Array, levels: int) -> tuple[Array, Array]:
     return xp.concat(codes, axis=0), xp.concat(steps, axis=0)
 
 
-def round_columns(weight: Array, metric: Array, steps: Array, levels: Array) -> Array:
+@dataclass(frozen=True)
+class Feedback:
+    """How errors of columns are carried into later ones in a metric H (m, m), positive definite.
+
+    Columns are taken in ``order``. ``root`` (m, m), float32, is R in that order, column j in units of what is
+    left of input j once those before it have mended what they can; ``left`` (m,), float64, is the square of
+    that, in the order of H.
+    """
+
+    order: Array
+    root: Array
+    left: Array
+
+    @staticmethod
+    def of(metric: Array) -> Feedback:
+        """One factorisation; it serves all weights and storages in this metric."""
+        xp = namespace(metric)
+        order = xp.argsort(-diagonal(metric))
+        root = _upper_root(xp.take(xp.take(metric, order, axis=0), order, axis=1))
+        own = diagonal(root)
+        left = xp.take(xp.square(own), xp.argsort(order), axis=0)
+        return Feedback(order, cast(root / own, xp.float32), left)
+
+
+def round_columns(weight: Array, feedback: Feedback, steps: Array, levels: Array) -> Array:
     """Centred codes (n, m) of ``weight``, the errors of columns fed back into those that follow.
 
-    ``metric`` H (m, m), positive definite. ``steps`` and ``levels`` broadcast against (n, m).
+    ``steps`` and ``levels`` broadcast against (n, m).
     """
     xp = namespace(weight)
     m = weight.shape[1]
-    order = xp.argsort(-diagonal(metric))
-    root = upper_root(xp.take(xp.take(metric, order, axis=0), order, axis=1))
-    root = cast(root / diagonal(root), xp.float32)  # column j in units of what is left of input j
+    order, root = feedback.order, feedback.root
     w = cast(xp.take(weight, order, axis=1), xp.float32)
     steps, levels = (
         cast(xp.take(xp.broadcast_to(x, (x.shape[0], m)), order, axis=1), xp.float32) for x in (steps, levels)
@@ -148,7 +172,7 @@ def best_scale(weight: Array, metric: Array, codes: Array, steps: Array) -> Arra
     return xp.where(best > 0, best, steps)
 
 
-def upper_root(metric: Array) -> Array:
+def _upper_root(metric: Array) -> Array:
     """R (m, m), upper triangular, with R R^T = H, float64."""
     xp = namespace(metric)
     flipped = xp.flip(cast(metric, xp.float64))
