@@ -37,6 +37,11 @@ def cupy() -> ModuleType | None:
     return found
 
 
+def on_gpu(device: str) -> bool:
+    """Whether ``to_device`` takes arrays to a GPU."""
+    return device != "cpu" and cupy() is not None
+
+
 def to_device(x: Array, device: str) -> Array:
     """``x`` on the device: 'cpu' gives NumPy, 'cuda' CuPy, 'auto' CuPy where there is a GPU.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 import onnx
@@ -44,6 +44,9 @@ from onnx_lrsd.time_limit import TimeLimit, seconds_of
 from onnx_lrsd.types import COSTS, KINDS, Plan, Progress, Score
 from onnx_lrsd.work_dir import KEEP_NOTHING, Keep, Kept, hash_of, open_work_dir
 from onnx_lrsd.workers import IN_PROCESS, Workers
+
+_Argument = TypeVar("_Argument")
+_Result = TypeVar("_Result")
 
 NO_FORM = "no smaller form is predicted to be faster"
 NO_STORAGE = "no storage that the runtime folds makes it smaller"
@@ -278,6 +281,45 @@ class Run:
             return ""
         made = "built in" if self.machine is built_in() else "measured on this machine"
         return f"{made}: {self.machine.processor}, ONNX Runtime {self.machine.runtime}"
+
+    def shared(
+        self,
+        kind: str,
+        facts: Sequence[object],
+        task: Callable[[_Argument], _Result],
+        given: Callable[[int], _Argument],
+        classes: Collection[type],
+        *,
+        share: float,
+        step: str = "",
+    ) -> list[_Result]:
+        """What ``task`` makes of ``given(index)`` for each of the ``facts``, by index.
+
+        The workers do what is not kept under ``kind`` and its fact. Of a limited time no more than this
+        ``share`` is taken: the first of the facts alone are done then. Progress is told as that of ``step``.
+        """
+        found = list[_Result]()
+        size = self.workers.count if self.time.limited else max(len(facts), 1)
+        for start in range(0, len(facts), size):
+            if self.time.passed(share):
+                break
+            here = facts[start : start + size]
+            kept = [self.keep.look(kind, fact, classes) for fact in here]
+            missing = [index for index, known in enumerate(kept) if known is None]
+
+            def argument(place: int, start: int = start, missing: Sequence[int] = missing) -> _Argument:
+                return given(start + missing[place])
+
+            def told(done: int, before: int = len(found) + len(here) - len(missing)) -> None:
+                if self.progress is not None and step:
+                    self.progress(step, before + done, len(facts))
+
+            made = iter(self.workers.map(task, argument, len(missing), told))
+            for fact, known in zip(here, kept, strict=True):
+                found.append(
+                    self.keep(kind, fact, partial(next, made), classes) if known is None else known[0]
+                )
+        return found
 
     def announce(self, step: str) -> None:
         """Tell who watches that this step of a search begins, which the stages after it belong to."""

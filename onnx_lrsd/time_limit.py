@@ -24,7 +24,7 @@ LAST = 0.88
 """Share of the time after which what is under way is given up; the rest is for checks and writing."""
 CHECKED = 0.04
 """Share of the time in which the final model is timed."""
-INTERRUPTIBLE = ("calibrate", "curves", "widths", "sensitivity", "trial", "decompose")
+INTERRUPTIBLE = ("calibrate", "channels", "curves", "widths", "sensitivity", "trial", "decompose")
 """Stages that may be given up."""
 
 

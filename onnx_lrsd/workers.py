@@ -1,9 +1,13 @@
-"""Work that is shared out to other processes, on this machine or on others, with the results of one process.
+"""Work that is shared out to threads, or to other processes on this machine or on others.
 
-A task is a function of a module and one argument, both of which can be pickled. One that fails, most often as
-its worker died, is done again, and if it fails there too by the main process, where an error of its own is
-raised. BLAS threads are divided between workers. Results depend on their number in the last digits, so a task
-has as many of them wherever it is done.
+Layers are many and most are small: BLAS threads that share one small matrix wait for each other longer than
+they work, and keep ONNX Runtime's threads from their cores. So several tasks are done at once, each with a
+share of the cores for BLAS (results/time.md).
+
+A task is a function of a module and one argument, which can be pickled where it goes to another process.
+There one that fails, most often as its worker died, is done again, and if it fails there too by the main
+process, where an error of its own is raised. Results depend on the number of BLAS threads in the last digits,
+so a task has as many of them wherever it is done.
 """
 
 from __future__ import annotations
@@ -11,18 +15,20 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from onnx_lrsd.errors import DeviceError
 
 AHEAD = 2
 """Tasks that are handed out ahead, for each worker; their arguments may be large."""
+MOST_AT_ONCE = 4
+"""Tasks done at once by threads of this process: each has matrices of its own, which may be large."""
 CONNECT_SECONDS = 10
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 """What libraries read once, as they are loaded, of how many threads they may have."""
@@ -36,7 +42,8 @@ class Workers:
     """Does tasks in ``executor``, in this process where it is None.
 
     Each has ``threads`` for BLAS. ``renew`` makes another executor where one is broken; None where it came
-    from outside. ``warn`` is told once of a worker that died.
+    from outside. ``warn`` is told once of a worker that died. ``here``: the executor is threads of this
+    process, of which none is lost, so that what fails fails for good.
     """
 
     executor: Executor | None = None
@@ -44,6 +51,7 @@ class Workers:
     threads: int = 0
     renew: Callable[[], Executor] | None = None
     warn: Callable[[str], None] = lambda said: None
+    here: bool = False
     _warned: bool = field(default=False, init=False)
 
     def map(
@@ -94,7 +102,8 @@ class Workers:
                 waiting.append((index, future))
             if waiting:
                 index, future = waiting.popleft()
-                with suppress(Exception):  # the main process does it then, and raises what is the task's own
+                # Of a lost worker the main process does it then, and raises what is the task's own.
+                with nullcontext() if self.here else suppress(Exception):
                     yield index, future.result()
 
     def _note(self, count: int) -> None:
@@ -123,10 +132,13 @@ def workers_for(
     executor: Executor | None = None,
     scheduler: str | None = None,
     warn: Callable[[str], None] = lambda said: None,
+    *,
+    on_gpu: bool = False,
 ) -> Iterator[Workers]:
-    """So many processes, or ``executor``, or the workers of Dask's ``scheduler``; none of them: this process.
+    """So many processes, or ``executor``, or the workers of Dask's ``scheduler``; none of them: threads here.
 
-    Raises DeviceError for a scheduler that is not there.
+    ``on_gpu``: tasks share one GPU, which does one at a time. Raises DeviceError for a scheduler that is not
+    there.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ExitStack() as stack:
@@ -142,15 +154,23 @@ def workers_for(
             yield Workers(executor, count, threads, None, warn)
             return
         if jobs is None or jobs == 1:
-            yield IN_PROCESS
+            count = 1 if on_gpu else min(cores, MOST_AT_ONCE)
+            if count == 1:
+                yield IN_PROCESS
+                return
+            allowed = min((one["num_threads"] for one in threadpool_info()), default=cores)
+            threads = min(cores // count, allowed)
+            stack.enter_context(threadpool_limits(threads))
+            pool = stack.enter_context(ThreadPoolExecutor(count))
+            yield Workers(pool, count, threads, None, warn, here=True)
             return
         threads = max(cores // jobs, 1)
         stack.enter_context(_environment(threads))
 
-        def pool() -> ProcessPoolExecutor:
+        def processes() -> ProcessPoolExecutor:
             return ProcessPoolExecutor(jobs, get_context("spawn"))
 
-        workers = Workers(pool(), jobs, threads, pool, warn)
+        workers = Workers(processes(), jobs, threads, processes, warn)
         try:
             yield workers
         finally:

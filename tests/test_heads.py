@@ -19,7 +19,7 @@ from plain_layers import linear
 import onnx_lrsd
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.fit.calibrate import calibrate
-from onnx_lrsd.fit.narrow import Narrower, drop_orders, key_of, planned_pairs
+from onnx_lrsd.fit.narrow import Inner, Narrower, drop_order, key_of, order_task, planned_pairs
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.subgraph import inputs_of
@@ -261,7 +261,8 @@ def narrower(model: Model, samples: dict[str, Values]) -> Narrower:
         model=model, layers=layers, weight_of=weight_of, moments=known.moments, inner={}, device="cpu"
     )
     chosen, _ = planned_pairs(pairs, {layer.output for layer in layers}, set())
-    return replace(plain, inner=drop_orders(chosen, layers, plain.problem))
+    inner = {key: Inner(pair, *drop_order(order_task(pair, plain))) for key, pair in chosen.items()}
+    return replace(plain, inner=inner)
 
 
 @pytest.mark.parametrize("cut_too", [False, True])

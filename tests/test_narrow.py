@@ -22,7 +22,7 @@ import onnx_lrsd
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.fit.calibrate import calibrate
-from onnx_lrsd.fit.narrow import Narrower, drop_orders, key_of, planned_pairs
+from onnx_lrsd.fit.narrow import Inner, Narrower, drop_order, key_of, order_task, planned_pairs
 from onnx_lrsd.graph.model import load
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.subgraph import inputs_of
@@ -194,7 +194,7 @@ def narrower() -> Narrower:
         model=model, layers=known.layers, weight_of=weight_of, moments=known.moments, inner={}, device="cpu"
     )
     chosen, _ = planned_pairs(pairs, {layer.output for layer in known.layers}, set())
-    inner = drop_orders(chosen, known.layers, plain.problem)
+    inner = {key: Inner(pair, *drop_order(order_task(pair, plain))) for key, pair in chosen.items()}
     return Narrower(
         model=model,
         layers=known.layers,

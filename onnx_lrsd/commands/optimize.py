@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import onnx
 
+from onnx_lrsd.arrays import on_gpu
 from onnx_lrsd.commands.prepare import PartFiles, make_planner, prepare
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import OptionError
@@ -146,7 +147,7 @@ def optimize(
     if executor is not None and (jobs > 1 or dask is not None):
         raise OptionError("{executor} stands in for {jobs} and {dask}: give one of them.")
     run = start(options if plan is not None else options.with_goal(), plan, progress)
-    with workers_for(jobs, executor, dask, run.journal.warn) as workers:
+    with workers_for(jobs, executor, dask, run.journal.warn, on_gpu=on_gpu(device)) as workers:
         run = replace(run, workers=workers)
         return _optimized(run, model, calibration, evaluation, output, plan, dry_run, details, moments)
 

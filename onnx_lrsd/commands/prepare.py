@@ -25,12 +25,19 @@ from onnx_lrsd.fit.calibrate import (
     input_shapes,
     kept_calibration,
     locate,
-    original_inputs,
     what_was_left_out,
 )
 from onnx_lrsd.fit.fitter import Fitter, KeepingFitter, LowRankFitter
 from onnx_lrsd.fit.half import HalfFitter
-from onnx_lrsd.fit.narrow import Inner, Narrower, drop_orders, key_of, left_whole, planned_pairs
+from onnx_lrsd.fit.narrow import (
+    Inner,
+    Narrower,
+    OrderTask,
+    drop_order,
+    left_whole,
+    order_task,
+    planned_pairs,
+)
 from onnx_lrsd.fit.sensitivity import sensitivities
 from onnx_lrsd.fit.shards import facts_of, gathered_rows, part_files
 from onnx_lrsd.graph.model import Model, ensure_writable, load, raised
@@ -47,14 +54,14 @@ from onnx_lrsd.passes.functions import without_layers_in_functions
 from onnx_lrsd.passes.pairs import Pair, cut_tensors, find_pairs
 from onnx_lrsd.passes.shared_weights import groups, share_weights
 from onnx_lrsd.passes.unfuse import optimised_by_runtime, unfuse
-from onnx_lrsd.plan.curves import error_curves, pair_curves, with_seconds
+from onnx_lrsd.plan.curves import error_curves, with_seconds
+from onnx_lrsd.plan.narrow_curves import pair_curves
 from onnx_lrsd.plan.planner import Planner
 from onnx_lrsd.plan.promise import STORED
 from onnx_lrsd.plan.search import Forms
 from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.run import Options, Run, with_work_dir
 from onnx_lrsd.runtime.session import inference_device, sound
-from onnx_lrsd.solver.heads import Bases
 from onnx_lrsd.solver.width import Widths
 from onnx_lrsd.time_limit import CHECKS, ORDERED, PASSES
 from onnx_lrsd.types import (
@@ -65,7 +72,6 @@ from onnx_lrsd.types import (
     Layer,
     Plan,
     Price,
-    Rows,
 )
 from onnx_lrsd.wording import counted
 
@@ -305,26 +311,19 @@ def _narrower(found: Found, known: Calibration, *, judged: bool) -> Narrower:
             for end in pair.consumers
         )
     }
-    rows_of = partial(original_inputs, reference=known) if judged else None
-    inner = dict[str, Inner]()
-    for key, pair in sound.items():
-        if run.time.passed(ORDERED):
-            pairs_left = f"{len(sound) - len(inner)} of {counted(len(sound), 'pair')}"
-            run.time.leave_out(f"the channels between {pairs_left} of layers")
-            break
-        order = partial(_drop_order, pair, known.layers, plain, rows_of)
-        inner[key] = Inner(pair, *run.keep("widths" if judged else "orders", key, order, (Widths,)))
+    keys = list(sound)
+
+    def task_of(index: int) -> OrderTask:
+        return order_task(sound[keys[index]], plain, known if judged else None)
+
+    made = run.shared(
+        "widths" if judged else "orders", keys, drop_order, task_of, (Widths,), share=ORDERED, step="channels"
+    )
+    if len(made) < len(keys):
+        pairs_left = f"{len(keys) - len(made)} of {counted(len(keys), 'pair')}"
+        run.time.leave_out(f"the channels between {pairs_left} of layers")
+    inner = {key: Inner(sound[key], *order) for key, order in zip(keys, made, strict=False)}
     return replace(plain, inner=inner)
-
-
-def _drop_order(
-    pair: Pair,
-    layers: Sequence[Layer],
-    narrower: Narrower,
-    rows_of: Callable[[Layer], Rows | None] | None,
-) -> tuple[Widths, Bases | None]:
-    found = drop_orders({key_of(pair): pair}, layers, narrower.problem, rows_of)[key_of(pair)]
-    return found.widths, found.bases
 
 
 def asked_for(
@@ -429,7 +428,7 @@ def _curves(run: Run, ready: Prepared) -> tuple[Curves, Price]:
             measured = run.keep("times", able, timed, (LayerTimes,))
             curves, total = with_seconds(curves, measured), replace(total, seconds=measured.whole)
     with run.journal.clock("decompose"):
-        return pair_curves(run, curves, narrower), total
+        return pair_curves(run, curves, narrower, known.moments), total
 
 
 def _fitter(found: Found, known: Calibration, narrower: Narrower) -> Fitter:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import onnx
 
+from onnx_lrsd.arrays import on_gpu
 from onnx_lrsd.commands.optimize import verify
 from onnx_lrsd.commands.prepare import Prepared, make_planner, prepare
 from onnx_lrsd.errors import OptionError
@@ -67,7 +68,8 @@ def sweep(
     options = options or SweepOptions()
     options.check_with(calibration=calibration, evaluation=evaluation, plan=None, output=None, dry_run=False)
     run = start(options.with_goal(), progress=progress)
-    with workers_for(options.jobs, None, options.dask, run.journal.warn) as workers:
+    gpu = on_gpu(options.device)
+    with workers_for(options.jobs, None, options.dask, run.journal.warn, on_gpu=gpu) as workers:
         return _swept(replace(run, workers=workers), model, calibration, evaluation, folder, options.ratios)
 
 

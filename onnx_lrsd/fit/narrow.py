@@ -6,7 +6,7 @@ network is then fitted in graph order like any other, to the outputs of the orig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -14,16 +14,16 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lrsd.fit.calibrate import Calibration, WeightOf, original_outputs
+from onnx_lrsd.fit.calibrate import Calibration, WeightOf, original_inputs, original_outputs
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.pairs import End, Pair, cut, turn
 from onnx_lrsd.passes.split import split
-from onnx_lrsd.solver.cross_validation import width_errors
+from onnx_lrsd.solver.cross_validation import some_rows, width_errors
 from onnx_lrsd.solver.heads import Bases, head_bases, turned, turned_inputs, turned_outputs
 from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.solver.width import Widths, fit_width, widths
-from onnx_lrsd.types import DENSE, WIDTH, Declined, Factors, Form, Layer, Moments, Rows
+from onnx_lrsd.types import DENSE, WIDTH, Declined, Factors, Form, Layer, Moments, Rows, Values
 
 _Positions = npt.NDArray[np.int64]
 
@@ -354,34 +354,56 @@ def key_of(pair: Pair) -> str:
     return f"{pair.producers[0].output} -> {pair.consumers[0].output}"
 
 
-def drop_orders(
-    pairs: Mapping[str, Pair],
-    layers: Sequence[Layer],
-    problem_of: Callable[[Layer], Problem],
-    rows_of: Callable[[Layer], Rows | None] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Inner]:
-    """The order in which each pair's channels go, down to an eighth of them.
+@dataclass(frozen=True, kw_only=True)
+class OrderTask:
+    """A pair and the layers that read it, for a worker: W and b, moments and rows of inputs by output.
 
-    ``rows_of`` gives the inputs of a layer, by which the errors of its widths are judged; without them they
-    are those of the damped metric.
+    The rows judge the errors of the widths; a layer without them has those of the damped metric.
     """
-    by_output = {layer.output: layer for layer in layers}
-    found = {}
-    for done, (key, pair) in enumerate(pairs.items()):
-        readers = [by_output[end.output] for end in pair.consumers]
-        problems = [problem_of(layer) for layer in readers]
-        own = [columns(layer, end) for layer, end in zip(readers, pair.consumers, strict=True)]
-        bases = head_bases(problems, own) if pair.heads else None
-        if bases is not None:
-            problems = [turned_inputs(p, at, bases) for p, at in zip(problems, own, strict=True)]
-        order = widths(problems, own, least=least_width(pair))
-        errors = order.errors.copy()
-        for reader, layer in enumerate(readers):
-            seen = None if rows_of is None else rows_of(layer)
-            if seen is not None:
-                seen = seen if bases is None else turned(seen, own[reader], bases)
-                errors[reader] = width_errors(problems[reader], own[reader], order, errors[reader], seen)
-        found[key] = Inner(pair, replace(order, errors=errors), bases)
-        progress(done + 1, len(pairs))
-    return found
+
+    pair: Pair
+    readers: tuple[Layer, ...]
+    affine: Mapping[str, tuple[Values, Values]]
+    moments: Mapping[str, Moments]
+    rows: Mapping[str, Rows]
+    device: str
+
+
+def order_task(pair: Pair, narrower: Narrower, judged_by: Calibration | None = None) -> OrderTask:
+    """The task for ``pair``, whose widths the original inputs in ``judged_by`` judge, if it is not None."""
+    by_output = {layer.output: layer for layer in narrower.layers}
+    readers = tuple(by_output[end.output] for end in pair.consumers)
+    rows = {}
+    for layer in readers:
+        seen = None if judged_by is None else original_inputs(layer, judged_by)
+        if seen is not None:
+            rows[layer.output] = some_rows(seen)
+    return OrderTask(
+        pair=pair,
+        readers=readers,
+        affine={layer.output: narrower.weight_of(layer) for layer in readers},
+        moments={la.output: narrower.moments[la.output] for la in readers if la.output in narrower.moments},
+        rows=rows,
+        device=narrower.device,
+    )
+
+
+def drop_order(task: OrderTask) -> tuple[Widths, Bases | None]:
+    """The order in which a pair's channels go, down to an eighth of them, and the bases they are in."""
+    pair = task.pair
+    problems = [
+        pose(layer, *task.affine[layer.output], task.moments.get(layer.output), task.device)
+        for layer in task.readers
+    ]
+    own = [columns(layer, end) for layer, end in zip(task.readers, pair.consumers, strict=True)]
+    bases = head_bases(problems, own) if pair.heads else None
+    if bases is not None:
+        problems = [turned_inputs(p, at, bases) for p, at in zip(problems, own, strict=True)]
+    order = widths(problems, own, least=least_width(pair))
+    errors = order.errors.copy()
+    for reader, layer in enumerate(task.readers):
+        seen = task.rows.get(layer.output)
+        if seen is not None:
+            seen = seen if bases is None else turned(seen, own[reader], bases)
+            errors[reader] = width_errors(problems[reader], own[reader], order, errors[reader], seen)
+    return replace(order, errors=errors), bases

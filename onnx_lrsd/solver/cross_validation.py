@@ -29,6 +29,11 @@ JUDGED_SHARES = (0.75, 0.5, 0.25)
 """Shares of the channels at which widths are judged."""
 
 
+def some_rows(rows: Rows) -> Rows:
+    """As many of ``rows`` (N, m) as fit and judge, evenly over all."""
+    return rows[:: -(-rows.shape[0] // MOST_JUDGED)] if len(rows) else rows
+
+
 def width_errors(
     problem: Problem, columns: Columns, found: Widths, damped: npt.NDArray[np.float64], rows: Rows
 ) -> npt.NDArray[np.float64]:
@@ -42,7 +47,7 @@ def width_errors(
     tried = [width for width in tried if 0 < width < total and damped[width] > ROUNDING_ERROR]
     if count < FEWEST_JUDGED or problem.energy <= 0 or not tried:
         return damped
-    judged = _judged(problem, columns, found, tried, rows[:: -(-count // MOST_JUDGED)])
+    judged = _judged(problem, columns, found, tried, some_rows(rows))
     ratios = np.log(
         [max(error, ROUNDING_ERROR) / damped[width] for error, width in zip(judged, tried, strict=True)]
     )
