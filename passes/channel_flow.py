@@ -98,8 +98,10 @@ class Flow:
     def shape(self, tensor: gs.Tensor) -> Sequence[int | str | None] | None:
         """The shape of ``tensor`` as far as it is known."""
         value = constant_value(tensor)
+        if value is not None:
+            return value.shape
         found = self.shapes.get(tensor.name, tensor.shape)
-        return value.shape if value is not None else None if found is None else tuple(found)
+        return None if found is None else tuple(found)
 
     def take(self, node: gs.Node, index: int, axis: int, owner: Owner) -> str:
         """Note that a constant input is cut along ``axis``; why it cannot be, or nothing."""
@@ -162,12 +164,14 @@ def _weighted(flow: Flow, node: gs.Node, given: Given) -> Handed:
     """A product that sums over another axis, as attention weights values: each channel by itself."""
     side = 0 if given[0] is not None else 1
     own, shape = given[side], flow.shape(node.inputs[1 - side])
-    across = (-2, -1)[side]
+    kept = -2 if side == 0 else -1  # the axis of this operand that is not summed over
     if own is None or given[1 - side] is not None or own.rank is None or shape is None:
         return _mixed(node)
-    if own.axis != across or min(own.rank, len(shape)) < 2:
+    if own.axis != kept or min(own.rank, len(shape)) < 2:
         return _mixed(node)
-    heads = own.heads if own.heads == 0 or (own.heads or 0) < -2 else None
+    # The last two axes are those of the product: heads must lie in front of them.
+    in_front = own.heads is not None and (own.heads == 0 or own.heads < -2)
+    heads = own.heads if in_front else None
     return [own._replace(rank=max(own.rank, len(shape)), heads=heads)]
 
 

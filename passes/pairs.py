@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,8 +48,8 @@ NARROWED = f"{PART}width"
 class End(NamedTuple):
     """A layer that gives or reads the channels of a pair.
 
-    ``output`` is its tensor (``Layer.output`` where it is a layer), ``positions`` (channels, k) are the
-    outputs or input channels of it that are each channel's.
+    ``output`` is its tensor: ``Layer.output`` where it is a layer. ``positions`` (channels, k) has for each
+    channel the k outputs, or input channels, of the node that belong to it.
     """
 
     output: str
@@ -91,6 +91,31 @@ class _Given:
     node: str = ""
 
 
+@dataclass
+class _Seen:
+    """What layers give and read, in graph order: their channels are numbered over the whole graph.
+
+    ``straight`` are layers that read channels which may be turned.
+    """
+
+    given: list[_Given] = field(default_factory=list)
+    read: list[tuple[str, Owner]] = field(default_factory=list)
+    straight: set[str] = field(default_factory=set)
+
+    @property
+    def total(self) -> int:
+        """How many channels there are so far."""
+        return self.given[-1].first + self.given[-1].n if self.given else 0
+
+    def block(self, owners: Iterable[Carried | None], reason: str, node: str = "") -> None:
+        """These channels must stay, and all that are given with them; the first ``reason`` is kept."""
+        for carried in owners:
+            for channel in np.unique(carried.owner) if carried is not None else ():
+                own = next((g for g in self.given if g.first <= channel < g.first + g.n), None)
+                if own is not None and not own.reason:
+                    own.reason, own.node = reason, node
+
+
 class _Sides(NamedTuple):
     """How a layer reads and gives channels: ``n`` outputs, and ``axes``, whose rank is that of its output.
 
@@ -127,49 +152,41 @@ def find_pairs(
     """
     flow = Flow(working.opset, working.overridable, shapes)
     names = {id(producer(working, layer)): layer.output for layer in layers}
-    given, read = list[_Given](), list[tuple[str, Owner]]()
-    straight = set[str]()  # layers that read channels which may be turned
-    total = 0
-
-    def block(owners: Iterable[Carried | None], reason: str, node: str = "") -> None:
-        for carried in owners:
-            for channel in np.unique(carried.owner) if carried is not None else ():
-                of = _set_of(given, int(channel))
-                if of is not None and not of.reason:
-                    of.reason, of.node = reason, node
-
+    seen = _Seen()
     for node in working.nodes:
         carried = [flow.carried.get(tensor.name) for tensor in node.inputs]
         sides = _sides(flow, node)
-        if sides is None:
-            if not any(carried):
-                continue
+        if sides is not None:
+            _pass_layer(flow, seen, node, sides, carried, names.get(id(node), node.outputs[0].name))
+        elif any(carried):
             handed = hand_on(flow, node, carried)
             if isinstance(handed, str):
-                block(carried, handed, label(node))
+                seen.block(carried, handed, label(node))
                 continue
             flow.carried |= {t.name: c for t, c in zip(node.outputs, handed, strict=False) if c is not None}
-            continue
-        name = names.get(id(node), node.outputs[0].name)
-        reason = _read(flow, node, sides, carried)
-        if reason:
-            block(carried, reason, label(node))
-        elif (own := carried[sides.reads]) is not None:
-            read.append((name, own.owner))
-            if own.heads == 0 and is_op(node, "MatMul", "Gemm"):
-                straight.add(name)
-        owner = np.arange(total, total + sides.n)
-        reason = _give(flow, node, sides, owner)
-        given.append(
-            _Given(label(node), node.op, name, total, sides.n, reason, label(node) if reason else "")
-        )
-        total += sides.n
     for output in working.outputs:
-        block([flow.carried.get(output.name)], OUTPUT_OF_MODEL)
+        seen.block([flow.carried.get(output.name)], OUTPUT_OF_MODEL)
     for captured in captured_names(working.graph):
-        block([flow.carried.get(captured)], "a branch or a loop reads them")
-    found, declined = _pairs(flow, given, read, total)
-    return tuple(replace(p, heads=_heads(p, straight)) for p in found), declined
+        seen.block([flow.carried.get(captured)], "a branch or a loop reads them")
+    found, declined = _pairs(flow, seen)
+    return tuple(replace(p, heads=_heads(p, seen.straight)) for p in found), declined
+
+
+def _pass_layer(
+    flow: Flow, seen: _Seen, node: gs.Node, sides: _Sides, carried: Sequence[Carried | None], name: str
+) -> None:
+    """Note which channels the layer ``name`` reads, and number those that it gives."""
+    reason, own = _read(flow, node, sides, carried), carried[sides.reads]
+    if reason:
+        seen.block(carried, reason, label(node))
+    elif own is not None:
+        seen.read.append((name, own.owner))
+        if own.heads == 0 and is_op(node, "MatMul", "Gemm"):
+            seen.straight.add(name)
+    first = seen.total
+    reason = _give(flow, node, sides, np.arange(first, first + sides.n))
+    blocker = label(node) if reason else ""
+    seen.given.append(_Given(label(node), node.op, name, first, sides.n, reason, blocker))
 
 
 def _heads(pair: Pair, straight: Set[str]) -> int:
@@ -180,10 +197,6 @@ def _heads(pair: Pair, straight: Set[str]) -> int:
     alike = all(end.positions.shape[1] == heads for end in ends)
     parts = all(len(part.owner[part.owner >= 0]) == heads * pair.channels for part in pair.parts)
     return heads if heads > 1 and known and alike and parts else 0
-
-
-def _set_of(given: Sequence[_Given], channel: int) -> _Given | None:
-    return next((own for own in given if own.first <= channel < own.first + own.n), None)
 
 
 def _sides(flow: Flow, node: gs.Node) -> _Sides | None:
@@ -235,22 +248,20 @@ def _give(flow: Flow, node: gs.Node, sides: _Sides, owner: Owner) -> str:
     return reason
 
 
-def _pairs(
-    flow: Flow, given: Sequence[_Given], read: Sequence[tuple[str, Owner]], total: int
-) -> tuple[tuple[Pair, ...], tuple[Declined, ...]]:
-    """Of all sets of channels: those tied to each other have to be cut alike."""
-    root = _joined(total, flow.ties)
+def _pairs(flow: Flow, seen: _Seen) -> tuple[tuple[Pair, ...], tuple[Declined, ...]]:
+    """The pairs, and the layers that are in none: sets of channels that are tied are cut alike."""
+    root = _joined(seen.total, flow.ties)
     first_of: dict[int, int] = {}  # the first set that holds a channel tied to this one
     links = []
-    for index, own in enumerate(given):
+    for index, own in enumerate(seen.given):
         for channel in np.unique(root[own.first : own.first + own.n]).tolist():
             links.append((first_of.setdefault(channel, index), index))
-    together = _joined(len(given), links)
+    together = _joined(len(seen.given), links)
     pairs, declined = list[Pair](), list[Declined]()
     for index in np.unique(together):
-        sets = [own for own, joined in zip(given, together, strict=True) if joined == index]
+        sets = [own for own, joined in zip(seen.given, together, strict=True) if joined == index]
         reason, node = next(((own.reason, own.node) for own in sets if own.reason), ("", ""))
-        found = [] if reason else _pairs_of(flow, sets, read, root)
+        found = [] if reason else _pairs_of(flow, sets, seen.read, root)
         pairs += found
         if not found:
             declined += [Declined(own.name, own.op, reason or "no layer reads them", node) for own in sets]
@@ -290,7 +301,7 @@ def _pair(
     reading: Sequence[tuple[str, str, Owner]],
     number: Owner,
 ) -> Pair:
-    """The pair of these ends: (name, output, whose each position is); ``number`` is that of every channel."""
+    """The pair of these ends, each (name, output, owner of each position); ``number`` is by channel."""
 
     def end(output: str, owner: Owner) -> End:
         order = np.argsort(owner, kind="stable")[np.count_nonzero(owner < 0) :]

@@ -129,11 +129,8 @@ def _matmul(plain: _Plain, node: gs.Node) -> bool:
     """MatMul of a constant matrix, transposed on the way, and its factor."""
     left, right = node.inputs[:2]
     weight = constant_value(right)
-    if (
-        weight is None
-        or weight.ndim != 2
-        or any(node.attrs.get(f"trans{at}", 0) for at in ("A", "BatchA", "BatchB"))
-    ):
+    otherwise = any(node.attrs.get(name, 0) for name in ("transA", "transBatchA", "transBatchB"))
+    if weight is None or weight.ndim != 2 or otherwise:
         return False
     if node.attrs.get("transB", 0):
         right = plain.add("Transpose", [right], {"perm": [1, 0]})
@@ -156,8 +153,10 @@ def _einsum(plain: _Plain, node: gs.Node) -> bool:
     side = constant.index(True)
     weight, activation = labels[side], labels[1 - side]
     prefix, inner, outer = activation[:-1], activation[-1:], result[-1:]
-    plainly = len(set(result.replace("...", ""))) == len(result.replace("...", ""))
-    if not plainly or result[:-1] != prefix or inner == outer or inner in prefix or outer in activation:
+    named = result.replace("...", "")
+    if len(set(named)) != len(named) or result[:-1] != prefix:
+        return False  # a diagonal, or axes in another order
+    if inner == outer or inner in prefix or outer in activation:
         return False
     if weight not in (inner + outer, outer + inner) or "." in inner + outer:
         return False

@@ -93,15 +93,10 @@ def _array(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[Any]:
 
 
 def _node(node: onnx.NodeProto) -> Mapping[str, Any]:
-    attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-    said = {
-        name: value.decode()
-        if isinstance(value, bytes)
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-        for name, value in attributes.items()
-    }
+    said: dict[str, Any] = {}
+    for entry in node.attribute:
+        value = helper.get_attribute_value(entry)
+        said[entry.name] = value.decode() if isinstance(value, bytes) else value
     return {
         "name": node.name,
         "op": node.op_type,

@@ -303,18 +303,15 @@ def _narrower(found: Found, known: Calibration, *, judged: bool) -> Narrower:
         inner={},
         device=run.options.device,
     )
-    sound = {
-        key: pair
-        for key, pair in pairs.items()
-        if all(
-            end.output not in known.moments or np.isfinite(known.moments[end.output].mean).all()
-            for end in pair.consumers
-        )
-    }
-    keys = list(sound)
+
+    def finite(pair: Pair) -> bool:
+        found = [known.moments[end.output] for end in pair.consumers if end.output in known.moments]
+        return all(np.isfinite(moments.mean).all() for moments in found)
+
+    keys = [key for key, pair in pairs.items() if finite(pair)]
 
     def task_of(index: int) -> OrderTask:
-        return order_task(sound[keys[index]], plain, known if judged else None)
+        return order_task(pairs[keys[index]], plain, known if judged else None)
 
     made = run.shared(
         "widths" if judged else "orders", keys, drop_order, task_of, (Widths,), share=ORDERED, step="channels"
@@ -322,7 +319,7 @@ def _narrower(found: Found, known: Calibration, *, judged: bool) -> Narrower:
     if len(made) < len(keys):
         pairs_left = f"{len(keys) - len(made)} of {counted(len(keys), 'pair')}"
         run.time.leave_out(f"the channels between {pairs_left} of layers")
-    inner = {key: Inner(sound[key], *order) for key, order in zip(keys, made, strict=False)}
+    inner = {key: Inner(pairs[key], *order) for key, order in zip(keys, made, strict=False)}
     return replace(plain, inner=inner)
 
 
@@ -335,7 +332,12 @@ def asked_for(
     planned |= {end.output for pair in pairs.values() for end in pair.consumers}
     # Of layers that apply one weight all are asked for: only the one that stores it would gain bytes.
     together = {layer.output for group in groups(layers) if len(group) > 1 for layer in group}
-    return lambda layer: layer.output in planned | together or bool(run.target.forms(layer, kinds))
+    wanted = planned | together
+
+    def asked(layer: Layer) -> bool:
+        return layer.output in wanted or bool(run.target.forms(layer, kinds))
+
+    return asked
 
 
 def _calibrate(found: Found, plan: Plan | None, moments: PartFiles | None) -> Calibration:

@@ -89,7 +89,11 @@ def _swept(
     stem = "model" if original.path is None else original.path.stem
     points = list[SweepPoint]()
     for ratio, fitted in _models(run, ready, sorted(set(ratios))):
-        named = [stem, *([] if ratio is None else [f"{ratio:g}x"]), *(["int8"] if fitted.nodes else [])]
+        named = [stem]
+        if ratio is not None:
+            named.append(f"{ratio:g}x")
+        if fitted.nodes:
+            named.append("int8")
         path = folder / ".".join([*named, "onnx"])
         ensure_writable(path, original.path)
         found = _found(run, ready, fitted)
@@ -164,9 +168,9 @@ def _found(run: Run, ready: Prepared, fitted: Fitted, *, latency: bool = True) -
 
 
 def _beside_one_original(points: Sequence[SweepPoint]) -> list[SweepPoint]:
-    """The points with the latency of one original, the median, and their own as many times less.
+    """The points with one latency of the original, the median of all, and with their own to match its ratio.
 
-    Each was timed in turns with the original, in its own minutes: ratios compare, milliseconds do not.
+    Each was timed in turns with the original, at its own time: ratios compare, milliseconds do not.
     """
     seen = [point.verification for point in points]
     known = [found.before.latency_ms for found in seen if found.before.latency_ms is not None]

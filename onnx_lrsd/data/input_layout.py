@@ -67,7 +67,7 @@ class Slot:
             return None
         if arrangement == "stack" and self.axis is not None:
             each = shape[1 + self.axis]
-            return shape[0] * each, min(-(-count // max(each, 1)), shape[0])
+            return shape[0] * each, min(math.ceil(count / max(each, 1)), shape[0])
         if arrangement == "batch" and self.axis != 0:
             return None
         return shape[0], min(count, shape[0])

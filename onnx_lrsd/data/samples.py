@@ -6,10 +6,10 @@ and no batch mixes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
-from math import lcm, prod
+from math import ceil, lcm, prod
 from typing import Any
 
 import numpy as np
@@ -76,13 +76,13 @@ class Samples:
         return self.count > 1 and not self.ragged and all(map(self._same_as_first, self.groups))
 
     def _same_as_first(self, group: Group) -> bool:
-        blocks = range(0, self.count, MOST_IN_BATCH)
-        return all(
-            np.array_equal(block, np.broadcast_to(self.groups[0][name][:1], block.shape), equal_nan=True)
-            for start in blocks
-            for name, array in group.items()
-            for block in [array[start : start + MOST_IN_BATCH]]
-        )
+        for name, array in group.items():
+            first = self.groups[0][name][:1]
+            for start in range(0, self.count, MOST_IN_BATCH):
+                block = array[start : start + MOST_IN_BATCH]
+                if not np.array_equal(block, np.broadcast_to(first, block.shape), equal_nan=True):
+                    return False
+        return True
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -118,7 +118,7 @@ class Samples:
 
     def batch_count(self, size: int) -> int:
         """How many feeds ``batches(size)`` gives."""
-        return sum(-(-count // (self.fixed or size)) for count in self._counts)
+        return sum(ceil(count / (self.fixed or size)) for count in self._counts)
 
     def example(self) -> Feed:
         """A smallest batch of samples of a middle size: what costs and times are stated for.
@@ -303,11 +303,14 @@ def position_axes(
     for feed in samples.extremes():
         for name, value in run(feed).items():
             shapes.setdefault(name, set()).add(np.shape(value))
-    return {
-        name: tuple(axis for axis, sizes in enumerate(zip(*found, strict=True)) if axis and len({*sizes}) > 1)
-        for name, found in shapes.items()
-        if len({len(shape) for shape in found}) == 1
-    }
+    of_one_rank = {name: found for name, found in shapes.items() if len({*map(len, found)}) == 1}
+    return {name: _varying(found) for name, found in of_one_rank.items()}
+
+
+def _varying(shapes: Set[tuple[int, ...]]) -> tuple[int, ...]:
+    """The axes behind the first along which ``shapes``, of one rank, have different sizes."""
+    by_axis = enumerate(zip(*shapes, strict=True))
+    return tuple(axis for axis, sizes in by_axis if axis > 0 and len({*sizes}) > 1)
 
 
 @dataclass(frozen=True)
@@ -347,7 +350,7 @@ class _Gathered:
         if len(totals) != 1 or not labels or max(totals) % labels:
             return {}
         labelled = max(totals) // labels
-        count = -(-limit // labelled) * labelled
+        count = ceil(limit / labelled) * labelled
         led = {name: slots[name].leading_entries(shape, count) for name, shape in arrays.items()}
         found = {name: lead[1] for name, lead in led.items() if lead is not None}
         if scored:
@@ -453,7 +456,7 @@ class _Gathered:
         labels = np.concatenate([np.ravel(part) for part in self.labels])
         if len(labels) > 1 and self.count % len(labels) == 0:
             labelled = self.count // len(labels)
-            return labels[: -(-count // labelled)], labelled
+            return labels[: ceil(count / labelled)], labelled
         be, they = ("is", "it was") if len(labels) == 1 else ("are", "they were")
         given = f"{counted(len(labels), 'label')} for {counted(self.count, 'sample')}"
         self.notes.append(f"There {be} {given}: {they} not used.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from math import nan
+from math import ceil, nan
 
 import numpy as np
 import numpy.typing as npt
@@ -191,8 +191,8 @@ def picture(layer: Layer, factors: Factors) -> Picture | None:
 
 def _strip(kept: _Floats) -> tuple[str, ...]:
     """Channels row by row, several to a cell where there are too many."""
-    each = -(-len(kept) // (ROWS * COLUMNS))
-    padded = np.full(-(-len(kept) // each) * each, np.nan)
+    each = ceil(len(kept) / (ROWS * COLUMNS))
+    padded = np.full(ceil(len(kept) / each) * each, np.nan)
     padded[: len(kept)] = kept
     cells = np.nanmean(padded.reshape(-1, each), axis=1)
     width = min(COLUMNS, len(cells))
@@ -249,12 +249,12 @@ def _outputs(
     values: dict[str, list[tuple[_Floats, _Floats]]] = {name: [] for name in shared}
     samples = samples.some(COMPARED_SAMPLES)
     for old, new, real, size in paired_runs(before, after, samples, shared):
-        most = -(-VALUES * size // samples.count)
+        most = ceil(VALUES * size / samples.count)
         for name, one, two in zip(shared, old, new, strict=True):
             errors[name].add(one, two, real, size)
             one, two = positions_first(one, real, ()), positions_first(two, real, ())
             if one.shape == two.shape and one.dtype.kind == "f":
-                step = max(-(-one.size // most), 1)
+                step = max(ceil(one.size / most), 1)
                 values[name].append((one.ravel()[::step], two.ravel()[::step]))
     return {name: (errors[name].relative(), _histogram(values[name])) for name in shared}
 

@@ -73,7 +73,7 @@ def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Facto
     bias = write.constant("bias", factors.bias)
     tensor: gs.Tensor | None = None
     count = len(factors.kernels)
-    names = ["V", *["core"] * (count - 2), "U"][:count]
+    names = ["V", *["core"] * (count - 2), "U"] if count > 1 else ["V"] * count
     taken = [False] * len(layer.kernel)
     for index, (name, kernel) in enumerate(zip(names, factors.kernels, strict=True)):
         last = index == count - 1
