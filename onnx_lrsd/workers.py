@@ -35,20 +35,21 @@ THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"
 
 _Argument = TypeVar("_Argument")
 _Result = TypeVar("_Result")
+_Item = TypeVar("_Item")
 
 
 @dataclass(eq=False)
 class Workers:
-    """Does tasks in ``executor``, in this process where it is None.
+    """Does tasks in ``executor``, ``count`` at a time, or one by one in this process where it is None.
 
-    Each has ``threads`` for BLAS. ``renew`` makes another executor where one is broken; None where it came
-    from outside. ``warn`` is told once of a worker that died. ``here``: the executor is threads of this
-    process, of which none is lost, so that what fails fails for good.
+    Tasks done at once share ``cores`` for BLAS. ``renew`` makes another executor where one is broken; None
+    where it came from outside. ``warn`` is told once of a worker that died. ``here``: the executor is threads
+    of this process, of which none is lost, so that what fails fails for good.
     """
 
     executor: Executor | None = None
     count: int = 1
-    threads: int = 0
+    cores: int = 1
     renew: Callable[[], Executor] | None = None
     warn: Callable[[str], None] = lambda said: None
     here: bool = False
@@ -62,22 +63,24 @@ class Workers:
         done: Callable[[int], None] = lambda count: None,
     ) -> list[_Result]:
         """``task`` of ``given(0)`` to ``given(count - 1)``, in this order; ``done`` is told how many are."""
-        if self.executor is None:
+        if self.executor is None or (self.here and count == 1):
             found = []
             for index in range(count):
                 found.append(task(given(index)))
                 done(len(found))
             return found
+        threads = max(self.cores // max(min(count, self.count), 1), 1)
         made: dict[int, _Result] = {}
-        for _ in range(2):
-            missing = [index for index in range(count) if index not in made]
-            for index, value in self._handed_out(task, given, missing):
-                made[index] = value
-                done(len(made))
-            if len(made) == count:
-                break
-            self._note(count - len(made))
-        with threadpool_limits(self.threads):
+        with threadpool_limits(threads) if self.here else nullcontext():
+            for _ in range(2):
+                missing = [index for index in range(count) if index not in made]
+                for index, value in self._handed_out(task, given, missing, threads):
+                    made[index] = value
+                    done(len(made))
+                if len(made) == count:
+                    break
+                self._note(count - len(made))
+        with threadpool_limits(threads):
             for index in range(count):
                 if index not in made:
                     made[index] = task(given(index))
@@ -85,7 +88,11 @@ class Workers:
         return [made[index] for index in range(count)]
 
     def _handed_out(
-        self, task: Callable[[_Argument], _Result], given: Callable[[int], _Argument], missing: Sequence[int]
+        self,
+        task: Callable[[_Argument], _Result],
+        given: Callable[[int], _Argument],
+        missing: Sequence[int],
+        threads: int,
     ) -> Iterator[tuple[int, _Result]]:
         """What workers made of those ``missing``, as far as they did."""
         assert self.executor is not None
@@ -95,7 +102,7 @@ class Workers:
                 index = upcoming.popleft()
                 argument = given(index)
                 try:
-                    future = self.executor.submit(_limited, os.getpid(), self.threads, task, argument)
+                    future = self.executor.submit(_limited, os.getpid(), threads, task, argument)
                 except Exception:  # a broken pool, a client without its scheduler: each library has its own
                     upcoming.clear()
                     break
@@ -116,6 +123,15 @@ class Workers:
 
 
 IN_PROCESS = Workers()
+
+
+def one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """``items`` in their order, the next one being made in another thread while one is worked on."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
+            yield item
 
 
 def _limited(parent: int, threads: int, task: Callable[[Any], Any], given: Any) -> Any:
@@ -140,42 +156,40 @@ def workers_for(
     ``on_gpu``: tasks share one GPU, which does one at a time. Raises DeviceError for a scheduler that is not
     there.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ExitStack() as stack:
         if scheduler is not None:
             client = stack.enter_context(_client(scheduler))
-            count = sum(client.nthreads().values())
-            yield Workers(client.get_executor(pure=False, retries=1), max(count, 1), 1, None, warn)
+            count = max(sum(client.nthreads().values()), 1)
+            yield Workers(client.get_executor(pure=False, retries=1), count, 1, None, warn)
             return
+        cores = _cores()
         if executor is not None:
             count = int(getattr(executor, "_max_workers", cores))
-            threads = max(cores // count, 1)
-            stack.enter_context(threadpool_limits(threads))  # for an executor of threads
-            yield Workers(executor, count, threads, None, warn)
+            stack.enter_context(threadpool_limits(max(cores // count, 1)))  # for an executor of threads
+            yield Workers(executor, count, cores, None, warn)
             return
         if jobs is None or jobs == 1:
             count = 1 if on_gpu else min(cores, MOST_AT_ONCE)
-            if count == 1:
-                yield IN_PROCESS
-                return
-            allowed = min((one["num_threads"] for one in threadpool_info()), default=cores)
-            threads = min(cores // count, allowed)
-            stack.enter_context(threadpool_limits(threads))
-            pool = stack.enter_context(ThreadPoolExecutor(count))
-            yield Workers(pool, count, threads, None, warn, here=True)
+            pool = stack.enter_context(ThreadPoolExecutor(count)) if count > 1 else None
+            yield Workers(pool, count, cores, None, warn, here=True)
             return
-        threads = max(cores // jobs, 1)
-        stack.enter_context(_environment(threads))
+        stack.enter_context(_environment(max(cores // jobs, 1)))
 
         def processes() -> ProcessPoolExecutor:
             return ProcessPoolExecutor(jobs, get_context("spawn"))
 
-        workers = Workers(processes(), jobs, threads, processes, warn)
+        workers = Workers(processes(), jobs, cores, processes, warn)
         try:
             yield workers
         finally:
             if workers.executor is not None:
                 workers.executor.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    """The cores that this process may use for BLAS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([cores, *(int(library["num_threads"]) for library in threadpool_info())])
 
 
 def _client(scheduler: str) -> Any:

@@ -13,9 +13,9 @@ import pytest
 import onnx_lrsd
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import LrsdError
-from onnx_lrsd.fit.calibrate import _ahead
 from onnx_lrsd.graph.model import load
 from onnx_lrsd.graph.subgraph import inputs_of
+from onnx_lrsd.workers import one_ahead
 
 ROWS, WIDTH = 10, 32
 
@@ -53,7 +53,7 @@ def test_all_is_handed_on_in_its_order_up_to_what_fails() -> None:
 
     seen = []
     with pytest.raises(OSError, match="the disk is gone"):
-        for item in _ahead(three()):
+        for item in one_ahead(three()):
             seen.append(item)
     assert seen == [1, 2, 3]
 
@@ -67,7 +67,7 @@ def test_who_stops_early_waits_for_nothing() -> None:
             yield item
 
     before = threading.active_count()
-    for item in _ahead(many()):
+    for item in one_ahead(many()):
         if item == 2:
             break
     assert len(made) <= 5

@@ -20,7 +20,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import helper, numpy_helper
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import onnx_lrsd
 from onnx_lrsd.cli import main
@@ -96,6 +96,23 @@ def test_the_error_of_a_task_is_raised_as_it_is() -> None:
     for workers in (IN_PROCESS, Workers(ThreadPoolExecutor(2), 2, 1)):
         with pytest.raises(LrsdError, match="its own"):
             workers.map(fail, lambda index: index, 3)
+
+
+def test_threads_of_this_process_share_its_cores_and_fail_at_once() -> None:
+    def threads_of_blas(index: int) -> int:
+        return max(int(one["num_threads"]) for one in threadpool_info())
+
+    def fail(index: int) -> None:
+        tried.append(index)
+        raise LrsdError("its own: say so.")
+
+    tried, said = list[int](), list[str]()
+    with ThreadPoolExecutor(2) as pool:
+        workers = Workers(pool, 2, 2, None, said.append, here=True)
+        assert workers.map(threads_of_blas, lambda index: index, 4) == [1] * 4
+        with pytest.raises(LrsdError, match="its own"):
+            workers.map(fail, lambda index: index, 2)
+    assert len(tried) <= 2 and not said
 
 
 def test_few_arguments_are_made_ahead() -> None:
@@ -221,7 +238,7 @@ def test_threads_are_divided_between_processes() -> None:
         "        infos = workers.map(eval, lambda index: "
         "'__import__(\"threadpoolctl\").threadpool_info()', 2)\n"
         "    blas = [i for info in infos for i in info if i['user_api'] == 'blas']\n"
-        "    print(workers.threads, [i['num_threads'] for i in blas])\n"
+        "    print(workers.cores // 2 or 1, [i['num_threads'] for i in blas])\n"
     )
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

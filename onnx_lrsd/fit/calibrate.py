@@ -9,7 +9,6 @@ NumPy needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from math import ceil, frexp, isfinite, prod
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +27,7 @@ from onnx_lrsd.solver.moments import MomentAccumulator, sample_positions
 from onnx_lrsd.types import Feed, Layer, Moments, Progress, Rows, Values
 from onnx_lrsd.wording import counted
 from onnx_lrsd.work_dir import Keep
+from onnx_lrsd.workers import one_ahead
 
 ROWS_PER_INPUT = 8
 FEWEST_ROWS, MOST_ROWS = 4096, 20_000
@@ -543,7 +543,7 @@ def _observe(
     given = dict.fromkeys(buffers, 0)
     filled = dict.fromkeys(buffers, 0)
     first, end = part or (0, samples.count)
-    for count, real, activations in _ahead(runs):
+    for count, real, activations in one_ahead(runs):
         last = first + count == end
         for layer in layers:
             name, values = layer.output, activations[layer.input]
@@ -587,15 +587,6 @@ def _taken(
         if layer.output in outputs:
             outputs[layer.output][start:stop] = given
         yield layer, rows
-
-
-def _ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """``items`` in their order, the next one being made in another thread while one is worked on."""
-    with ThreadPoolExecutor(1) as thread:
-        upcoming = thread.submit(next, items, None)
-        while (item := upcoming.result()) is not None:
-            upcoming = thread.submit(next, items, None)
-            yield item
 
 
 def _positions(

@@ -33,9 +33,21 @@ from onnx_lrsd.runtime.session import Session, open_model
 from onnx_lrsd.solver.effort import BRIEF
 from onnx_lrsd.storage import INT3
 from onnx_lrsd.time_limit import WEIGHED, TimeLimit
-from onnx_lrsd.types import DENSE, N_OF_M, UNSTRUCTURED, WIDTH, Form, Layer, Moments, Progress, Values
+from onnx_lrsd.types import (
+    DENSE,
+    N_OF_M,
+    UNSTRUCTURED,
+    WIDTH,
+    Factors,
+    Form,
+    Layer,
+    Moments,
+    Progress,
+    Values,
+)
 from onnx_lrsd.wording import counted
 from onnx_lrsd.work_dir import KEEP_NOTHING, Keep
+from onnx_lrsd.workers import one_ahead
 
 _FEWEST, _MOST_SAMPLES = 8, 32
 """Samples that are run once for every layer: enough to know a sensitivity within a fourth or so."""
@@ -82,18 +94,23 @@ def sensitivities(
     probes = [probe for probe in probes if probe.key not in measured]
     reference = cache(partial(Reference, model, samples))
     changing = [{name for la in probe.layers for name in (la.output, la.weight)} for probe in probes]
+
+    def fitted_to(probe: _Probe) -> dict[str, Factors]:
+        if probe.form.kind == WIDTH:
+            assert narrower is not None
+            return narrower.masked(probe.key, probe.form.rank)
+        return fit_shared(probe.layers, probe.form, weight_of, moments, device, BRIEF)
+
+    fits = one_ahead(map(fitted_to, probes))
     for done, (probe, rest) in enumerate(zip(probes, resumed(model, samples, changing), strict=True)):
         if time is not None and time.passed(WEIGHED):
             time.leave_out(f"{counted(len(probes) - done, 'sensitivity', 'sensitivities')} of {len(probes)}")
             break
-        if probe.form.kind == WIDTH:
-            assert narrower is not None
-            fitted = narrower.masked(probe.key, probe.form.rank)
-            # On the rows they were fitted to: these are also those by which it is seen what they move.
-            error = sum(factors.error for factors in fitted.values())
-        else:
-            fitted = fit_shared(probe.layers, probe.form, weight_of, moments, device, BRIEF)
-            error = sum(factors.error for factors in fitted.values()) / len(fitted)
+        fitted = next(fits)
+        # On the rows they were fitted to: these are also those by which it is seen what they move.
+        error = sum(factors.error for factors in fitted.values())
+        if probe.form.kind != WIDTH:
+            error /= len(fitted)
         working = rest.model.graph()
         for layer in probe.layers:
             split(working, layer, fitted[layer.output])

@@ -148,14 +148,18 @@ def time_pair(
     threads: int | None = THREADS,
     seconds: float = TRIAL_SECONDS,
     restarts: int = 1,
+    line: float = 0.0,
     device: str = "cpu",
 ) -> Pace:
-    """How many times faster ``after`` runs on ``feed``; both find their external data in ``folder``."""
+    """How many times faster ``after`` runs on ``feed``; both find their external data in ``folder``.
+
+    With ``line`` all that matters is on which side of it that is.
+    """
     openers = (
         partial(open_session, proto, folder=folder, threads=threads, device=device)
         for proto in (before, after)
     )
-    return _pace(tuple(openers), feed, seconds, restarts, clock=_clock(threads, device))
+    return _pace(tuple(openers), feed, seconds, restarts, line=line, clock=_clock(threads, device))
 
 
 def _clock(threads: int | None, device: str) -> Callable[[], float]:
@@ -170,6 +174,7 @@ def _pace(
     restarts: int = 1,
     progress: Progress | None = None,
     *,
+    line: float = 0.0,
     clock: Callable[[], float],
 ) -> Pace:
     """Time the two models that ``openers`` open, side by side.
@@ -191,6 +196,7 @@ def _pace(
             min_rounds=rounds,
             seconds=seconds / restarts,
             enough=ENOUGH,
+            line=line,
             clock=clock,
         )
         found.append(Pace(ratio, interval, old, new))

@@ -52,7 +52,9 @@ def speedups(
         if key not in known:
             feed = {layer.input: rng.standard_normal(shape).astype(layer.dtype)}
             before, after = isolate(model.proto, layer, shape), isolate(rewritten.proto, layer, shape)
-            timed = partial(time_pair, before, after, feed, folder=model.folder, device=model.device)
+            timed = partial(
+                time_pair, before, after, feed, folder=model.folder, line=CLEARLY, device=model.device
+            )
             known[key] = keep("trial", (key, model.device), timed, (Pace,)).ratio
         found[layer.output] = known[key]
         if progress is not None:

@@ -12,6 +12,8 @@ FEWEST_ROUNDS = 7
 """Fewer than six paired ratios have no 95 % interval at all."""
 LOOK_EVERY = 12
 """Rounds after which it is looked whether there have been enough."""
+BEYOND = 1.05
+"""An interval so far beyond a line is not there by chance, however often it is looked at."""
 SHORTEST_TIMING, FINEST_TIMING = 1e-3, 1e-6
 """Seconds. Shorter runs are repeated within one timing, so that the clock's own cost does not show."""
 
@@ -23,15 +25,16 @@ def pair_latency(
     min_rounds: int = FEWEST_ROUNDS,
     seconds: float = 2.0,
     enough: float = 0.0,
+    line: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float, float, tuple[float, float]]:
     """Median milliseconds of both, the median of before / after, and its 95 % interval.
 
     Both are warmed up; then rounds of (before, after, after, before) follow until ``seconds`` have
     passed and there are ``min_rounds``, so that a slow spell or a drift of the machine falls on both. They
-    end earlier where the interval has become narrower than ``enough``, a share of the ratio. ``clock``
-    tells seconds. The interval is free of assumptions on the distribution: order statistics of the paired
-    ratios.
+    end earlier where the interval has become narrower than ``enough``, a share of the ratio, or lies clearly
+    on one side of ``line``, where all that matters is on which. ``clock`` tells seconds. The interval is free
+    of assumptions on the distribution: order statistics of the paired ratios.
     Source: Conover, Practical Nonparametric Statistics, 3rd ed., section 3.2.
     """
     for run in (before, after, before):
@@ -45,9 +48,10 @@ def pair_latency(
         one, two, three, four = (_seconds(run, repeats, clock) for run in (before, after, after, before))
         olds.append((one + four) / 2)
         news.append((two + three) / 2)
-        if enough and len(olds) % LOOK_EVERY == 0 and len(olds) >= min_rounds:
+        if len(olds) % LOOK_EVERY == 0 and len(olds) >= min_rounds:
             low, high = _interval(olds, news)
-            if high - low < enough * low:
+            aside = line > 0 and (low > BEYOND * line or BEYOND * high < line)
+            if aside or high - low < enough * low:
                 break
     ratio = float(np.median(np.array(olds) / np.array(news)))
     return float(np.median(olds)) * 1e3, float(np.median(news)) * 1e3, ratio, _interval(olds, news)
