@@ -75,7 +75,7 @@ class Pair:
     heads: int = 0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Given:
     """Channels ``first`` to ``first + n - 1``, which the layer ``name`` gives, and why they must all stay.
 
@@ -183,10 +183,10 @@ def _pass_layer(
         seen.read.append((name, own.owner))
         if own.heads == 0 and is_op(node, "MatMul", "Gemm"):
             seen.straight.add(name)
-    first = seen.total
-    reason = _give(flow, node, sides, np.arange(first, first + sides.n))
-    blocker = label(node) if reason else ""
-    seen.given.append(_Given(label(node), node.op, name, first, sides.n, reason, blocker))
+    given = _Given(name=label(node), op=node.op, output=name, first=seen.total, n=sides.n)
+    given.reason = _give(flow, node, sides, np.arange(given.first, given.first + given.n))
+    given.node = given.name if given.reason else ""
+    seen.given.append(given)
 
 
 def _heads(pair: Pair, straight: Set[str]) -> int:

@@ -2,10 +2,12 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from configparser import ConfigParser
 from pathlib import Path
 from types import ModuleType
 
@@ -88,3 +90,14 @@ def test_no_package_hides_a_module_behind_a_function() -> None:
             package = importlib.import_module(".".join(path.parent.parts))
             importlib.import_module(".".join(path.with_suffix("").parts))
             assert isinstance(getattr(package, path.stem), ModuleType), path
+
+
+def test_the_picture_of_the_house_names_every_layer() -> None:
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    layers = config["importlinter:contract:layers"]["layers"].replace("__main__", "").split()
+    picture = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    # Names, with bars between them, stand in front of what is said of them.
+    drawn = re.findall(r"^(\w+/?(?: *\| *\w+/?)*)(?: |$)", picture, re.MULTILINE)
+    names = {name for line in drawn for name in re.findall(r"\w+", line)}
+    assert {name for name in layers if name != "|"} <= names

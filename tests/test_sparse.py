@@ -247,8 +247,14 @@ def conv_problem(seed: int = 0) -> Problem:
     weight = rng.standard_normal((layer.n, layer.m)) * np.geomspace(1, 0.1, layer.m)
     damping = 0.01 * float(np.trace(second)) / layer.m
     energy = float(np.sum((weight @ second) * weight))
-    zero = np.zeros(layer.n)
-    return Problem(layer, weight, np.zeros(layer.m), zero, Metric(second, None, damping), energy)
+    return Problem(
+        layer=layer,
+        weight=weight,
+        mean=np.zeros(layer.m),
+        output_mean=np.zeros(layer.n),
+        metric=Metric(second, None, damping),
+        energy=energy,
+    )
 
 
 FORMS = [

@@ -254,7 +254,12 @@ def test_every_array_library_drops_the_same(to: Any, taps: int, few: bool) -> No
 
     metric = Metric(moved(problem.metric.second), moved(problem.metric.rows), problem.metric.damping)
     there = Problem(
-        problem.layer, to(problem.weight), to(problem.mean), to(problem.output_mean), metric, problem.energy
+        layer=problem.layer,
+        weight=to(problem.weight),
+        mean=to(problem.mean),
+        output_mean=to(problem.output_mean),
+        metric=metric,
+        energy=problem.energy,
     )
     found = widths([there], [columns])
     assert isinstance(found, Widths) and found.dropped == want.dropped

@@ -63,7 +63,14 @@ def measure(progress: Progress | None = None) -> Machine:
     squares = tuple(side * side for side in SIDES)
     rates = {kind: _rates(best, kind, _outputs(block), _CHANNELS, squares) for kind in KERNELS}
     rates[MATRIX] = _rates(best, MATRIX, MATRIX_OUTPUTS, MATRIX_INPUTS, MATRIX_ROWS)
-    return Machine(processor(), runtime(), block, bare_node().seconds, _value(), rates)
+    return Machine(
+        processor=processor(),
+        runtime=runtime(),
+        block=block,
+        node=bare_node().seconds,
+        value=_value(),
+        rates=rates,
+    )
 
 
 def _best(sessions: Sequence[Callable[[], Measured]], progress: Progress | None = None) -> Measured:

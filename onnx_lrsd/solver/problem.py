@@ -86,7 +86,7 @@ class Outputs:
         return _times(self.root, _times(self.root, right))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """Reproduce y = W x + b: ``weight`` (n, m) is what to aim at, float64.
 
@@ -245,7 +245,17 @@ def pose(
     if moments is None or moments.count == 0:
         metric = Metric(None, None, 0.0)
         energy, mean = float(xp.sum(w * w)), xp.zeros(layer.m, dtype=w.dtype)
-        return Problem(layer, w, mean, b, metric, energy, outputs=weighed, offset=offset, scale=scale)
+        return Problem(
+            layer=layer,
+            weight=w,
+            mean=mean,
+            output_mean=b,
+            metric=metric,
+            energy=energy,
+            outputs=weighed,
+            offset=offset,
+            scale=scale,
+        )
     if keeps_zero:
         moments = about_zero(moments)
     second = None if moments.second is None else cast(to_device(moments.second, device), xp.float64)
@@ -262,7 +272,7 @@ def pose(
     metric = Metric(second, rows, max(relative(entries) * diagonal, 1e-30))
     posed = partial(
         Problem,
-        layer,
+        layer=layer,
         mean=mean,
         metric=metric,
         outputs=weighed,

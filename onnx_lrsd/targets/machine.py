@@ -77,7 +77,7 @@ def _around(axis: Sequence[int], x: float) -> list[_Place]:
     return [_Place(len(axis) - 1, 1.0)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """The table of one machine, for one thread and float32.
 

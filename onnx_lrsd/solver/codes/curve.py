@@ -221,7 +221,9 @@ def _some_rows(problem: Problem, rows: int) -> Problem:
     shape = (rows, *problem.layer.shape[1:])
     layer = replace(problem.layer, n=rows, shape=shape, rows_per_bias=1)
     energy = float(xp.sum(xp.take(energies, kept, axis=0)))
-    return Problem(layer, weight, problem.mean, own, problem.metric, energy)
+    return Problem(
+        layer=layer, weight=weight, mean=problem.mean, output_mean=own, metric=problem.metric, energy=energy
+    )
 
 
 def _with_entries(
