@@ -234,7 +234,7 @@ class Planner:
 
         An output error is searched on one half of the samples and checked on the other, where both are large
         enough; otherwise on all of them, by the upper end of its interval. A score has few labels: it is
-        searched by cross-fitting and checked on all of them.
+        searched and checked on all of them, by what all models tried say together.
         """
         run, options = self.run, self.run.options
         if options.ratio is not None:
@@ -250,20 +250,17 @@ class Planner:
             predicted=self.predicted if self.weighed else None,
         )
         hint = ", or try --int8" if run.int8_may_gain else ""
-        one, other = search_and_confirm(check_on)
         if options.max_drop is not None:
             drop_limit = DropLimit(options.max_drop, hint)
 
             def error(forms: Forms) -> float:
-                model = fitter.fit(forms).model
-                halves = [self._compared(model, half) for half in (one, other)]
-                drop_limit.searched(*halves)
-                return sum(found.error for found in halves) / len(halves)
+                found = self._compared(fitter.fit(forms).model, check_on)
+                drop_limit.searched(found)
+                return found.error
 
             return searching(error, drop_limit), check_on
 
-        if check_on.count < 2 * FEW:
-            one = other = check_on
+        one, other = search_and_confirm(check_on) if check_on.count >= 2 * FEW else (check_on, check_on)
 
         def bound(forms: Forms) -> float:
             return self._compared(fitter.fit(forms).model, one).error_bound

@@ -18,10 +18,21 @@ REFUSALS, AGAIN = 3, 2
 """How often what was found may be refused, and the fits that each refusal may take."""
 STEP, NEAR = 1.5, 1.05
 """By how much a search raises a ratio that is kept, and how near it comes to the best."""
+LEAP, LEARNING = 2.0, 3
+"""By how much it raises one while its limit is not known, and the models, at most, that it learns from."""
+CLEAR = 2.0
+"""Standard errors from which the fall of a score stands out from chance."""
+LESS = 0.9
+"""The share, at most, of the error of a model that broke the promise that the next one may have."""
+FAR = 5.0
+"""Falls of more than so many times what is allowed say little of small ones: scores have only so much to
+lose."""
 AIM = 0.9
 """The share of its limit that an error is aimed at: plans scatter, and half of what is aimed at it misses."""
 MARGIN = 0.9
 """What a search for an output error aims at, as a share of what was asked: other samples must confirm it."""
+_ROUNDING = 1e-9
+"""What differences of floats are off by."""
 HAIR = 1.002
 """By how much more than a ratio is planned for, so that it is met exactly."""
 HALVINGS = 7
@@ -142,6 +153,10 @@ class Limit(Protocol):
         """The present limit."""
         ...
 
+    def unsure(self) -> bool:
+        """Whether a model with a larger error would teach what the limit is."""
+        ...
+
     def refused(self, searched: float, found: Verification) -> None:
         """Take in a model that the search found to have the error ``searched`` and that broke the promise."""
         ...
@@ -230,6 +245,11 @@ class Search(Generic[_Made]):
         if not self._tried and self._beyond == inf:
             return self._first
         tried = [entry[:2] for entry in self._tried]
+        if self._refused == inf and 0 < len(tried) < LEARNING and self._limit.unsure():
+            most, _ = max(tried)
+            higher = min(LEAP * most, (most + self._beyond) / 2)
+            if higher > NEAR * most:
+                return higher
         return next_ratio(tried, self._beyond, self._limit.value(), self._predicted)
 
 
@@ -296,6 +316,10 @@ class ErrorLimit:
         """The present limit."""
         return self._limit
 
+    def unsure(self) -> bool:
+        """Never: it is given."""
+        return False
+
     def refused(self, searched: float, found: Verification) -> None:
         """Take it that other models change other samples by as much more as this one did."""
         share = searched / found.error_bound if isfinite(found.error_bound) else 0.0
@@ -332,66 +356,74 @@ def bearable(drops: Sequence[Drop], most: float) -> float:
     tried, by least squares weighted with their variances, and the large falls, which stand out of the noise
     of few samples, tell what small ones are to be expected (results/largest.md).
     """
+    slope, deviation = _factor(drops)
+    careful = slope + deviation
+    if not drops:
+        return 0.0
+    return most / careful if careful > 0 else inf
+
+
+def _factor(drops: Sequence[Drop]) -> tuple[float, float]:
+    """The fall of the score for a unit of output error, and its standard error.
+
+    All models are tried on the same samples and err alike, so the errors of their falls do not average out.
+    """
     weights = [entry.error / max(entry.deviation, 1e-12) ** 2 for entry in drops]
     precision = sum(w * entry.error for w, entry in zip(weights, drops, strict=True))
     if precision <= 0:
-        return inf if drops else 0.0
+        return 0.0, 0.0
     slope = sum(w * entry.drop for w, entry in zip(weights, drops, strict=True)) / precision
-    careful = slope + precision**-0.5
-    return most / careful if careful > 0 else inf
+    return slope, sum(w * entry.deviation for w, entry in zip(weights, drops, strict=True)) / precision
 
 
 class DropLimit:
     """The output error up to which the score is expected to fall by at most ``most`` points.
 
-    Every model is scored on both halves of the labelled samples. One factor from errors to falls is fitted
-    to all of them. What a choice by one half loses on the other, pooled, is what choosing costs on samples
-    that were not seen: where that is more than was allowed, the limit shrinks by as much.
+    Every model is scored on all labelled samples. One factor from errors to falls is fitted to those that
+    fell by no more than FAR times what is allowed. A model that itself fell by more than is allowed is
+    followed by one with less error (results/promise.md).
     """
 
     def __init__(self, most: float, hint: str) -> None:
         self._most, self._hint = most / 100, hint
-        self._halves: tuple[list[Drop], list[Drop]] = [], []
+        self._searched: list[Drop] = []
         self._refused: list[Drop] = []
         self._samples = 0
 
     def value(self) -> float:
-        """The least limit that the models of the search, cross-fitting and each that was refused leave."""
-        limit = bearable([*self._halves[0], *self._halves[1]], self._most)
-        lost = cross_fitted(*self._halves, self._most)
-        if lost > self._most:
-            limit *= self._most / lost
-        return min([limit, *(bearable([drop], self._most) for drop in self._refused)])
+        """The least limit that all models of the search together and each that fell too far leave."""
+        worse = [drop for drop in (*self._searched, *self._refused) if drop.drop > self._most + _ROUNDING]
+        return min([bearable(self._telling(), self._most), *(self._below(drop) for drop in worse)])
 
-    def searched(self, *halves: Verification) -> None:
-        """Take in a model, as found on each half of the labelled samples."""
-        for drops, found in zip(self._halves, halves, strict=True):
-            drops.append(drop_of(found))
-        self._samples = sum(found.samples for found in halves)
+    def unsure(self) -> bool:
+        """Whether no fall stands out from chance, and the last model kept the score."""
+        slope, deviation = _factor(self._telling())
+        return slope < CLEAR * deviation and self._searched[-1].drop <= self._most
+
+    def searched(self, found: Verification) -> None:
+        """Take in a model of the search."""
+        self._searched.append(drop_of(found))
+        self._samples = found.samples
 
     def refused(self, searched: float, found: Verification) -> None:
-        """Take in the drop of a model on all samples."""
-        self._refused.append(drop_of(found))
+        """Take in the drop of what a model became that had the error ``searched``."""
+        self._refused.append(drop_of(found)._replace(error=searched))
 
     def why_nothing(self, ratio: float, error: float) -> str:
         """How much the best of the models tried lost."""
-        least = min((one.drop + two.drop) / 2 for one, two in zip(*self._halves, strict=True))
+        least = min(drop.drop for drop in self._searched)
         return (
             "No smaller model was sure to keep the score: the best one lost "
             f"{100 * least:.2f} points on {self._samples} samples, at {ratio:.2f} x or more; "
             f"allow more with --max-drop, or give more samples{self._hint}."
         )
 
+    def _below(self, worse: Drop) -> float:
+        """What the next model may err by after one whose score fell too far, which chance has a part in."""
+        least = worse.drop - worse.deviation
+        return worse.error * (min(LESS, self._most / least) if least > 0 else LESS)
 
-def cross_fitted(one: Sequence[Drop], other: Sequence[Drop], most: float) -> float:
-    """The mean fall, on the half it was not chosen by, of the model that each half alone would choose.
-
-    ``one`` and ``other`` are the same models on two halves of the samples, ``most`` is the fall allowed.
-    """
-    lost = 0.0
-    for chosen_by, judged_by in ((one, other), (other, one)):
-        limit = bearable(chosen_by, most)
-        within = [i for i, drop in enumerate(chosen_by) if drop.error <= limit]
-        if within:
-            lost += judged_by[max(within, key=lambda i: chosen_by[i].error)].drop / 2
-    return lost
+    def _telling(self) -> list[Drop]:
+        """Of the models of the search those that say what small falls are to be expected."""
+        near = max(FAR * self._most, min((drop.drop for drop in self._searched), default=0.0))
+        return [drop for drop in self._searched if drop.drop <= near]
