@@ -220,9 +220,9 @@ def _importable(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _same_ends(node: gs.Node, origin: onnx.NodeProto) -> bool:
-    return [t.name for t in node.inputs] == list(origin.input) and [t.name for t in node.outputs] == list(
-        origin.output
-    )
+    """Whether ``node`` reads and gives what it did before."""
+    inputs, outputs = ([tensor.name for tensor in side] for side in (node.inputs, node.outputs))
+    return inputs == list(origin.input) and outputs == list(origin.output)
 
 
 def _resized(value: onnx.ValueInfoProto, tensor: gs.Tensor | None) -> onnx.ValueInfoProto:

@@ -13,7 +13,7 @@ from onnx_lrsd.graph.model import Model
 from onnx_lrsd.run import NOT_NEEDED, REFITTED, Run
 from onnx_lrsd.solver.pattern import nonzeros
 from onnx_lrsd.targets import price
-from onnx_lrsd.types import DENSE, N_OF_M, Declined, Factors, Form, Layer, Plan
+from onnx_lrsd.types import DENSE, N_OF_M, Choice, Declined, Factors, Form, Layer, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +101,9 @@ def _predicted(whole: float | None, plan: Plan, changed: Iterable[str]) -> float
         return None
     saved = 0.0
     for name in changed:
-        choice = plan.choices.get(name)  # of a layer that was refitted alone a plan may say nothing
-        saved += (choice.before.seconds or 0.0) - (choice.after.seconds or 0.0) if choice else 0.0
+        choice = plan.choices.get(name)
+        if choice is not None:  # of a layer that was refitted alone a plan may say nothing
+            saved += (choice.before.seconds or 0.0) - (choice.after.seconds or 0.0)
     return whole / max(whole - saved, 1e-9)
 
 
@@ -115,22 +116,9 @@ def _layer_report(
     delivered: bool,
 ) -> LayerReport:
     """What became of ``layer``; ``left`` is the same layer with the channels that were not cut."""
-    choice = plan.choices.get(layer.output)
-    before = price(layer, Form(DENSE))
-    form = Form(DENSE)
-    error, reason = 0.0, reasons.get(layer.output) or (choice.reason if choice else "") or NOT_NEEDED
-    cut = left.full is not None
-    if factors is not None and factors.form.dense and cut:
-        error, reason = factors.error, ""
-    elif factors is not None and factors.form.dense:
-        error, reason = factors.error, f"{reason}; {REFITTED}"
-    elif factors is not None:
-        form, error, reason = factors.form, factors.error, ""
-    elif choice is not None and not choice.form.dense and layer.output not in reasons:
-        form, error, reason = choice.form, choice.error, "planned"
-    elif cut:
-        reason = "" if delivered else "planned"
-    after = price(left, form)
+    choice, cut = plan.choices.get(layer.output), left.full is not None
+    form, error, reason = _became(choice, factors, reasons.get(layer.output), cut, delivered)
+    before, after = price(layer, Form(DENSE)), price(left, form)
     taps = layer.m // layer.channels
     return LayerReport(
         name=layer.name,
@@ -156,6 +144,25 @@ def _layer_report(
         gives=_kept(left.output_channels, layer.output_channels),
         reads=_kept(left.channels, layer.channels),
     )
+
+
+def _became(
+    choice: Choice | None, factors: Factors | None, noted: str | None, cut: bool, delivered: bool
+) -> tuple[Form, float, str]:
+    """The form of a layer, its relative error, and why it stays as it is, in words; empty where it does not.
+
+    ``noted`` is the reason that the run gave, if any; ``cut`` says that some of its channels are gone.
+    """
+    reason = noted or (choice.reason if choice is not None else "") or NOT_NEEDED
+    if factors is not None and not factors.form.dense:
+        return factors.form, factors.error, ""
+    if factors is not None:
+        return Form(DENSE), factors.error, "" if cut else f"{reason}; {REFITTED}"
+    if choice is not None and not choice.form.dense and noted is None:
+        return choice.form, choice.error, "planned"
+    if cut:
+        return Form(DENSE), 0.0, "" if delivered else "planned"
+    return Form(DENSE), 0.0, reason
 
 
 def _kept(left: int, of: int) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
@@ -254,6 +254,18 @@ def _read_choice(name: str, entry: Any) -> Choice:
         raise wrong(
             f'has the unknown field "{unknown[0]}": fields that count are kind, {", ".join(FORM_NUMBERS)}'
         )
+    form = _read_form(entry, wrong)
+    error, reason = entry.get("error") or 0.0, entry.get("reason") or ""
+    if isinstance(error, bool) or not isinstance(error, int | float) or not isinstance(reason, str):
+        raise wrong("has an error that is no number or a reason that is no text: remove them")
+    try:
+        before, after = (_read_price(entry.get(side)) for side in ("before", "after"))
+        return Choice(form, float(error), before, after, reason)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong('has a "before" or "after" that is no price: remove it') from None
+
+
+def _read_form(entry: Json, wrong: Callable[[str], DataError]) -> Form:
     kind = entry.get("kind")
     if kind not in KINDS:
         raise wrong(f"has kind {json.dumps(kind)}: write one of {', '.join(KINDS)}")
@@ -280,20 +292,7 @@ def _read_choice(name: str, entry: Any) -> Choice:
         raise wrong("has two patterns for its sparse part: give channels, nonzeros, or kept and of")
     if kind != DENSE and not (rank or given):
         raise wrong(f"is {kind} without a rank: give a rank of 1 or more, or write the kind dense")
-    error, reason = entry.get("error") or 0.0, entry.get("reason") or ""
-    if isinstance(error, bool) or not isinstance(error, int | float) or not isinstance(reason, str):
-        raise wrong("has an error that is no number or a reason that is no text: remove them")
-    try:
-        before, after = (_read_price(entry.get(side)) for side in ("before", "after"))
-        return Choice(
-            Form(kind, rank, given[0] if given else NONE, outer, tuple(weights.items()), entries),
-            float(error),
-            before,
-            after,
-            reason,
-        )
-    except (TypeError, ValueError, OverflowError):
-        raise wrong('has a "before" or "after" that is no price: remove it') from None
+    return Form(kind, rank, given[0] if given else NONE, outer, tuple(weights.items()), entries)
 
 
 def _read_price(entry: Any) -> Price:
