@@ -299,7 +299,7 @@ class LayerDetails:
 class Trial:
     """How many times cheaper a model is, and the relative error of its outputs.
 
-    Of a measured model that is the upper end of the error's interval, which promises are held by.
+    For a measured model the error is the upper end of its interval, which promises are held by.
     """
 
     ratio: float

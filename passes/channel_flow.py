@@ -45,7 +45,7 @@ DOMAINS = (DOMAIN, "com.microsoft")
 
 
 class Carried(NamedTuple):
-    """The channels of a tensor: ``owner`` (length,) is whose each position of ``axis`` is; -1: of none.
+    """The channels of a tensor: ``owner`` (length,) has the channel of each position of ``axis``, -1: none.
 
     ``axis`` counts from the end, so that broadcasting does not move it; ``rank`` is None if not known.
     ``heads`` is the axis of the heads that share the channels, from the end too, or 0 while all are on one
@@ -67,7 +67,7 @@ class Place(NamedTuple):
 
 
 class ConstantPart(NamedTuple):
-    """A constant of which ``owner`` says along ``axis`` whose each position is."""
+    """A constant, and in ``owner`` the channel of each of its positions along ``axis``; -1: none."""
 
     place: Place
     axis: int
@@ -75,7 +75,10 @@ class ConstantPart(NamedTuple):
 
 
 class Count(NamedTuple):
-    """A number, ``entry`` of a constant or attribute (None: all of it), that counts those of ``owner``."""
+    """A number that counts channels, those in ``owner``: ``entry`` of a constant or an attribute.
+
+    ``entry`` None: the number is all of it.
+    """
 
     place: Place
     entry: int | None
@@ -154,7 +157,7 @@ def hand_on(flow: Flow, node: gs.Node, given: Given) -> Handed:
 
 
 def _bent(handed: Handed) -> Handed:
-    """The channels, which may not be turned from here on."""
+    """The same channels, marked as such that may not be turned from here on."""
     if isinstance(handed, str):
         return handed
     return [None if carried is None else carried._replace(heads=None) for carried in handed]
@@ -205,7 +208,7 @@ def _elementwise(flow: Flow, node: gs.Node, given: Given) -> Handed:
 
 
 def _beside(flow: Flow, node: gs.Node, index: int, carried: Carried) -> str:
-    """Why the operand ``index``, which has no channels itself, is no value for each channel, or nothing."""
+    """Why the operand ``index``, which carries no channels, cannot be cut with them; empty where it can."""
     tensor = node.inputs[index]
     shape = flow.shape(tensor)
     if shape is not None and (len(shape) < -carried.axis or shape[carried.axis] == 1):
@@ -383,7 +386,7 @@ def _reshaped(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
 
 
 def _are_values(node: gs.Node, axis: int, rank: int) -> bool:
-    """Whether an axis of what ``node`` gives, of ``rank`` axes, is kept by a product that alone reads it."""
+    """Whether a MatMul alone reads what ``node`` gives, of ``rank`` axes, and does not sum over ``axis``."""
     tensor = node.outputs[0]
     while len(tensor.outputs) == 1 and is_op(tensor.outputs[0], "Transpose"):
         order = tensor.outputs[0].attrs.get("perm", list(range(rank))[::-1])
@@ -599,7 +602,7 @@ def _numbers(node: gs.Node, name: str, index: int) -> list[int] | None:
 
 
 def _shape(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
-    """A shape of which other sizes are read alone tells nothing of the channels."""
+    """Shape: harmless where the size of the axis of the channels is read by nobody."""
     reason = f"{node.op} {label(node)} reads how many they are"
     if carried.rank is None:
         return reason

@@ -80,7 +80,7 @@ def is_view(node: gs.Node) -> bool:
 
 
 def stored_tensor(tensor: gs.Tensor) -> gs.Tensor:
-    """The tensor that is stored, of which the constant ``tensor`` is a view or which it is itself."""
+    """The stored tensor behind the constant ``tensor``: itself, or the one that it is a view of."""
     while not isinstance(tensor, gs.Constant) and is_view(tensor.inputs[0]):
         tensor = tensor.inputs[0].inputs[0]
     return tensor

@@ -46,7 +46,7 @@ def find_constants(
     declined: Sequence[Declined],
     named: Container[str] | None = None,
 ) -> tuple[tuple[Layer, ...], tuple[Declined, ...]]:
-    """The constants to be stored and ``layers`` behind them, and what was ``declined`` in spite of them.
+    """The constants that can be stored in codes, followed by ``layers``; and what remains declined.
 
     A layer whose weight is one of the constants is declined; what was declined for a weight that is now
     stored is not any more. Only the constants ``named`` are looked at, if it is not None.

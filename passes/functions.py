@@ -96,7 +96,7 @@ def _layers(model: Model) -> int:
 def _by_opset(
     proto: onnx.ModelProto,
 ) -> tuple[list[onnx.FunctionProto], list[onnx.FunctionProto]]:
-    """Functions that mean the versions of operators that the model does, and others."""
+    """The functions that use the model's own versions of all operators, and the other ones."""
     versions = {domain_of(opset.domain): opset.version for opset in proto.opset_import}
     alike, unlike = list[onnx.FunctionProto](), list[onnx.FunctionProto]()
     for function in proto.functions:

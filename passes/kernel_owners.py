@@ -49,7 +49,10 @@ def _owner(
     outputs: set[str],
     written: Mapping[str, str],
 ) -> str | None:
-    """``written`` has the outputs of layers by their names, from which those of written nodes are made."""
+    """The output of the layer that ``node`` works for, the nearest one in front of it; None if there is none.
+
+    ``written`` has the outputs of layers by name: the names of nodes that replace a layer begin with its own.
+    """
     seen, waiting = set[str](), [node]
     while waiting:
         node = waiting.pop(0)

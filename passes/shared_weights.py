@@ -54,7 +54,7 @@ def share_weights(working: WorkingGraph, layers: Sequence[Layer]) -> tuple[Layer
 
 
 def groups(layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:
-    """``layers`` by the weight that they apply, the one that stores it first; in the order of these."""
+    """``layers`` in groups that apply one weight: first in each is the one that stores it."""
     found = dict[str, list[Layer]]()
     for layer in layers:
         found.setdefault(layer.shares or layer.output, []).append(layer)

@@ -153,9 +153,9 @@ def _probes(
 
 
 def _injected(layer: Layer, form: Form | None, moments: Moments | None) -> Form | None:
-    """The form whose error is injected for ``form``, if one is.
+    """The form whose error is injected to measure the sensitivity for ``form``; None where none is.
 
-    On its own few rows an S loses nothing; elsewhere it errs in all directions, as rounding does.
+    An S fitted to few rows has no error on these. On others it errs in all directions, as rounding does.
     """
     if form is None or form.pattern.kind not in (N_OF_M, UNSTRUCTURED):
         return form
@@ -207,7 +207,10 @@ class Reference:
 
 
 class FinalOutput(NamedTuple):
-    """A floating output but at padding, in batches; ``axes`` are those that its rows hold beside samples."""
+    """A floating output without padding, in batches of rows.
+
+    ``axes`` are those that became rows beside the axis of samples.
+    """
 
     axes: tuple[int, ...]
     batches: list[Values]

@@ -84,7 +84,7 @@ def write_part(
 
 
 def _quota(sampling: Sampling, layer: Layer) -> str:
-    """What stands for the rows of a layer that are taken of samples in batches."""
+    """A hash of which rows of a layer are taken from which batches of samples."""
     return hash_of((sampling.quotas[layer.output], sampling.batch))
 
 

@@ -91,7 +91,7 @@ def located(tensor: onnx.TensorProto, folder: Path | None) -> tuple[Path, int]:
 
 
 def content_hash(proto: onnx.ModelProto, folder: Path | None) -> str:
-    """What stands for all that a model holds, its data files in ``folder`` included: 32 hex digits."""
+    """A hash of all that a model holds, its data files in ``folder`` included: 32 hex digits."""
     hashed = blake2b(proto.SerializeToString(deterministic=True), digest_size=16)
     for tensor in stored_tensors(proto):
         if uses_external_data(tensor):

@@ -97,7 +97,10 @@ def frontier(proto: onnx.ModelProto, changing: Collection[str]) -> list[str]:
 
 
 def affected(proto: onnx.ModelProto, changing: Collection[str]) -> set[str]:
-    """Names of the tensors ``changing`` and of all that nodes give which give or read one of them."""
+    """Names of the tensors that differ once those named ``changing`` do, these included.
+
+    A node that reads or gives one of them is taken to change all of its outputs.
+    """
     late = set(changing)
     for node in proto.graph.node:
         if not late.isdisjoint(reads(node)) or not late.isdisjoint(node.output):

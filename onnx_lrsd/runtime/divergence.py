@@ -110,7 +110,7 @@ class Divergence:
         return missed / energy if energy > 0 else float("inf")
 
     def by_sample(self) -> tuple[Values, Values]:
-        """What stands above and below the line for each sample, or batch where samples are not told apart."""
+        """Numerator and denominator for each sample, or for each batch where samples are not told apart."""
         below = self._spread if self._varies(_ROUNDING) else self._energy
         nothing = [np.zeros(0)]
         return np.concatenate(self._missed or nothing), np.concatenate(below or nothing)
@@ -122,7 +122,7 @@ class Divergence:
 
     @property
     def hardly_varies(self) -> bool:
-        """Whether what varied of it is small beside its size."""
+        """Whether the spread of the original's values is small beside their mean square."""
         return self._rows > 1 and not self._uneven and not self._varies(LITTLE)
 
     def _varies(self, share: float) -> bool:

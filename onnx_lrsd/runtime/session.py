@@ -52,9 +52,9 @@ def onnxruntime() -> ModuleType:
 
 @contextmanager
 def sound(proto: onnx.ModelProto, folder: Path | None) -> Iterator[None]:
-    """Where the block fails unforeseen and ONNX Runtime does not open the model either, it is to blame.
+    """Blame the model where the block fails unforeseen and ONNX Runtime cannot open the model either.
 
-    Raises ModelError then, as ``open_session`` does. A model that is opened costs nothing here.
+    Raises ModelError then, as ``open_session`` does. Costs nothing as long as the block does not fail.
     """
     try:
         yield
