@@ -153,7 +153,8 @@ def test_a_run_takes_at_most_what_it_may() -> None:
     assert result.report.promise is not None and result.report.verification is not None
 
 
-def test_a_prediction_that_is_off_by_a_factor_leads_a_search_to_its_end_in_few_fits() -> None:
+@pytest.mark.parametrize("factor", [0.3, 1.0, 3.0])
+def test_a_prediction_that_is_off_by_a_factor_leads_a_search_to_its_end_in_few_fits(factor: float) -> None:
     made = list[float]()
 
     def make(ratio: float) -> float:
@@ -164,7 +165,7 @@ def test_a_prediction_that_is_off_by_a_factor_leads_a_search_to_its_end_in_few_f
         return (ratio - 1) ** 4
 
     def error(ratio: float) -> float:
-        return 3.0 * predicted(ratio)
+        return factor * predicted(ratio)
 
     for with_prediction in (predicted, None):
         made.clear()

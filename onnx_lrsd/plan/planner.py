@@ -51,6 +51,8 @@ LOSES = 1.25
 fewer nodes."""
 NEGLIGIBLE_ERROR = 1e-3
 """Error that no other plan is fitted to avoid: channels that are cut bring more speed, and none is missed."""
+SURELY = 1.5
+"""A plan that is predicted to lose so many times as much is not fitted to be compared (results/time.md)."""
 AFFORDABLE = 2e11
 """MACs of all samples to fit on up to which two plans are fitted: with more a second fit takes minutes."""
 MODERATE = 0.03
@@ -279,11 +281,13 @@ class Planner:
         affordable = self.run.cost == "macs" and self.whole * self.samples.count <= AFFORDABLE
         if not cut or not affordable or self.run.time.passed(PLANNED):
             return forms
+        plain = copy(self)
+        plain.curves = Curves(self.curves.layers)
+        if self.weighed and plain.predicted(ratio) > SURELY * self.predicted(ratio):
+            return forms
         lost = self._compared(fitter.fit(forms).model, samples).error
         if lost <= NEGLIGIBLE_ERROR:
             return forms
-        plain = copy(self)
-        plain.curves = Curves(self.curves.layers)
         try:
             others = plain.for_ratio(ratio)
         except BudgetError:

@@ -37,6 +37,9 @@ HAIR = 1.002
 """By how much more than a ratio is planned for, so that it is met exactly."""
 HALVINGS = 7
 """How often the interval in which a predicted error is looked for is halved."""
+FAR = 1.5
+"""A search begins where its limit is predicted to be met if its usual beginning is predicted so many times
+above it: predictions were at most so far from what was measured, as a rule (results/time.md)."""
 CORRECTIONS = 3
 """Fits that a ratio may take: what a plan costs is known exactly only once it is written."""
 
@@ -243,7 +246,7 @@ class Search(Generic[_Made]):
 
     def _next_ratio(self) -> float | None:
         if not self._tried and self._beyond == inf:
-            return self._first
+            return self._beginning()
         tried = [entry[:2] for entry in self._tried]
         if self._refused == inf and 0 < len(tried) < LEARNING and self._limit.unsure():
             most, _ = max(tried)
@@ -251,6 +254,13 @@ class Search(Generic[_Made]):
             if higher > NEAR * most:
                 return higher
         return next_ratio(tried, self._beyond, self._limit.value(), self._predicted)
+
+    def _beginning(self) -> float:
+        """The first ratio to try: the usual one, or a smaller one predicted to be within the limit."""
+        limit = self._limit.value()
+        if self._predicted is None or not 0 < limit < inf or self._predicted(self._first) <= FAR * limit:
+            return self._first
+        return max(_where(self._predicted, AIM * limit, 1.0, self._first), NEAR)
 
 
 def next_ratio(
@@ -260,13 +270,16 @@ def next_ratio(
 
     None if one of these is near enough.
 
-    Between two of them the error is taken as a power of what is ``predicted``, below all as a multiple of it;
-    without a prediction as a power of what is saved, ratio - 1, below all as its square.
+    Between two of them the error is taken as a power of what is ``predicted``, beside all of them as a
+    multiple of it; without a prediction as a power of what is saved, ratio - 1, below all as its square.
     """
     low, least = max((entry for entry in tried if entry[1] <= limit), default=(1.0, 0.0))
     high, most = min((entry for entry in tried if entry[0] > low), default=(beyond, inf))
     if high == inf:
-        return low * STEP
+        if predicted is None or not least > 0:
+            return low * STEP
+        more = _where(predicted, predicted(low) * AIM * limit / least, low, low * STEP)
+        return more if more >= NEAR * low else None
     if high / low < NEAR:
         return None
     if predicted is not None and most < inf and limit > 0:
@@ -292,17 +305,24 @@ def _by_prediction(
     wanted = far * aim / most
     if 0 < least < most and 0 < near < far < inf:
         wanted = near * (aim / least) ** (log(far / near) / log(most / least))
-    left, right = low, high
-    for _ in range(HALVINGS):
-        middle = (left + right) / 2
-        if predicted(middle) <= wanted:
-            left = middle
-        else:
-            right = middle
+    left = _where(predicted, wanted, low, high)
     if least > 0 and left < NEAR * low:
         return None
     least_part = 0.05 if low == 1 else 0.2
     return low + (high - low) * min(max((left - low) / (high - low), least_part), 0.8)
+
+
+def _where(predicted: Predicted, wanted: float, low: float, high: float) -> float:
+    """The largest ratio from ``low`` to ``high`` that is predicted to have at most the error ``wanted``."""
+    if predicted(high) <= wanted:
+        return high
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if predicted(middle) <= wanted:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 class ErrorLimit:
