@@ -357,32 +357,49 @@ def _reshaped(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
     if before is None or after is None:
         return spread
     blocks = _aligned(before, after)
-    block = next((b for b in blocks if carried.axis + len(before) in b[0]), None) if blocks else None
-    if block is None:
+    block = next((b for b in blocks if carried.axis + len(before) in b.before), None)
+    owners = None if block is None else _owners_behind(carried, block, before, after)
+    if block is None or owners is None:
         return spread
-    sizes_before, sizes_after = [before[i] for i in block[0]], [after[i] for i in block[1]]
-    if not all(isinstance(size, int) for size in (*sizes_before, *sizes_after)):
-        if len(block[0]) != 1 or len(block[1]) != 1:
-            return spread
-        sizes_before = sizes_after = [len(carried.owner)]
-    at = carried.axis + len(before) - block[0][0]
-    wide = carried.owner.reshape([-1 if i == at else 1 for i in range(len(block[0]))])
-    flat = np.broadcast_to(wide, [int(size or 0) for size in sizes_before])
-    owners = flat.reshape([int(size or 0) for size in sizes_after])
-    split = len(block[0]) == 1 and len(block[1]) == 2
-    if split and _are_values(node, block[1][1] - len(after), len(after)):
+    split = len(block.before) == 1 and len(block.after) == 2
+    if split and _are_values(node, block.after[1] - len(after), len(after)):
         found = _in_heads(flow, owners)
     else:
         found = _on_one_axis(flow, owners)
     if found is None:
         return spread
-    axis, owner = block[1][0] + found[0], found[1]
-    heads = _heads(carried, blocks or [], len(before), len(after))
+    axis, owner = block.after[0] + found[0], found[1]
+    heads = _heads(carried, blocks, len(before), len(after))
     if is_op(node, "Reshape"):
         reason = _count_entry(flow, node, axis, carried.axis + len(before), owner)
         if reason:
             return reason
     return [Carried(axis - len(after), len(after), owner, heads)]
+
+
+class _Block(NamedTuple):
+    """Consecutive axes of the shape before a Reshape and of that after it, which hold as many entries."""
+
+    before: list[int]
+    after: list[int]
+
+
+def _owners_behind(
+    carried: Carried,
+    block: _Block,
+    before: Sequence[int | str | None],
+    after: Sequence[int | str | None],
+) -> Owner | None:
+    """The owner of each position of the axes that ``block`` has after a Reshape; None if not known."""
+    old, new = [before[axis] for axis in block.before], [after[axis] for axis in block.after]
+    if len(old) == len(new) == 1:
+        return carried.owner
+    sizes = [size for size in old if isinstance(size, int)], [size for size in new if isinstance(size, int)]
+    if len(sizes[0]) < len(old) or len(sizes[1]) < len(new):
+        return None
+    along = [1] * len(old)
+    along[carried.axis + len(before) - block.before[0]] = len(carried.owner)
+    return np.broadcast_to(carried.owner.reshape(along), sizes[0]).reshape(sizes[1])
 
 
 def _are_values(node: gs.Node, axis: int, rank: int) -> bool:
@@ -406,54 +423,49 @@ def _in_heads(flow: Flow, owners: Owner) -> tuple[int, Owner] | None:
     return 1, owners[0]
 
 
-def _heads(
-    carried: Carried, blocks: Sequence[tuple[list[int], list[int]]], before: int, after: int
-) -> int | None:
+def _heads(carried: Carried, blocks: Sequence[_Block], before: int, after: int) -> int | None:
     """The axis of the heads behind a Reshape of these ``blocks``; as in ``Carried``."""
     if carried.heads is None:
         return None
-    own = next(block for block in blocks if carried.axis + before in block[0])
+    own = next(block for block in blocks if carried.axis + before in block.before)
     if carried.heads == 0:
-        if len(own[0]) == 1 and len(own[1]) < 3:
-            return 0 if len(own[1]) == 1 else own[1][0] - after
-        return None
+        if len(own.before) != 1 or len(own.after) > 2:
+            return None
+        return 0 if len(own.after) == 1 else own.after[0] - after
     at = carried.heads + before
-    if own == ([at, carried.axis + before], own[1][:1]):
+    if own.before == [at, carried.axis + before] and len(own.after) == 1:
         return 0
-    of_heads = next(block for block in blocks if at in block[0])
-    alone = [len(axes) == 1 for axes in (*own, *of_heads)]
-    return of_heads[1][0] - after if all(alone) else None
+    of_heads = next(block for block in blocks if at in block.before)
+    alone = all(len(axes) == 1 for axes in (*own, *of_heads))
+    return of_heads.after[0] - after if alone else None
 
 
-def _aligned(
-    before: Sequence[int | str | None], after: Sequence[int | str | None]
-) -> list[tuple[list[int], list[int]]] | None:
-    """Consecutive axes of two shapes in blocks of like size, the least ones; None where they do not align."""
-    blocks: list[tuple[list[int], list[int]]] = []
+def _aligned(before: Sequence[int | str | None], after: Sequence[int | str | None]) -> list[_Block]:
+    """The axes of two shapes in blocks of like size, the least ones; none where they do not align."""
+    blocks: list[_Block] = []
     i = j = 0
     while i < len(before) and j < len(after):
         if before[i] == after[j] and before[i] is not None:
-            blocks.append(([i], [j]))
+            blocks.append(_Block([i], [j]))
             i, j = i + 1, j + 1
             continue
-        own: tuple[list[int], list[int]] = ([], [])
+        own = _Block([], [])
         sizes = [1, 1]
         while not own[0] or sizes[0] != sizes[1]:
             side = 0 if not own[0] or (own[1] and sizes[0] < sizes[1]) else 1
             shape, at = (before, i) if side == 0 else (after, j)
-            if at >= len(shape):
-                return None
-            size = shape[at]
+            size = shape[at] if at < len(shape) else None
             if not isinstance(size, int):
-                return None
+                return []
             own[side].append(at)
             sizes[side] *= size
             i, j = (i + 1, j) if side == 0 else (i, j + 1)
         blocks.append(own)
-    rest = ([*range(i, len(before))], [*range(j, len(after))])
-    if any(before[a] != 1 for a in rest[0]) or any(after[a] != 1 for a in rest[1]) or not blocks:
-        return None
-    blocks[-1] = (blocks[-1][0] + rest[0], blocks[-1][1] + rest[1])
+    rest = _Block([*range(i, len(before))], [*range(j, len(after))])
+    if any(before[a] != 1 for a in rest.before) or any(after[a] != 1 for a in rest.after) or not blocks:
+        return []
+    last = blocks[-1]
+    blocks[-1] = _Block(last.before + rest.before, last.after + rest.after)
     return blocks
 
 

@@ -193,10 +193,16 @@ class _Table:
         given, read = (curves.widths(key.get(output)) for key in (curves.giving, curves.reading))
         points = [[lower_hull(curves.points_at(output, (g, r)), cost) for r in read] for g in given]
         most = max(len(found) for row in points for found in row)
-        filled = [[[*found, *found[:1] * (most - len(found))] for found in row] for row in points]
-        errors = np.array([[[point.error for point in found] for found in row] for row in filled])
-        costs = np.array([[[cost(point) for point in found] for found in row] for row in filled])
-        return _Table(points, errors, costs)
+
+        def filled(value: Callable[[Point], float]) -> npt.NDArray[np.float64]:
+            table = np.empty((len(given), len(read), most))
+            for place in np.ndindex(len(given), len(read)):
+                values = [value(point) for point in points[place[0]][place[1]]]
+                table[place] = values[0]
+                table[place][: len(values)] = values
+            return table
+
+        return _Table(points, filled(lambda point: point.error), filled(cost))
 
     def worths(self, weight: float, price: float) -> npt.NDArray[np.float64]:
         """Error times ``weight`` and cost times ``price``, together, of every point."""
