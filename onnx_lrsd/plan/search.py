@@ -37,7 +37,7 @@ HAIR = 1.002
 """By how much more than a ratio is planned for, so that it is met exactly."""
 HALVINGS = 7
 """How often the interval in which a predicted error is looked for is halved."""
-FAR = 1.5
+MISPREDICTED = 1.5
 """A search begins where its limit is predicted to be met if its usual beginning is predicted so many times
 above it: predictions were at most so far from what was measured, as a rule (results/time.md)."""
 CORRECTIONS = 3
@@ -258,7 +258,11 @@ class Search(Generic[_Made]):
     def _beginning(self) -> float:
         """The first ratio to try: the usual one, or a smaller one predicted to be within the limit."""
         limit = self._limit.value()
-        if self._predicted is None or not 0 < limit < inf or self._predicted(self._first) <= FAR * limit:
+        if (
+            self._predicted is None
+            or not 0 < limit < inf
+            or self._predicted(self._first) <= MISPREDICTED * limit
+        ):
             return self._first
         return max(_where(self._predicted, AIM * limit, 1.0, self._first), NEAR)
 
