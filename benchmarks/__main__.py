@@ -20,6 +20,7 @@ STUDIES = {
     "honesty": "whether what is said holds on samples never seen: errors, --max-drop, scatter, detections",
     "mutate": "mutated model files: a valid model or one sentence each",
     "resources": "time and memory: of each stage of a run; over layer size, layers, samples and processes",
+    "large_model": "writes a model of some gigabytes, for results/scale.md",
     "replay": "plans replayed by two checkouts give the same bytes",
 }
 """Name -> what it shows. Each is a module of this package with OPTIONS, add_arguments and run."""

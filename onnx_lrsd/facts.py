@@ -330,12 +330,28 @@ class Details:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """What a run with a ``limit`` held, in bytes; 0 where the system does not tell.
+
+    ``most`` is all that the process held at a time, ``runtime`` the most that sessions of ONNX Runtime did.
+    ``aside``: rows, moments and new weights lay in files. ``parted``: the models were run part by part.
+    """
+
+    limit: int
+    most: int
+    runtime: int
+    aside: bool
+    parted: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything the tool says about one run: schema 1 of the JSON, the table, nothing else.
 
     ``predicted`` is the latency ratio that the table of a machine led to expect of the layers as they are
     now, low rank alone; ``table`` says which table that was. None and empty where nothing was predicted.
     ``time`` is how many seconds the run was allowed, if that was limited, and ``left_out`` what for.
+    ``memory`` is what it held, if that was limited.
     ``whole`` are the layers all of whose channels must stay, with the reason; empty where no channels were
     to be cut.
     """
@@ -359,6 +375,7 @@ class Report:
     table: str = ""
     time: float | None = None
     left_out: tuple[str, ...] = ()
+    memory: MemoryUse | None = None
     whole: tuple[Declined, ...] = ()
     details: Details | None = None
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol, get_type_hints
 
 from onnx_lrsd.errors import OptionError
 from onnx_lrsd.time_limit import seconds_of
+from onnx_lrsd.wording import bytes_of
 
 
 class AllowedValues(Protocol):
@@ -172,6 +173,16 @@ class Regex:
             raise OptionError(
                 f"{{{name}}} is not a regular expression ({said}): mend it.", **{name: value}
             ) from None
+
+
+@dataclass(frozen=True)
+class ByteCount:
+    """Bytes, as a number or in words: 4GB, 512MB."""
+
+    def check(self, name: str, value: object) -> None:
+        """Raise OptionError for what is no size."""
+        if not isinstance(value, str | int) or not bytes_of(value):
+            raise OptionError(f"{{{name}}} is no size: write it like 4GB or 512MB.", **{name: value})
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ from onnx_lrsd.errors import DataError, OptionError
 from onnx_lrsd.graph.external_data import content_hash
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.judge import GroupsOf
+from onnx_lrsd.memory_limit import MemoryLimit
 from onnx_lrsd.option import (
     Address,
+    ByteCount,
     Duration,
     Flag,
     FolderName,
@@ -37,11 +39,13 @@ from onnx_lrsd.option import (
     check_options,
 )
 from onnx_lrsd.runtime.quantiser import saturates
+from onnx_lrsd.runtime.session import RUNTIME_MEMORY
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, processor, this_machine
 from onnx_lrsd.targets.machine import runtime
 from onnx_lrsd.time_limit import TimeLimit, seconds_of
 from onnx_lrsd.types import COSTS, KINDS, Plan, Progress, Score
+from onnx_lrsd.wording import bytes_of
 from onnx_lrsd.work_dir import KEEP_NOTHING, Keep, Kept, hash_of, open_work_dir
 from onnx_lrsd.workers import IN_PROCESS, Workers
 
@@ -136,6 +140,14 @@ class Options:
     time: Annotated[
         str | float | None,
         Option("Take at most T (90s, 10min, 2h); say what was left out for it.", Duration(), metavar="T"),
+    ] = None
+    memory: Annotated[
+        str | int | None,
+        Option(
+            "Hold at most SIZE (4GB, 512MB) beside what ONNX Runtime takes; the rest lies in files.",
+            ByteCount(),
+            metavar="SIZE",
+        ),
     ] = None
     seed: Annotated[int, Option("For what is drawn at random.", Whole(0), metavar="N")] = 0
     jobs: Annotated[
@@ -260,7 +272,7 @@ class Run:
     ``target`` has the times of ``machine``, which is None where the target has none. ``cost`` is what a
     ratio is of. ``groups`` are those that all comparisons judge outputs in, so that a search and the check of
     what it found go by the same; None until there are samples. ``keep`` looks into the work dir first, where
-    there is one. ``time`` is what the run may take; ``workers`` do what is shared out.
+    there is one. ``time`` and ``memory`` are what the run may take; ``workers`` do what is shared out.
     """
 
     options: Options
@@ -272,6 +284,7 @@ class Run:
     progress: Progress | None = None
     keep: Keep = KEEP_NOTHING
     time: TimeLimit = field(default_factory=TimeLimit)
+    memory: MemoryLimit = field(default_factory=MemoryLimit)
     workers: Workers = IN_PROCESS
 
     @property
@@ -362,7 +375,16 @@ def start(options: Options, plan: Plan | None = None, progress: Progress | None 
         )
     cost = plan.cost if plan is not None else options.cost or target.counts
     limit = TimeLimit((options.time and seconds_of(options.time)) or math.inf)
-    run = Run(options=options, target=target, cost=cost, progress=limit.watching(progress), time=limit)
+    RUNTIME_MEMORY.start_anew()
+    memory = MemoryLimit((options.memory and bytes_of(options.memory)) or math.inf)
+    run = Run(
+        options=options,
+        target=target,
+        cost=cost,
+        progress=memory.watching(limit.watching(progress)),
+        time=limit,
+        memory=memory,
+    )
     if not target.times:
         return run
     machine, said = this_machine()

@@ -20,6 +20,17 @@ def counted(count: int, one: str, many: str = "") -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+def bytes_in_words(size: int) -> str:
+    """``size`` as ``bytes_of`` reads it, rounded up to three digits.
+
+    >>> bytes_in_words(268_435_456), bytes_in_words(3_999_000_000)
+    ('269MB', '4GB')
+    """
+    unit = "GB" if size > 999 * SIZE_UNITS["MB"] else "MB"
+    step = SIZE_UNITS[unit] // 100 if unit == "GB" else SIZE_UNITS[unit]
+    return f"{-(-size // step) * step / SIZE_UNITS[unit]:g}{unit}"
+
+
 def bytes_of(text: str | int) -> int | None:
     """How many bytes ``text`` names: 4GB, 512MiB, or a number; None for what is no size.
 

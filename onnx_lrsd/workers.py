@@ -44,7 +44,8 @@ class Workers:
 
     Tasks done at once share ``cores`` for BLAS. ``renew`` makes another executor where one is broken; None
     where it came from outside. ``warn`` is told once of a worker that died. ``here``: the executor is threads
-    of this process, of which none is lost, so that what fails fails for good.
+    of this process, of which none is lost, so that what fails fails for good. ``at_once`` bounds the tasks
+    whose arguments are held, None for twice as many as are done at a time.
     """
 
     executor: Executor | None = None
@@ -53,6 +54,7 @@ class Workers:
     renew: Callable[[], Executor] | None = None
     warn: Callable[[str], None] = lambda said: None
     here: bool = False
+    at_once: int | None = None
     _warned: bool = field(default=False, init=False)
 
     def map(
@@ -61,12 +63,16 @@ class Workers:
         given: Callable[[int], _Argument],
         count: int,
         done: Callable[[int], None] = lambda count: None,
+        store: Callable[[_Result], _Result] = lambda result: result,
     ) -> list[_Result]:
-        """``task`` of ``given(0)`` to ``given(count - 1)``, in this order; ``done`` is told how many are."""
+        """``task`` of ``given(0)`` to ``given(count - 1)``, in this order; ``done`` is told how many are.
+
+        Each result is what ``store`` makes of it, in this thread.
+        """
         if self.executor is None or (self.here and count == 1):
             found = []
             for index in range(count):
-                found.append(task(given(index)))
+                found.append(store(task(given(index))))
                 done(len(found))
             return found
         threads = max(self.cores // max(min(count, self.count), 1), 1)
@@ -75,7 +81,7 @@ class Workers:
             for _ in range(2):
                 missing = [index for index in range(count) if index not in made]
                 for index, value in self._handed_out(task, given, missing, threads):
-                    made[index] = value
+                    made[index] = store(value)
                     done(len(made))
                 if len(made) == count:
                     break
@@ -83,7 +89,7 @@ class Workers:
         with threadpool_limits(threads):
             for index in range(count):
                 if index not in made:
-                    made[index] = task(given(index))
+                    made[index] = store(task(given(index)))
                     done(len(made))
         return [made[index] for index in range(count)]
 
@@ -97,8 +103,9 @@ class Workers:
         """What workers made of those ``missing``, as far as they did."""
         assert self.executor is not None
         upcoming, waiting = deque(missing), deque[tuple[int, Future[_Result]]]()
+        most = AHEAD * self.count if self.at_once is None else self.at_once
         while upcoming or waiting:
-            while upcoming and len(waiting) < AHEAD * self.count:
+            while upcoming and len(waiting) < most:
                 index = upcoming.popleft()
                 argument = given(index)
                 try:

@@ -79,7 +79,7 @@ def test_the_fit_is_the_same_and_the_network_runs_about_once(monkeypatch: pytest
 
     def fit(most: int) -> tuple[dict[str, Factors], int]:
         convolutions.clear()
-        monkeypatch.setattr(sys.modules["onnx_lrsd.fit.reconstruct"], "Relay", lambda: Relay(most))
+        monkeypatch.setattr(sys.modules["onnx_lrsd.fit.reconstruct"], "Relay", lambda *given: Relay(most))
         return reconstruct(model, known.layers, forms, weight_of, known)[1], sum(convolutions)
 
     monkeypatch.setattr(sys.modules["onnx_lrsd.fit.calibrate"], "open_model", counting)

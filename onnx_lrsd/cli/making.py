@@ -56,7 +56,7 @@ RESULT_SUFFIX = ".lrsd.onnx"
 
 GOAL_OPTIONS = (
     *("ratio", "max_error", "max_drop", "metric", "weights", "int8", "precision"),
-    *("cost", "device", "work_dir", "jobs", "dask"),
+    *("cost", "device", "work_dir", "jobs", "dask", "memory"),
 )
 """Options of optimize that calibrate does not need."""
 

@@ -16,6 +16,7 @@ from onnx_lrsd.data.readers import script_function
 from onnx_lrsd.errors import OptionError
 from onnx_lrsd.option import (
     Address,
+    ByteCount,
     Duration,
     Flag,
     FolderName,
@@ -92,7 +93,7 @@ def _click_options(option: Option) -> dict[str, Any]:
             }
         case SomeOf():
             return {"type": comma_listed, "metavar": "LIST"}
-        case Address() | Duration():
+        case Address() | ByteCount() | Duration():
             return {"metavar": option.metavar}
         case FolderName():
             return {"type": click.Path(path_type=Path), "metavar": option.metavar}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from onnx_lrsd.runtime.session import sound
 from onnx_lrsd.targets import TARGETS, price
 from onnx_lrsd.types import DENSE, KINDS, Declined, Form, InputSpec, Layer, Price
 
+SESSION_BYTES = 1 << 30
+"""Weights that are open at once; of a larger model shapes are found part by part."""
 _READ = 64
 """Samples that are read to see the first: some may share a label."""
 
@@ -47,7 +50,7 @@ def inspect(
     """
     if calibration is not None and shapes:
         raise OptionError("{calibration} and {shapes} exclude each other: give one.")
-    original = load(model)
+    original = replace(load(model), most_bytes=SESSION_BYTES)
     with sound(original.proto, original.folder):
         source = without_layers_in_functions(original)
         graph = source.graph()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 
+from onnx_lrsd.commands.memory import ensure_fits, rows_of, scratch_for
 from onnx_lrsd.data.holdout import fit_and_check
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import UnsupportedModelError
@@ -62,6 +63,7 @@ from onnx_lrsd.plan.search import Forms
 from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.run import Options, Run, with_work_dir
 from onnx_lrsd.runtime.session import inference_device, sound
+from onnx_lrsd.scratch import OnDemand
 from onnx_lrsd.solver.width import Widths
 from onnx_lrsd.time_limit import CHECKS, ORDERED, PASSES
 from onnx_lrsd.types import (
@@ -70,6 +72,7 @@ from onnx_lrsd.types import (
     WIDTH,
     Declined,
     Layer,
+    Moments,
     Plan,
     Price,
 )
@@ -134,7 +137,10 @@ def find(
     """
     options = run.options
     with run.journal.clock("load"):
-        original = replace(load(model), device=inference_device(options.device))
+        original = replace(
+            load(model), device=inference_device(options.device), most_bytes=run.memory.session_bytes
+        )
+        ensure_fits(run, original)
         if output is not None:
             ensure_writable(output, original.path)
         with sound(original.proto, original.folder):
@@ -299,7 +305,7 @@ def _narrower(found: Found, known: Calibration, *, judged: bool) -> Narrower:
         model=found.source,
         layers=known.layers,
         weight_of=found.weight_of,
-        moments={output: moments for output, moments in known.moments.items() if output in readers},
+        moments=_only(known.moments, readers),
         inner={},
         device=run.options.device,
     )
@@ -321,6 +327,14 @@ def _narrower(found: Found, known: Calibration, *, judged: bool) -> Narrower:
         run.time.leave_out(f"the channels between {pairs_left} of layers")
     inner = {key: Inner(pairs[key], *order) for key, order in zip(keys, made, strict=False)}
     return replace(plain, inner=inner)
+
+
+def _only(moments: Mapping[str, Moments], outputs: Collection[str]) -> Mapping[str, Moments]:
+    """Those of the layers with these ``outputs``."""
+    names = [name for name in moments if name in outputs]
+    if isinstance(moments, OnDemand):
+        return OnDemand(names, moments.__getitem__)
+    return {name: moments[name] for name in names}
 
 
 def asked_for(
@@ -348,6 +362,7 @@ def _calibrate(found: Found, plan: Plan | None, moments: PartFiles | None) -> Ca
         shapes = input_shapes(source, layers, check_on)
         located = locate(layers, shapes, check_on)
         return Calibration(
+            scratch=scratch_for(run, found.original, [(layer, 0) for layer in (*found.constants, *located)]),
             layers=located,
             moments={},
             kept={},
@@ -375,7 +390,10 @@ def _calibrate(found: Found, plan: Plan | None, moments: PartFiles | None) -> Ca
         seed=run.options.seed,
         progress=run.progress,
         gathered=None if parts is None else gathered,
+        scratch_for=lambda sampling: scratch_for(run, found.original, rows_of(sampling, found.constants)),
     )
+    if run.memory.limited:
+        return taught()
     split = [] if plan is None else sorted(name for name, one in plan.choices.items() if not one.form.dense)
     return kept_calibration(run.keep, [layers, sorted(found.pairs), split], fit_on, taught)
 
@@ -448,6 +466,7 @@ def _fitter(found: Found, known: Calibration, narrower: Narrower) -> Fitter:
         progress=run.progress,
         keep=run.keep,
         workers=run.workers,
+        scratch=known.scratch,
     )
     if run.options.precision is not None:
         return KeepingFitter(HalfFitter(plain, run.journal.warn))

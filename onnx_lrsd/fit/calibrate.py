@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from math import ceil, frexp, isfinite, prod
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +24,7 @@ from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.passes.operators.rows import pixel_rows
 from onnx_lrsd.runtime.activation_cache import Relay
 from onnx_lrsd.runtime.session import open_model
+from onnx_lrsd.scratch import OnDemand, Scratch, ScratchArray
 from onnx_lrsd.solver.moments import MomentAccumulator, sample_positions
 from onnx_lrsd.types import Feed, Layer, Moments, Progress, Rows, Values
 from onnx_lrsd.wording import counted
@@ -68,6 +70,7 @@ class Calibration:
     those of the layers' inputs in the example of the samples, by tensor. A later run with the same
     ``samples``, ``batch``, ``seed`` and ``quotas`` sees the same positions. ``left_out`` says of how many
     rows how many were not finite, where there were any, and ``silent`` how many were zero throughout.
+    With ``scratch`` rows and moments lie in such a file, and are read layer by layer.
     """
 
     layers: tuple[Layer, ...]
@@ -83,6 +86,7 @@ class Calibration:
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     silent: Mapping[str, int] = field(default_factory=dict)
+    scratch: Scratch | None = None
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,7 @@ def calibrate(
     seed: int = 0,
     progress: Progress | None = None,
     gathered: Callable[[Sampling], Iterator[GatheredRows]] | None = None,
+    scratch_for: Callable[[Sampling], Scratch | None] = lambda sampling: None,
 ) -> Calibration:
     """Moments of the inputs of ``layers`` over ``samples``, and what tells the outputs they give.
 
@@ -218,8 +223,8 @@ def calibrate(
     fusion but costs less than computing them; those of other operators, whose bias another node may
     add, are computed from the sampled rows. ``asked`` says for which layers
     (located) there shall be moments; the inputs of the others are not even fetched. Memory
-    is bounded by the layers: rows, not samples, are kept. Rows that were ``gathered`` before, in
-    shards, stand in for a run.
+    is bounded by the layers: rows, not samples, are kept, in the file that ``scratch_for`` gives if it does.
+    Rows that were ``gathered`` before, in shards, stand in for a run.
 
     >>> from functools import partial
     >>> import numpy as np, onnx, onnx_lrsd
@@ -237,6 +242,9 @@ def calibrate(
     ((200, 64), (64,))
     """
     sampling = sampling_of(model, layers, samples, asked, seed)
+    scratch = scratch_for(sampling)
+    if scratch is not None:
+        return _calibrate_aside(model, sampling, scratch, weight_of, progress, gathered)
     samples, watched, quotas = sampling.samples, sampling.watched, sampling.quotas
     accumulators, kept, inputs, weights, strides = {}, {}, {}, {}, {}
     every = _every(watched, quotas)
@@ -292,10 +300,149 @@ def calibrate(
     )
 
 
+def _calibrate_aside(
+    model: Model,
+    sampling: Sampling,
+    scratch: Scratch,
+    weight_of: WeightOf,
+    progress: Progress | None,
+    gathered: Callable[[Sampling], Iterator[GatheredRows]] | None,
+) -> Calibration:
+    """What ``calibrate`` gives, with the rows in ``scratch`` and what follows from them made on demand."""
+    samples, quotas = sampling.samples, sampling.quotas
+    by_name = {layer.output: layer for layer in sampling.watched}
+    aside = _Aside(sampling, scratch, sampling.fetched)
+    if gathered is None:
+        aside.observe(model, progress)
+    else:
+        for layer, rows, given in gathered(sampling):
+            aside.take(layer, rows, given)
+    by_inputs = frozenset(layer.output for layer in sampling.watched if _keeps_inputs(layer))
+    every = _every(sampling.watched, quotas)
+    made: dict[str, Moments] = {}
+
+    def kept_of(name: str) -> Rows:
+        if name in by_inputs or name in aside.outputs:
+            return aside.rows(name, aside.inputs if name in by_inputs else aside.outputs)
+        rows, layer = aside.rows(name, aside.inputs), by_name[name]
+        affine, found = (
+            _single(weight_of(layer), quotas[name].scale),
+            np.empty((len(rows), layer.n), np.float32),
+        )
+        for start, stop in pairwise(aside.ends[name]):
+            _outputs(rows[start:stop], affine, found[start:stop])
+        return found
+
+    def moments_of(name: str) -> Moments:
+        if name not in made:
+            layer, rows = by_name[name], aside.rows(name, aside.inputs)
+            stride = _stride(layer, quotas[name].wanted, samples)
+            accumulator = MomentAccumulator(layer, ceil(quotas[name].wanted / stride))
+            for start, stop in pairwise(aside.ends[name]):
+                here = _every_nth(rows[start:stop], start, stride)
+                accumulator.add(_only(here, _usable(here)) if len(here) else here)
+            found = _results({name: accumulator}, samples, quotas, aside.silent)[name]
+            made[name] = replace(
+                found,
+                second=None if found.second is None else scratch.put(found.second),
+                rows=None if found.rows is None else scratch.put(found.rows),
+            )
+        return _read(made[name])
+
+    def inputs_of(name: str) -> Rows:
+        return np.ascontiguousarray(aside.rows(name, aside.inputs)[::every])
+
+    return Calibration(
+        layers=sampling.layers,
+        moments=OnDemand(by_name, moments_of),
+        kept=OnDemand(by_name, kept_of),
+        by_inputs=by_inputs,
+        inputs=OnDemand(by_name, inputs_of),
+        every=every,
+        shapes=sampling.shapes,
+        samples=samples,
+        batch=sampling.batch,
+        seed=sampling.seed,
+        quotas=quotas,
+        left_out={name: LeftOut(rows, aside.done[name]) for name, rows in aside.bad.items() if rows},
+        silent=aside.silent,
+        scratch=scratch,
+    )
+
+
+def _read(moments: Moments) -> Moments:
+    """``moments`` with the arrays of a scratch file that it refers to."""
+    read: dict[str, Any] = {
+        one.name: value.read()
+        for one in fields(moments)
+        if isinstance(value := getattr(moments, one.name), ScratchArray)
+    }
+    return replace(moments, **read)
+
+
+class _Aside:
+    """Sampled rows of layers in a scratch file: of all inputs, and of the outputs ``fetched``.
+
+    ``ends`` are the numbers of the rows at which those that are worked on at once begin and end. ``bad`` ones
+    are not finite, ``silent`` ones zero throughout.
+    """
+
+    def __init__(self, sampling: Sampling, scratch: Scratch, fetched: Collection[str] = ()) -> None:
+        self.sampling, quotas = sampling, sampling.quotas
+        self.inputs, self.outputs = dict[str, ScratchArray](), dict[str, ScratchArray]()
+        for layer in sampling.watched:
+            name, wanted = layer.output, quotas[layer.output].wanted
+            self.inputs[name] = scratch.reserve((wanted, layer.m), np.float32)
+            if name in fetched:
+                self.outputs[name] = scratch.reserve((wanted, layer.n), np.float32)
+        self.ends = {name: [0] for name in self.inputs}
+        self.done, self.bad, self.silent = (dict.fromkeys(self.inputs, 0) for _ in range(3))
+
+    def observe(self, model: Model, progress: Progress | None) -> None:
+        """Take the rows of a run of all samples, batch by batch."""
+        of = self.sampling
+        outputs = {name: np.empty((0, stored.shape[1]), np.float32) for name, stored in self.outputs.items()}
+        runs = _runs(model, of.watched, of.samples, of.batch, outputs, Relay(0), ())
+        last = dict.fromkeys(self.inputs, 0)
+        observed = _observe(
+            runs, of.watched, of.samples, of.seed, of.quotas, {}, outputs, progress, chunk=0, passing=True
+        )
+        for layer, rows in observed:
+            given = outputs.get(layer.output)
+            self.take(layer, rows, given, ends=False)
+            done, name = self.done[layer.output], layer.output
+            if done - last[name] >= CHUNK:
+                self.ends[name].append(done)
+                last[name] = done
+        for name, done in self.done.items():
+            if self.ends[name][-1] < done:
+                self.ends[name].append(done)
+
+    def take(self, layer: Layer, rows: Rows, outputs: Rows | None, *, ends: bool = True) -> None:
+        """Take some more rows of a layer."""
+        name, start = layer.output, self.done[layer.output]
+        self.inputs[name].write(start, rows)
+        if outputs is not None:
+            self.outputs[name].write(start, outputs)
+        if len(rows):
+            self.bad[name] += len(rows) - int(np.count_nonzero(_usable(rows)))
+            self.silent[name] += len(rows) - int(np.count_nonzero(rows.any(axis=1)))
+        self.done[name] = start + len(rows)
+        if ends:
+            self.ends[name].append(self.done[name])
+
+    def rows(self, name: str, stored: Mapping[str, ScratchArray]) -> Rows:
+        """Those of one layer, mapped."""
+        return stored[name].first(self.done[name]).read()
+
+
 def kept_calibration(
     keep: Keep, facts: object, samples: Samples, make: Callable[[], Calibration]
 ) -> Calibration:
-    """What ``make`` gives, or what was kept of an earlier run over ``samples`` for the same ``facts``."""
+    """What ``make`` gives, or what was kept of an earlier run over ``samples`` for the same ``facts``.
+
+    Rows in a scratch file are not kept.
+    """
 
     def without_samples() -> dict[str, Any]:
         made = make()
@@ -330,7 +477,7 @@ def recalibrate(
     paired: Collection[str] = (),
     relay: Relay | None = None,
     later: Sequence[Layer] = (),
-) -> tuple[dict[str, Moments], dict[str, tuple[Rows, Rows]]]:
+) -> tuple[Mapping[str, Moments], Mapping[str, tuple[Rows, Rows]]]:
     """Moments of the inputs that the rewritten ``model`` feeds to ``layers``, with the cross moment.
 
     ``layers`` are as ``reference`` has them; what they should give are the original outputs. For the
@@ -341,6 +488,10 @@ def recalibrate(
     With ``relay`` the run starts where an earlier one left off, and leaves there what is settled as long as
     ``layers`` and ``later`` ones may change.
     """
+    changing = {name for layer in (*layers, *later) for name in (layer.output, layer.weight)}
+    handed = [] if relay is None else frontier(model.proto, changing)
+    if reference.scratch is not None:
+        return _recalibrate_aside(model, layers, reference, weight_of, paired, relay or Relay(), handed)
     samples, kept, every = reference.samples, dict(reference.kept), reference.every
     quotas = reference.quotas
     done = dict.fromkeys((layer.output for layer in layers), 0)
@@ -352,8 +503,6 @@ def recalibrate(
     into = {
         la.output: np.empty((len(kept[la.output]), la.m), np.float32) for la in layers if la.output in paired
     }
-    changing = {name for layer in (*layers, *later) for name in (layer.output, layer.weight)}
-    handed = [] if relay is None else frontier(model.proto, changing)
     runs = _runs(model, layers, samples, reference.batch, (), relay or Relay(), handed)
     for layer, rows in _observe(runs, layers, samples, reference.seed, quotas, into, {}):
         start, stop = done[layer.output], done[layer.output] + len(rows)
@@ -364,6 +513,47 @@ def recalibrate(
         done[layer.output] = stop
     pairs = {name: (_only(rows, fine[name]), _only(kept[name], fine[name])) for name, rows in into.items()}
     return _results(accumulators, samples, quotas, reference.silent), pairs
+
+
+def _recalibrate_aside(
+    model: Model,
+    layers: Sequence[Layer],
+    reference: Calibration,
+    weight_of: WeightOf,
+    paired: Collection[str],
+    relay: Relay,
+    handed: Sequence[str],
+) -> tuple[Mapping[str, Moments], Mapping[str, tuple[Rows, Rows]]]:
+    """What ``recalibrate`` gives, with rows in a scratch file of their own and the rest made on demand."""
+    assert reference.scratch is not None
+    samples, quotas, every = reference.samples, reference.quotas, reference.every
+    sampling = Sampling(
+        layers=tuple(layers),
+        watched=tuple(layers),
+        samples=samples,
+        batch=reference.batch,
+        quotas=quotas,
+        shapes=reference.shapes,
+        seed=reference.seed,
+    )
+    aside, by_name = _Aside(sampling, reference.scratch.new()), {layer.output: layer for layer in layers}
+    runs = _runs(model, layers, samples, reference.batch, (), relay, handed)
+    for layer, rows in _observe(runs, layers, samples, reference.seed, quotas, {}, {}, chunk=0):
+        aside.take(layer, rows, None)
+
+    def rows_of(name: str) -> tuple[Rows, Rows]:
+        rows, layer = np.array(aside.rows(name, aside.inputs)), by_name[name]
+        rows[::every] = reference.inputs[name][_places(0, len(rows), every)]
+        targets = original_outputs(layer, reference, weight_of)[: len(rows)]
+        usable = _usable(rows) & _usable(targets)
+        return _only(rows, usable), _only(targets, usable)
+
+    def moments_of(name: str) -> Moments:
+        accumulator = MomentAccumulator(by_name[name], quotas[name].wanted)
+        accumulator.add(*rows_of(name))
+        return _results({name: accumulator}, samples, quotas, reference.silent)[name]
+
+    return OnDemand(by_name, moments_of), OnDemand([name for name in by_name if name in paired], rows_of)
 
 
 def original_outputs(layer: Layer, reference: Calibration, weight_of: WeightOf) -> Rows:
@@ -528,15 +718,19 @@ def _observe(
     seed: int,
     quotas: Mapping[str, Quota],
     into: Mapping[str, Rows],
-    outputs: Mapping[str, Rows],
+    outputs: dict[str, Rows],
     progress: Progress | None = None,
     part: tuple[int, int] | None = None,
+    chunk: int = CHUNK,
+    passing: bool = False,
 ) -> Iterator[tuple[Layer, Rows]]:
     """Each layer with its sampled rows in ``runs``, some thousand at a time; the same for one seed and batch.
 
     Rows of the layers in ``into`` are gathered there, one after the other; those of others are
     overwritten by the next ones. Outputs of the convolutions in ``outputs`` are gathered there. ``part`` are
-    the first of the samples that ``runs`` are of and the one behind the last; None for all.
+    the first of the samples that ``runs`` are of and the one behind the last; None for all. Of a layer that
+    is not gathered rows come when there are ``chunk``, and none are held then; where outputs are ``passing``
+    each batch of them replaces the one before.
     """
     seen = dict.fromkeys(outputs, 0)
     buffers = {layer.output: into.get(layer.output, np.empty((0, layer.m), np.float32)) for layer in layers}
@@ -551,13 +745,15 @@ def _observe(
             positions = _positions(layer, values.shape, real, first, quota.share(first, count), seed)
             start, stop = filled[name], filled[name] + len(positions)
             if stop > len(buffers[name]):  # batches but the last are alike: once, as a rule
-                room = np.empty((CHUNK + 2 * len(positions), layer.m), np.float32)
+                room = np.empty((chunk + 2 * len(positions), layer.m), np.float32)
                 room[:start] = buffers[name][:start]
                 buffers[name] = room
             rows = buffers[name][start:stop]
             with np.errstate(over="ignore"):  # of double precision, to infinity
                 operator_of(layer).input_rows(layer, values, positions, rows)
                 if name in outputs:
+                    if passing:
+                        outputs[name], seen[name] = np.empty((len(positions), layer.n), np.float32), 0
                     there = slice(seen[name], seen[name] + len(positions))
                     outputs[name][there] = pixel_rows(activations[name], positions)
                     seen[name] += len(positions)
@@ -566,9 +762,11 @@ def _observe(
             if quota.scale != 1:
                 rows *= quota.scale
             filled[name] = stop
-            if last or stop - given[name] >= CHUNK:
+            if last or stop - given[name] >= chunk:
                 yield layer, buffers[name][given[name] : stop]
                 given[name] = filled[name] = stop if name in into else 0
+                if not chunk:
+                    buffers[name] = buffers[name][:0].copy()
         first += count
         if progress is not None:
             progress("calibrate", first, samples.count)

@@ -14,6 +14,7 @@ from onnx_lrsd.fit.calibrate import Calibration
 from onnx_lrsd.fit.narrow import Narrower
 from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.graph.model import Model
+from onnx_lrsd.scratch import Scratch
 from onnx_lrsd.types import Codes, Entries, Factors, Form, Packed, Pattern, Progress
 from onnx_lrsd.work_dir import KEEP_NOTHING, Keep
 from onnx_lrsd.workers import IN_PROCESS, Workers
@@ -68,7 +69,7 @@ class LowRankFitter:
     """Fits low rank and sparse weights, nothing else.
 
     ``narrower`` holds what forms are fitted in, ``original`` is what comes back where there are none. Without
-    ``calibration`` the weights alone decide.
+    ``calibration`` the weights alone decide. With ``scratch`` new weights and factors lie in such files.
     """
 
     original: Model
@@ -79,18 +80,30 @@ class LowRankFitter:
     progress: Progress | None = None
     keep: Keep = KEEP_NOTHING
     workers: Workers = IN_PROCESS
+    scratch: Scratch | None = None
 
     def fit(self, forms: Mapping[str, Form]) -> Fitted:
         """The model with every layer in ``forms`` rewritten; the original without any."""
         if not forms:
             return Fitted(step=ORIGINAL, model=self.original, factors={})
         with self.clock("decompose"):
-            proto, factors = self.keep("fit", forms, partial(self._fitted, forms), CLASSES)
+            if self.scratch is not None:
+                # A file for each model, which is gone when the model is; no other run could read it.
+                narrower = replace(
+                    self.narrower, model=replace(self.narrower.model, aside=self.scratch.new())
+                )
+                model, factors = self._fitted(narrower, forms)
+                return Fitted(step=LOW_RANK, model=model, factors=factors)
+            proto, factors = self.keep("fit", forms, partial(self._kept, forms), CLASSES)
         return Fitted(step=LOW_RANK, model=replace(self.narrower.model, proto=proto), factors=factors)
 
-    def _fitted(self, forms: Mapping[str, Form]) -> tuple[onnx.ModelProto, Mapping[str, Factors]]:
-        narrowed = self.narrower.narrow(forms, self.calibration)
-        model, factors = reconstruct(
+    def _kept(self, forms: Mapping[str, Form]) -> tuple[onnx.ModelProto, Mapping[str, Factors]]:
+        model, factors = self._fitted(self.narrower, forms)
+        return model.proto, factors
+
+    def _fitted(self, narrower: Narrower, forms: Mapping[str, Form]) -> tuple[Model, Mapping[str, Factors]]:
+        narrowed = narrower.narrow(forms, self.calibration)
+        return reconstruct(
             narrowed.model,
             narrowed.layers,
             forms,
@@ -101,7 +114,6 @@ class LowRankFitter:
             progress=self.progress,
             workers=self.workers,
         )
-        return model.proto, factors
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from onnx_lrsd.graph.model import Model
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.pairs import End, Pair, cut, turn
 from onnx_lrsd.passes.split import split
+from onnx_lrsd.scratch import made_for_each
 from onnx_lrsd.solver.cross_validation import some_rows, width_errors
 from onnx_lrsd.solver.heads import Bases, head_bases, turned, turned_inputs, turned_outputs
 from onnx_lrsd.solver.problem import Problem, pose
@@ -98,6 +99,7 @@ class Narrower:
                 layer = by_output[end.output]
                 factors = fit_width(self.problem(layer, keys), columns(layer, end), kept)
                 split(working, now[end.output], left[end.output].cut_outputs(layer, factors))
+                model.put_aside(working)
         model = model.splice(working)
         working = model.graph()
         found = {layer.output: layer for layer in find_layers(working)[0]}  # weights have other names now
@@ -180,23 +182,31 @@ class Narrower:
         self, known: Calibration, layers: tuple[Layer, ...], left: Mapping[str, _Left], cuts: Sequence[str]
     ) -> Calibration:
         """What the original network taught, of the outputs and inputs that the layers keep."""
-        kept, inputs = dict(known.kept), dict(known.inputs)
-        of_cut = {layer.output for layer in layers if layer.full is not None} & kept.keys()
-        for layer in self.layers:
-            if layer.output in of_cut:
-                own = left[layer.output]
-                gave, read = original_outputs(layer, known, self.weight_of), inputs[layer.output]
-                for at, bases in self._turns(layer, cuts, giving=True):
-                    gave = turned(gave, at, bases)
-                for at, bases in self._turns(layer, cuts, giving=False):
-                    read = turned(read, at, bases)
-                kept[layer.output], inputs[layer.output] = gave[:, own.outputs], read[:, own.inputs]
+        of_cut = {layer.output for layer in layers if layer.full is not None} & known.kept.keys()
+        by_name = {layer.output: layer for layer in self.layers}
+
+        def gave(name: str) -> Rows:
+            if name not in of_cut:
+                return known.kept[name]
+            found = original_outputs(by_name[name], known, self.weight_of)
+            for at, bases in self._turns(by_name[name], cuts, giving=True):
+                found = turned(found, at, bases)
+            return found[:, left[name].outputs]
+
+        def read(name: str) -> Rows:
+            found = known.inputs[name]
+            if name in of_cut:
+                for at, bases in self._turns(by_name[name], cuts, giving=False):
+                    found = turned(found, at, bases)
+                found = found[:, left[name].inputs]
+            return np.ascontiguousarray(found)
+
         return replace(
             known,
             layers=layers,
-            kept=kept,
+            kept=made_for_each(known.kept, gave),
             by_inputs=known.by_inputs - of_cut,
-            inputs={name: np.ascontiguousarray(rows) for name, rows in inputs.items()},
+            inputs=made_for_each(known.inputs, read),
         )
 
 

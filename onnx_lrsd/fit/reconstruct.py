@@ -24,13 +24,15 @@ from onnx_lrsd.fit.calibrate import Calibration, WeightOf, recalibrate
 from onnx_lrsd.fit.shared import fit_shared
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.working_graph import WorkingGraph
+from onnx_lrsd.memory_limit import give_back
 from onnx_lrsd.passes.consumers import Reading, consumers
 from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.passes.order_sums import order_sums
 from onnx_lrsd.passes.rectifiers import rectifiers
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.passes.writer import Stored
-from onnx_lrsd.runtime.activation_cache import Relay
+from onnx_lrsd.runtime.activation_cache import Relay, most_held
+from onnx_lrsd.scratch import Scratch
 from onnx_lrsd.solver.decompose import decompose, refit
 from onnx_lrsd.solver.problem import Problem, output_metric, pose
 from onnx_lrsd.solver.rectified import Rectified
@@ -101,11 +103,12 @@ def reconstruct(
         fitted[constant.output] = rounded
         split(working, constant, rounded)
     rewritten, done = model.splice(working) if constants else model, 0
-    relay = Relay()
+    relay = Relay(most_held(model))
     units = _units(chosen, forms)
     waiting = [layer for unit in units for layer in unit]
     for stage in _stages(units):
-        moments, pairs = dict[str, Moments](), dict[str, tuple[Rows, Rows]]()
+        moments: Mapping[str, Moments] = {}
+        pairs: Mapping[str, tuple[Rows, Rows]] = {}
         if calibration is not None:
             alone = [unit[0].output for unit in stage if len(unit) == 1]
             behind = [name for name in alone if name in limits]
@@ -114,20 +117,21 @@ def reconstruct(
             moments, pairs = recalibrate(rewritten, here, calibration, weight_of, behind, relay, later)
         single = [unit[0] for unit in stage if len(unit) == 1]
         tasks = partial(_task_at, single, partial(task_of, moments=moments, pairs=pairs))
-        made = dict(
-            zip((la.output for la in single), workers.map(fit_alone, tasks, len(single)), strict=True)
-        )
+        fits = workers.map(fit_alone, tasks, len(single), store=partial(_aside, scratch=model.aside))
+        made = dict(zip((layer.output for layer in single), fits, strict=True))
         for unit in stage:
             if len(unit) > 1:
-                found = fit_shared(unit, forms[unit[0].output], weight_of, moments, device)
+                shared = fit_shared(unit, forms[unit[0].output], weight_of, moments, device)
+                found = {name: _aside(one, model.aside) for name, one in shared.items()}
             else:
-                factors = made[unit[0].output]
-                found = {} if factors is None else {unit[0].output: factors}
+                found = {unit[0].output: made[unit[0].output]}
             stored: Stored | None = {} if len(unit) > 1 else None
             for layer in unit:
-                if layer.output in found:
-                    split(working, layer, found[layer.output], stored)
-            fitted |= found
+                factors = found[layer.output]
+                if factors is not None:
+                    split(working, layer, factors, stored)
+                    fitted[layer.output] = factors
+            model.put_aside(working)
             done += len(unit)
             if progress is not None:
                 progress("decompose", done, len(chosen))
@@ -135,6 +139,16 @@ def reconstruct(
     if order_sums(working, [name for name, factors in fitted.items() if _branched(factors)]):
         rewritten = model.splice(working)
     return rewritten, fitted
+
+
+def _aside(factors: Factors | None, scratch: Scratch | None) -> Factors | None:
+    """``factors`` that lie in ``scratch``, if there is one and they are not in codes, which are few bytes."""
+    if factors is None or scratch is None:
+        return factors
+    kernels = tuple(scratch.put(np.asarray(kernel)).read() for kernel in factors.kernels)
+    sparse = None if factors.sparse is None else scratch.put(np.asarray(factors.sparse)).read()
+    give_back()
+    return replace(factors, kernels=kernels, sparse=sparse)
 
 
 def biases_added(layers: Sequence[Layer], factors: Mapping[str, Factors], weight_of: WeightOf) -> str:

@@ -19,7 +19,7 @@ from onnx import helper
 from onnx_lrsd.data.samples import Samples, batch_to_run
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import affected, extract, frontier
-from onnx_lrsd.runtime.activation_cache import MOST_HELD
+from onnx_lrsd.runtime.activation_cache import most_held
 from onnx_lrsd.runtime.session import Session, open_model
 from onnx_lrsd.types import Feed
 
@@ -28,14 +28,15 @@ Held = list[dict[str, Any]]
 
 
 def resumed(
-    model: Model, samples: Samples, changing: Sequence[Collection[str]], most: int = MOST_HELD
+    model: Model, samples: Samples, changing: Sequence[Collection[str]], most: int | None = None
 ) -> Iterator[Rest]:
     """For each of ``changing`` the rest of ``model`` from where it begins to change.
 
     ``changing`` are names of tensors: what a layer gives and the weight it reads, in the order of the graph.
-    At most ``most`` bytes of activations are kept for a block; where those of one are more, its copies start
-    where the last one did.
+    At most ``most`` bytes of activations are kept for a block, by default as many as the model says; where
+    those of one are more, its copies start where the last one did.
     """
+    most = most_held(model) if most is None else most
     feeds = list(samples.batches(batch_to_run(samples)))
     outputs = [output.name for output in model.proto.graph.output]
     blocks = max(round(sqrt(2 * len(changing))), 1)

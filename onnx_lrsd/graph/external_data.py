@@ -16,9 +16,14 @@ from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from onnx_lrsd.errors import ModelError
+from onnx_lrsd.scratch import Scratch, scratch_of
 
 PACKED = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
 """Bits of the types whose values share bytes in a file."""
+ASIDE_BYTES = 1 << 20
+"""New weights from this size on are put aside, where there is a place for them."""
+PLAIN_KINDS = "fiu"
+"""Kinds of NumPy's types that lie in a file as they do in memory."""
 
 
 def tensor_values(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[Any]:
@@ -36,6 +41,10 @@ def tensor_values(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[
 def content(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[np.uint8]:
     """The values of ``tensor`` as a file holds them, mapped when they lie in one."""
     if uses_external_data(tensor):
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        scratch = scratch_of(entries.get("location", ""))
+        if scratch is not None:
+            return scratch.mapped(int(entries["offset"]), (stored_bytes(tensor),), np.uint8)
         path, offset = located(tensor, folder)
         size = stored_bytes(tensor)
         return np.memmap(path, np.uint8, "r", offset, (size,)) if size else np.zeros(0, np.uint8)
@@ -88,6 +97,26 @@ def located(tensor: onnx.TensorProto, folder: Path | None) -> tuple[Path, int]:
     if offset + stored_bytes(tensor) > path.stat().st_size:
         raise ModelError(f"The data file {path} is too short for tensor {tensor.name}: copy it again, whole.")
     return path, offset
+
+
+def put_aside(name: str, values: npt.NDArray[Any], scratch: Scratch) -> onnx.TensorProto:
+    """A tensor whose ``values`` lie in ``scratch``; it can be read as long as something refers to that."""
+    stored = scratch.put(values)
+    tensor = onnx.TensorProto(
+        name=name,
+        data_type=onnx.helper.np_dtype_to_tensor_dtype(values.dtype),
+        dims=values.shape,
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for key, entry in {"location": scratch.key, "offset": stored.offset, "length": stored.nbytes}.items():
+        tensor.external_data.add(key=key, value=str(entry))
+    return tensor
+
+
+def is_aside(tensor: onnx.TensorProto) -> bool:
+    """Whether the values of ``tensor`` were put aside by this process."""
+    locations = (entry.value for entry in tensor.external_data if entry.key == "location")
+    return any(scratch_of(location) is not None for location in locations)
 
 
 def content_hash(proto: onnx.ModelProto, folder: Path | None) -> str:

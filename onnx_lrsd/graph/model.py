@@ -27,16 +27,21 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_lrsd.errors import ModelError, VerificationError
 from onnx_lrsd.graph.external_data import (
+    ASIDE_BYTES,
+    PLAIN_KINDS,
     content,
     embed,
+    is_aside,
     is_whole,
     located,
+    put_aside,
     stored_bytes,
     stored_tensors,
     subgraphs,
     tensor_values,
 )
 from onnx_lrsd.graph.working_graph import WorkingGraph
+from onnx_lrsd.scratch import Scratch
 from onnx_lrsd.whole_files import PROTOBUF_LIMIT, try_folder, written_whole
 
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # it logs to stdout, which belongs to the user
@@ -72,13 +77,22 @@ DESCRIPTION = ("name", "data_type", "dims", "doc_string", "metadata_props")
 class Model:
     """A loaded model. ``path`` is where it came from (None: memory); ``external``: it has data files.
 
-    ``device`` is where ONNX Runtime runs it: 'cpu' or 'cuda'.
+    ``device`` is where ONNX Runtime runs it: 'cpu' or 'cuda'. A session of it holds weights of at most
+    ``most_bytes``, and as many bytes of activations are kept between two runs; None is no bound. Large
+    weights that an edit adds are put ``aside``, where there is a place, as long as this model is there.
     """
 
     proto: onnx.ModelProto
     path: Path | None = None
     external: bool = False
     device: str = "cpu"
+    most_bytes: int | None = None
+    aside: Scratch | None = None
+
+    @property
+    def parted(self) -> bool:
+        """Whether its weights are more than one session may hold."""
+        return self.most_bytes is not None and weight_bytes(self.proto) > self.most_bytes
 
     @property
     def folder(self) -> Path | None:
@@ -109,6 +123,7 @@ class Model:
 
     def splice(self, working: WorkingGraph) -> Model:
         """This model with the edits made to ``working``; a node that did not change keeps its bytes."""
+        self.put_aside(working)
         nodes: list[onnx.NodeProto] = []
         replaced: dict[str, onnx.NodeProto] = {}
         for node in self.proto.graph.node:
@@ -133,7 +148,19 @@ class Model:
         proto.graph.node.extend(nodes)
         self._splice_tensors(working, proto)
         proto.graph.SetInParent()
-        return replace(self, proto=proto)
+        return replace(self, proto=proto, external=self.external or self.aside is not None)
+
+    def put_aside(self, working: WorkingGraph) -> None:
+        """Put large constants that were added to ``working`` aside, where there is a place for them."""
+        if self.aside is None or self.proto.ir_version < DEFAULTS_FROM:  # such a file lists all as inputs
+            return
+        known = {tensor.name for tensor in self.proto.graph.initializer}
+        for name, tensor in working.tensors().items():
+            values = getattr(tensor, "_values", None)
+            if name in known or not isinstance(values, np.ndarray) or values.dtype.kind not in PLAIN_KINDS:
+                continue
+            if values.nbytes >= ASIDE_BYTES:
+                tensor._values = _Mapped(put_aside(name, values, self.aside), self.folder)
 
     def _splice_tensors(self, working: WorkingGraph, proto: onnx.ModelProto) -> None:
         """Initializers, value_info and annotations: add what is new, drop what this edit orphaned."""
@@ -158,7 +185,7 @@ class Model:
         after.input.extend(value for value in before.input if value.name not in dropped)
         for name, tensor in working.tensors().items():
             if isinstance(tensor, gs.Constant) and name not in known and name in used:
-                values = numpy_helper.from_array(np.asarray(tensor.values), name)
+                values = _stored(name, tensor)
                 after.initializer.append(values)
                 if listing:
                     after.input.append(
@@ -203,6 +230,14 @@ class _Sparse(_Mapped):
         else:
             dense[tuple(places.T)] = super().load()
         return dense
+
+
+def _stored(name: str, tensor: gs.Constant) -> onnx.TensorProto:
+    """A constant that an edit has added, as a model stores it."""
+    lazy = tensor._values
+    if isinstance(lazy, _Mapped) and is_aside(lazy.tensor):
+        return lazy.tensor
+    return numpy_helper.from_array(np.asarray(tensor.values), name)
 
 
 def _importable(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -491,6 +526,11 @@ def model_bytes(model: Model) -> int:
     """Bytes the model takes when it is written: the file and what it keeps in data files."""
     outside = (stored_bytes(t) for t in stored_tensors(model.proto) if uses_external_data(t))
     return int(model.proto.ByteSize()) + sum(outside)
+
+
+def weight_bytes(proto: onnx.ModelProto) -> int:
+    """Bytes of all stored tensors."""
+    return sum(stored_bytes(t) for t in stored_tensors(proto) if t.data_type != onnx.TensorProto.STRING)
 
 
 def check(model: Model, like: Model) -> None:

@@ -69,7 +69,7 @@ def cost(model: Model, path_bytes: int, feed: Feed, samples: int = 1) -> ModelCo
     MACs are counted from the shapes of a real run. Raises as ``runtime.shapes`` does.
     """
     proto = without_functions(model.proto)
-    known = shapes(proto, feed, compute_tensors(proto), model.folder)
+    known = shapes(proto, feed, compute_tensors(proto), model.folder, model.most_bytes)
     total, missed = sum(node_macs(proto, known).values()), not_counted(proto, known)
     return ModelCost(path_bytes, parameters(model.proto), round(total / samples), None, missed)
 

@@ -288,7 +288,7 @@ def _shapes(model: Model, feed: Feed, tensors: Iterable[str]) -> dict[str, tuple
     if not wanted:
         return {}
     try:
-        return shapes(model.proto, feed, wanted, model.folder)
+        return shapes(model.proto, feed, wanted, model.folder, model.most_bytes)
     except LrsdError:  # operands of a Concat on sequences, say: values tell then
         return {}
 

@@ -43,12 +43,13 @@ def speedups(
     ``shapes`` are those of the layers' inputs; ``known`` keeps results between calls, ``keep`` between runs.
     """
     chosen = [layer for layer in layers if layer.output in forms]
-    rewritten = _rewritten(model, chosen, forms)
+    keys = {layer.output: (layer.unnamed, shapes[layer.input], forms[layer.output]) for layer in chosen}
+    timed_for = {keys[layer.output]: layer for layer in reversed(chosen)}  # the first of those alike
+    rewritten = _rewritten(model, [layer for key, layer in timed_for.items() if key not in known], forms)
     found: dict[str, float] = {}
     rng = np.random.default_rng(0)
     for done, layer in enumerate(chosen):
-        shape = shapes[layer.input]
-        key = (layer.unnamed, shape, forms[layer.output])
+        shape, key = shapes[layer.input], keys[layer.output]
         if key not in known:
             feed = {layer.input: rng.standard_normal(shape).astype(layer.dtype)}
             before, after = isolate(model.proto, layer, shape), isolate(rewritten.proto, layer, shape)
@@ -69,8 +70,11 @@ def speedups_within(
 
     What is fast alone may want another layout than its neighbours, or part what was fused. A layer's kernels
     are summed before and after, wherever in the run they stand: its own, and those of channel-wise nodes that
-    read it, which may be fused into them on one side only. A layer without a kernel of its own has no ratio.
+    read it, which may be fused into them on one side only. A layer without a kernel of its own has no ratio,
+    nor has any of a model that is run part by part.
     """
+    if model.parted:
+        return {}
     chosen = [layer for layer in layers if layer.output in forms]
     feed = samples.example()
     before, after = (

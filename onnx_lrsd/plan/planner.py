@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from onnx_lrsd.data.holdout import search_and_confirm
 from onnx_lrsd.data.samples import Samples
-from onnx_lrsd.errors import BudgetError
+from onnx_lrsd.errors import BudgetError, OptionError
 from onnx_lrsd.facts import Trial, Verification
 from onnx_lrsd.fit.fitter import Fitter
 from onnx_lrsd.fit.narrow import Narrower
@@ -171,7 +171,16 @@ class Planner:
         return self._for_latency(ratio) if self.run.cost == "latency" else self._planned(ratio)
 
     def _for_latency(self, ratio: float) -> Forms:
-        """Predictions allocate, measurement decides: the aim is corrected until the whole model meets it."""
+        """Predictions allocate, measurement decides: the aim is corrected until the whole model meets it.
+
+        Raises OptionError where the model is run part by part.
+        """
+        if self.source.parted:
+            raise OptionError(
+                "{cost} times the whole model, which {memory} has run in parts: give more, or another cost.",
+                cost=self.run.cost,
+                memory=self.run.options.memory,
+            )
         aim, tried = ratio * SPARE, list[tuple[float, Forms]]()
         for _ in range(_ROUNDS):
             try:
@@ -410,7 +419,8 @@ class Planner:
         )
         slow, where = {name: ratio for name, ratio in measured.items() if ratio < CLEARLY}, ""
         slow = {name: ratio for name, ratio in slow.items() if not self._gains(name, chosen[name])}
-        if slow and all(self._unsure(name, ratio) for name, ratio in slow.items()):
+        unsure = slow and all(self._unsure(name, ratio) for name, ratio in slow.items())
+        if unsure and not self.source.parted:
             slow = self._unsure_in_vain(model, layers, chosen, slow)
         if not slow:
             slow, where = self._slow_within(model, layers, chosen), " within the model"

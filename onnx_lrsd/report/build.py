@@ -8,9 +8,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from onnx_lrsd.data.samples import Samples
-from onnx_lrsd.facts import Details, Engine, Int8, LayerReport, LoadCosts, Promise, Report, Verification
+from onnx_lrsd.facts import (
+    Details,
+    Engine,
+    Int8,
+    LayerReport,
+    LoadCosts,
+    MemoryUse,
+    Promise,
+    Report,
+    Verification,
+)
 from onnx_lrsd.graph.model import Model
+from onnx_lrsd.measure.load_cost import peak_memory
 from onnx_lrsd.run import NOT_NEEDED, REFITTED, Run
+from onnx_lrsd.runtime.session import RUNTIME_MEMORY
 from onnx_lrsd.solver.pattern import nonzeros
 from onnx_lrsd.targets import price
 from onnx_lrsd.types import DENSE, N_OF_M, Choice, Declined, Factors, Form, Layer, Plan
@@ -86,12 +98,26 @@ def make_report(
         seconds=dict(run.journal.seconds),
         time=run.time.seconds if run.time.limited else None,
         left_out=tuple(run.time.left_out),
+        memory=_memory(run, source),
         whole=tuple(stay),
         versions=versions,
         engine=engine,
         details=details,
         predicted=_predicted(whole, plan, changed),
         table="" if whole is None else run.table,
+    )
+
+
+def _memory(run: Run, source: Model) -> MemoryUse | None:
+    """What was held, where that is limited."""
+    if not run.memory.limited:
+        return None
+    return MemoryUse(
+        limit=int(run.memory.bytes),
+        most=peak_memory(),
+        runtime=RUNTIME_MEMORY.most,
+        aside=run.memory.aside,
+        parted=source.parted,
     )
 
 

@@ -80,6 +80,7 @@ def report_to_json(report: Report) -> str:
         "warnings": list(report.warnings),
         "seconds": {stage: report.seconds.get(stage, 0.0) for stage in _STAGES} | dict(report.seconds),
         "time": None if report.time is None else {"limit": report.time, "left_out": list(report.left_out)},
+        **({} if report.memory is None else {"memory": asdict(report.memory)}),
         "versions": dict(report.versions),
     }
     return _dump(facts) if report.details is None else _with_details(_dump(facts), report.details)

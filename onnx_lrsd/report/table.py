@@ -12,6 +12,7 @@ from onnx_lrsd.facts import (
     Int8,
     LayerReport,
     LoadCosts,
+    MemoryUse,
     OutputError,
     Promise,
     Report,
@@ -87,6 +88,8 @@ def report_table(report: Report, *, colour: bool = False, every: bool = False) -
     parts += [paragraph(f"Warning: {warning}") for warning in report.warnings]
     if report.time is not None:
         parts.append(paragraph(_left_out(report.time, report.left_out)))
+    if report.memory is not None:
+        parts.append(paragraph(_memory(report.memory)))
     if report.seconds:
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
         parts.append(ink.faint(paragraph(f"{sum(report.seconds.values()):.1f} s: {stages}")))
@@ -159,6 +162,18 @@ def _left_out(seconds: float, left_out: Sequence[str]) -> str:
     """What was left out to keep to a time."""
     said = ", ".join(left_out) or "nothing"
     return f"Left out to take at most {seconds:g} s: {said}."
+
+
+def _memory(found: MemoryUse) -> str:
+    """What was held beside what was allowed, and what that took."""
+    said = f"Memory: {bytes_text(found.limit)} allowed beside what ONNX Runtime takes"
+    if found.most:
+        said += f"; {bytes_text(found.most)} held at a time at most, up to {bytes_text(found.runtime)} by it"
+    if found.aside:
+        said += "; rows, moments and new weights lay in files"
+    if found.parted:
+        said += "; the models were run part by part, so not timed as a whole"
+    return said + "."
 
 
 def _facts(

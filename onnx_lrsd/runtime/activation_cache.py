@@ -12,10 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from onnx_lrsd.graph.model import Model
 from onnx_lrsd.types import Feed
 
 MOST_HELD = 768 << 20
 """Bytes of activations that are kept between two runs, at most."""
+
+
+def most_held(model: Model) -> int:
+    """Bytes of activations of ``model`` that are kept between two runs, at most."""
+    return MOST_HELD if model.most_bytes is None else min(model.most_bytes, MOST_HELD)
 
 
 class Relay:

@@ -12,7 +12,8 @@ from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,10 @@ from onnx import helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from onnx_lrsd.errors import DataError, DeviceError, LrsdError, ModelError
-from onnx_lrsd.graph.model import Model
-from onnx_lrsd.graph.subgraph import extract, inputs_of
+from onnx_lrsd.graph.external_data import is_aside, stored_bytes, tensor_values
+from onnx_lrsd.graph.model import Model, weight_bytes
+from onnx_lrsd.graph.subgraph import extract, inputs_of, reads
+from onnx_lrsd.memory_limit import give_back, resident_bytes
 from onnx_lrsd.types import Feed, InputSpec
 
 FATAL_ONLY = 4
@@ -79,13 +82,64 @@ def simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.load(options.optimized_model_filepath)
 
 
+class RuntimeMemory:
+    """What open sessions hold, by how much this process grew as they were opened and first run, in bytes.
+
+    ``most`` is the most at a time so far; 0 where the system does not tell.
+    """
+
+    def __init__(self) -> None:
+        self._held = self.most = 0
+
+    def add(self, held: int) -> None:
+        """Count what a session holds; of one that is closed, less."""
+        self._held += held
+        self.most = max(self.most, self._held)
+
+    def start_anew(self) -> None:
+        """Forget the most so far."""
+        self.most = self._held
+
+
+RUNTIME_MEMORY = RuntimeMemory()
+
+
+class _Held:
+    """What one session holds, until it is closed."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def count(self, before: int) -> None:
+        """Add what the process has grown by since it was ``before``."""
+        grown = max(resident_bytes() - before, 0)
+        self.bytes += grown
+        RUNTIME_MEMORY.add(grown)
+
+    def release(self) -> None:
+        """The session is closed."""
+        RUNTIME_MEMORY.add(-self.bytes)
+
+
 class Session:
-    """A model that is open in ONNX Runtime. ``inputs`` are what it must be fed, ``outputs`` what it gives."""
+    """A model that is open in ONNX Runtime. ``inputs`` are what it must be fed, ``outputs`` what it gives.
+
+    ``before`` is what the process held before it was opened, in bytes.
+    """
 
     def __init__(
-        self, session: Any, inputs: Sequence[InputSpec], outputs: Sequence[str], device: str = "cpu"
+        self,
+        session: Any,
+        inputs: Sequence[InputSpec],
+        outputs: Sequence[str],
+        device: str = "cpu",
+        before: int = 0,
     ) -> None:
         self._session = session
+        self._held, self._fresh = _Held(), True
+        finalize(self, self._held.release)
+        if before:
+            self._held.count(before)
         self.device = device
         self._takes = {value.name for value in session.get_inputs()}
         self._takes |= {value.name for value in session.get_overridable_initializers()}
@@ -98,6 +152,7 @@ class Session:
         Raises DataError when the feed does not fit the inputs, ModelError when a node fails on it.
         """
         given = {name: value for name, value in feed.items() if name in self._takes}
+        before = resident_bytes() if self._fresh else 0
         try:
             values = self._session.run(self.outputs, given)
         except Exception as error:  # ONNX Runtime has no public base class for its errors
@@ -109,6 +164,9 @@ class Session:
                 f"ONNX Runtime could not run the model on these samples ({gist(error)}): "
                 "check that they are what the model expects."
             ) from error
+        if self._fresh:
+            self._held.count(before)
+            self._fresh = False
         return dict(zip(self.outputs, values, strict=True))
 
     def timed(self, feed: Feed) -> Callable[[], object]:
@@ -136,6 +194,101 @@ class Session:
     def end_record(self) -> Path:
         """The file with the kernel times of all runs, of a session that records them; it runs no more."""
         return Path(self._session.end_profiling())
+
+
+class PartedSession(Session):
+    """A model that is run part by part, each opened when its turn comes and closed behind it.
+
+    A part has consecutive nodes with weights of at most ``most_bytes`` together, or one node that has more.
+    Values at which a part ends are held. All else is as ``open_session`` has it.
+    """
+
+    def __init__(
+        self,
+        proto: onnx.ModelProto,
+        names: Sequence[str],
+        most_bytes: int,
+        *,
+        folder: Path | None,
+        device: str = "cpu",
+        given: Mapping[str, npt.DTypeLike] | None = None,
+    ) -> None:
+        self._proto, self._folder = proto, folder
+        self._own = {value.name for value in proto.graph.input}
+        self.device, self.outputs = device, tuple(names)
+        whole = extract(proto, names, _fed(given or {}), stored=_described)
+        self.inputs = tuple(inputs_of(whole))
+        self._parts = _parts(whole.graph, names, most_bytes)
+
+    @property
+    def count(self) -> int:
+        """How many parts there are."""
+        return len(self._parts)
+
+    def run(self, feed: Feed) -> dict[str, Any]:
+        """As ``Session.run``."""
+        values: dict[str, Any] = dict(feed)
+        for part in self._parts:
+            given = {name: values[name] for name in part.reads if name not in self._own}
+            if not all(isinstance(value, np.ndarray) for value in given.values()):
+                return self._opened(self.outputs, {}).run(feed)  # a sequence ends no part
+            types = {name: value.dtype for name, value in given.items()}
+            values |= self._opened(part.gives, types).run(values)
+            values = {name: value for name, value in values.items() if name in part.held or name in feed}
+            give_back()
+        return {name: values[name] for name in self.outputs}
+
+    def _opened(self, outputs: Sequence[str], given: Mapping[str, npt.DTypeLike]) -> Session:
+        device = self.device
+        return open_session(self._proto, folder=self._folder, outputs=outputs, device=device, given=given)
+
+
+class _Part(NamedTuple):
+    """Tensors that a part ``reads``, made before it, those it ``gives``, and what is ``held`` behind it."""
+
+    reads: tuple[str, ...]
+    gives: tuple[str, ...]
+    held: frozenset[str]
+
+
+def _parts(graph: onnx.GraphProto, names: Sequence[str], most_bytes: int) -> list[_Part]:
+    """The parts of a graph that gives ``names``; weights may lack their values."""
+    sizes = {
+        t.name: 0 if t.data_type == onnx.TensorProto.STRING else stored_bytes(t) for t in graph.initializer
+    }
+    nodes, taken, size = list[list[onnx.NodeProto]](), set[str](), 0
+    for node in graph.node:
+        new = {name for name in reads(node) if name in sizes} - taken
+        more = sum(sizes[name] for name in new)
+        if not nodes or (size + more > most_bytes and more):
+            nodes.append([])
+            new, size = {name for name in reads(node) if name in sizes}, 0
+            taken, more = set(), sum(sizes[name] for name in new)
+        nodes[-1].append(node)
+        taken, size = taken | new, size + more
+    made = [{name for node in part for name in node.output if name} for part in nodes]
+    needs = [{name for node in part for name in reads(node)} for part in nodes]
+    computed, found = set[str]().union(*made), list[_Part]()
+    known = computed | {value.name for value in graph.input}
+    for index, (gives, read) in enumerate(zip(made, needs, strict=True)):
+        later = set(names).union(*needs[index + 1 :])
+        others = [] if index else [name for name in names if name not in computed]
+        found.append(
+            _Part(tuple(sorted((read - gives) & known)), (*sorted(gives & later), *others), frozenset(later))
+        )
+    return found
+
+
+def _described(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """``tensor`` without its values."""
+    return onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+
+
+def _fed(given: Mapping[str, npt.DTypeLike]) -> list[onnx.ValueInfoProto]:
+    return [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(kind)), None)
+        for name, kind in given.items()
+    ]
 
 
 def open_session(
@@ -167,16 +320,12 @@ def open_session(
     if record is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(record)
-    fed = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(kind)), None)
-        for name, kind in (given or {}).items()
-    ]
-    weights = _Weights()
-    part = extract(proto, names, fed, stored=weights.share)
+    weights, before = _Weights(), resident_bytes()
+    part = extract(proto, names, _fed(given or {}), stored=weights.share)
     session = _start(ort, part, options, providers, weights.shared)
     if providers[0] not in session.get_providers():  # ONNX Runtime falls back to the CPU without an error
         raise DeviceError("ONNX Runtime cannot use the GPU here: run `onnx-lrsd doctor`, or choose the CPU.")
-    return Session(session, inputs_of(part), names, device)
+    return Session(session, inputs_of(part), names, device, before)
 
 
 def open_model(
@@ -186,7 +335,14 @@ def open_model(
     threads: int | None = None,
     given: Mapping[str, npt.DTypeLike] | None = None,
 ) -> Session:
-    """``open_session`` of ``model`` with its external data, on its device."""
+    """``open_session`` of ``model`` with its external data, on its device; in parts where it has to be."""
+    if model.parted and model.most_bytes is not None:
+        names = [output.name for output in model.proto.graph.output] if outputs is None else list(outputs)
+        parted = PartedSession(
+            model.proto, names, model.most_bytes, folder=model.folder, device=model.device, given=given
+        )
+        if parted.count > 1:
+            return parted
     return open_session(
         model.proto,
         folder=model.folder,
@@ -229,12 +385,17 @@ class _Weights:
 
     def share(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
         """A stub without values for a large ``tensor``; any other is returned as it is."""
+        if is_aside(tensor):
+            return self._stub(tensor, tensor_values(tensor, None))
         if tensor.data_type not in SHARED_TYPES or uses_external_data(tensor):
             return tensor
         item = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         if math.prod(tensor.dims) * item < SHARED_BYTES:
             return tensor
-        self.shared[tensor.name] = numpy_helper.to_array(tensor)
+        return self._stub(tensor, numpy_helper.to_array(tensor))
+
+    def _stub(self, tensor: onnx.TensorProto, values: npt.NDArray[Any]) -> onnx.TensorProto:
+        self.shared[tensor.name] = values
         stub = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
         stub.data_location = onnx.TensorProto.EXTERNAL
         stub.external_data.add(key="location", value="in memory")
@@ -314,18 +475,26 @@ def _preload(ort: ModuleType) -> None:
 
 
 def shapes(
-    proto: onnx.ModelProto, feed: Feed, tensors: Iterable[str], folder: Path | None = None
+    proto: onnx.ModelProto,
+    feed: Feed,
+    tensors: Iterable[str],
+    folder: Path | None = None,
+    most_bytes: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Concrete shapes of ``tensors`` for one feed, from one run.
 
     Only the shapes leave ONNX Runtime, so memory is that of plain inference. Initializers and inputs are
-    read off directly. Raises as ``Session.run`` does.
+    read off directly. With more weights than ``most_bytes`` the model is run part by part, and what a part
+    gives is held. Raises as ``Session.run`` does.
     """
     known = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     known |= {name: tuple(np.shape(value)) for name, value in feed.items()}
     wanted = list(dict.fromkeys(tensors))
     rest = [name for name in wanted if name not in known]
-    if rest:
+    if rest and most_bytes is not None and weight_bytes(proto) > most_bytes:
+        parted = PartedSession(proto, rest, most_bytes, folder=folder)
+        known |= {name: tuple(map(int, np.shape(value))) for name, value in parted.run(feed).items()}
+    elif rest:
         names = [f"onnx-lrsd shape of {name}" for name in rest]
         part = extract(proto, rest)
         part.graph.node.extend(helper.make_node("Shape", [t], [n]) for t, n in zip(rest, names, strict=True))
