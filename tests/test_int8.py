@@ -174,3 +174,35 @@ def test_a_model_that_the_quantiser_refuses_keeps_its_low_rank_and_the_report_sa
 def test_int8_without_samples_is_refused_with_the_remedy() -> None:
     with pytest.raises(OptionError, match=r"int8 takes .* give them with calibration"):
         onnx_lrsd.optimize(MODEL, int8=True)
+
+
+def width_of_range(model: Model, tensor: str) -> float:
+    """How wide the range is that ``tensor`` is rounded in."""
+    scales = {t.name: numpy_helper.to_array(t) for t in model.proto.graph.initializer}
+    (node,) = (n for n in model.proto.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == tensor)
+    return 255 * float(scales[node.input[1]])
+
+
+def test_ranges_hold_for_more_samples_than_they_were_taken_of() -> None:
+    graph = onnx.parser.parse_graph(
+        "g (float[n, 16] x) => (float[n, 16] y)"
+        "{ s = Sigmoid (x) a = MatMul (x, w) b = MatMul (s, v) y = Add (a, b) }"
+    )
+    draw = np.random.default_rng(0).standard_normal
+    for name in ("w", "v"):
+        graph.initializer.append(numpy_helper.from_array(draw((16, 16)).astype(np.float32), name))
+    opset = helper.make_opsetid("", 17)
+    model = load(helper.make_model(graph, opset_imports=[opset], ir_version=8))
+    few, many = (draw((count, 16)).astype(np.float32) for count in (64, 400))
+    found = quantise(model, onnx_lrsd.read_samples({"x": few}, inputs_of(model.proto)), tolerance=0.5)
+    width = width_of_range(found.model, "x")
+    assert np.ptp(few) < width < 1.5 * np.ptp(few)
+    assert np.abs(many).max() > np.abs(few).max() and np.ptp(many) < 1.1 * width
+    assert width_of_range(found.model, "s") < 1.1, "what is bounded is given no room that nothing fills"
+
+
+def test_the_error_of_int8_on_other_samples_is_as_it_was_measured() -> None:
+    model = load(MODEL)
+    found = quantise(model, samples_of(model, CALIB).some(120), tolerance=0.5)
+    error = compare(model, found.model, samples_of(model, EVAL), latency=False).error
+    assert error < 1.3 * found.error

@@ -4,6 +4,9 @@ Weights become int8 per channel and activations uint8 per tensor, by QuantizeLin
 around the nodes (QDQ). Which layers bear it is measured as sensitivities are: each is quantised alone, and
 the final outputs are compared; those that lose most for the work they save stay in float.
 
+Ranges of activations are wider than those of the samples by as much as more samples would make them: what
+exceeds its range is cut off, which a few samples would bear in place of all.
+
 Where sums of products saturate, weights take 7 bits of their 8.
 Source: ONNX Runtime's documentation, Quantize ONNX models, section When and why do I need to try U8U8.
 """
@@ -14,9 +17,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
 
 from onnx_lrsd.data.samples import Samples, batch_to_run
@@ -41,8 +46,9 @@ RANGE_SAMPLES, ERROR_SAMPLES = 128, 16
 """Samples, at most, that ranges are taken from, and others that errors are measured on."""
 _GROUPS = 8
 """Groups of samples, at least, that ranges are averaged over."""
+_LARGEST = float(np.finfo(np.float32).max)
 AVERAGED_BELOW = 0.5
-"""Share of the error with plain ranges below which averaged ones are taken: they cut off what is rare."""
+"""Share of the error with wide ranges below which averaged ones are taken: they cut off what is rare."""
 
 
 class Quantised(NamedTuple):
@@ -84,10 +90,10 @@ def quantise(
     if progress is not None:
         progress("int8", 0, len(layers) + 1)
     ranged = ranged.some(RANGE_SAMPLES)
-    ranges = _ranges(ready, ranged, averaged=False)
+    robust = _ranges(ready, ranged, averaged=True)
+    ranges = _widened(_ranges(ready, ranged, averaged=False), robust, _groups_of(ranged))
     whole = _quantised(ready, ranges, layers)
     lost = error(whole)
-    robust = _ranges(ready, ranged, averaged=True)
     other = _quantised(ready, robust, layers)
     if (less := error(other)) < AVERAGED_BELOW * lost:
         ranges, whole, lost = robust, other, less
@@ -163,15 +169,22 @@ class _Reader:
         return next(self._feeds, None)
 
 
+def _groups_of(samples: Samples) -> int:
+    """Groups of samples that ranges are averaged over."""
+    return -(-samples.count // _group_size(samples))
+
+
+def _group_size(samples: Samples) -> int:
+    return min(batch_to_run(samples), max(samples.count // _GROUPS, 1))
+
+
 def _ranges(proto: onnx.ModelProto, samples: Samples, averaged: bool) -> Any:
     """Least and greatest value of every tensor, as the quantiser wants them.
 
     Those of all samples, or ``averaged`` over groups of them, so that one odd sample does not set the scale
     for all others.
     """
-    size = batch_to_run(samples)
-    if averaged:
-        size = min(size, max(samples.count // _GROUPS, 1))
+    size = _group_size(samples) if averaged else batch_to_run(samples)
     with quantization() as ort, tempfile.TemporaryDirectory() as folder:
         source, augmented = (str(Path(folder) / name) for name in ("model.onnx", "augmented.onnx"))
         onnx.save(proto, source)
@@ -187,6 +200,23 @@ def _ranges(proto: onnx.ModelProto, samples: Samples, averaged: bool) -> Any:
             return calibrator.compute_data()
         except Exception as error:  # it raises what its parts raise
             raise _refusal(error) from error
+
+
+def _widened(ranges: Any, averaged: Any, groups: int) -> Any:
+    """``ranges`` with ends beyond their own by as much as _GROUPS times the samples would move them.
+
+    Extremes move alike each time that samples double, so those of all samples beside those of ``groups`` of
+    them, ``averaged``, tell by how much. Where values are bounded, as behind a Sigmoid, they do not move.
+    Source: Gumbel, Statistics of Extremes (1958), section 1.2.
+    """
+    if groups < 2:
+        return ranges
+    share = log(_GROUPS) / log(groups)
+    for name, found in ranges.data.items():
+        for end in ("lowest", "highest"):
+            own, mean = (np.asarray(getattr(each, end), np.float64) for each in (found, averaged.data[name]))
+            setattr(found, end, np.clip(own + share * (own - mean), -_LARGEST, _LARGEST).astype(np.float32))
+    return ranges
 
 
 def _quantised(proto: onnx.ModelProto, ranges: Any, layers: Collection[str]) -> onnx.ModelProto:
