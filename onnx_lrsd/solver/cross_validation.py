@@ -25,6 +25,8 @@ FEWEST_JUDGED = 4 * FOLDS
 """With fewer rows nothing is judged."""
 ROUNDING_ERROR = 1e-12
 """A relative error of rounding, beside which others are no ratio that says anything."""
+MANY_INPUTS = 1024
+"""Inputs from which one third of the rows judges."""
 JUDGED_SHARES = (0.75, 0.5, 0.25)
 """Shares of the channels at which widths are judged."""
 
@@ -61,21 +63,29 @@ def width_errors(
 def _judged(
     problem: Problem, columns: Columns, found: Widths, tried: list[int], rows: Rows
 ) -> npt.NDArray[np.float64]:
-    """The relative error of each width in ``tried``, each third of the rows being judged once."""
+    """The relative error of each width in ``tried``, each third of the rows being judged once.
+
+    With MANY_INPUTS only the middle one is: fits take most of a run there, and their rows are many.
+    """
     xp = namespace(problem.weight)
     weight = cast(problem.weight, xp.float32)
     centred = from_numpy(rows, like=weight)
     mean = xp.mean(centred, axis=0)
     if not problem.keeps_zero:
         centred = centred - mean
-    outputs = centred @ weight.T
-    energy = float(xp.sum(xp.square(outputs)))
+    outputs, energy = centred @ weight.T, 0.0
     edges = np.arange(FOLDS + 1) * rows.shape[0] // FOLDS
     parts = [(int(start), int(stop)) for start, stop in pairwise(edges)]
     thin = problem.metric.rows is not None
-    seconds = [] if thin else [centred[a:b, :].T @ centred[a:b, :] for a, b in parts]
+    judged = range(FOLDS) if thin or weight.shape[1] < MANY_INPUTS else range(1, 2)
+    needed = {part for part in range(FOLDS) for index in judged if part != index and not thin}
+    seconds = {
+        part: centred[a:b, :].T @ centred[a:b, :] for part, (a, b) in enumerate(parts) if part in needed
+    }
     missed = np.zeros(len(tried))
-    for index, (start, stop) in enumerate(parts):
+    for index in judged:
+        start, stop = parts[index]
+        energy += _energy(outputs[start:stop, :])
         inside = [part for part in range(FOLDS) if part != index]
         fitted = [centred[parts[part][0] : parts[part][1], :] for part in inside]
         fit = xp.concat(fitted, axis=0)

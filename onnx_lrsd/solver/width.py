@@ -38,6 +38,9 @@ from onnx_lrsd.types import DENSE, Array, Factors, Form, Layer, whole_channels
 PENDING, PENDING_PART = 64, 16
 """Columns that are dropped before their updates are carried out, or a sixteenth of all if these are more:
 each time the whole matrix is read and written."""
+SINGLE = 1024
+"""Inputs from which that is in float32: damping keeps H^-1 within 1e5 of its least entries, and the order of
+channels, whose errors rows kept apart judge, bears it (results/time.md)."""
 UPCOMING = 3
 """Times as many columns are held ready, of the channels that are cheapest to drop."""
 
@@ -139,6 +142,8 @@ class _Reader:
         order = indices(np.concatenate([columns.ravel(), beside]), problem.weight)
         xp = namespace(problem.weight)
         weight = xp.take(problem.weigh(problem.weight), order, axis=1)
+        if weight.shape[1] >= SINGLE:
+            weight = cast(weight, xp.float32)
         if weight.shape[0] > weight.shape[1]:
             weight = xp.linalg.qr(weight)[1]  # only B^T B counts
         self.scale = 1.0 / problem.energy if problem.energy > 0 else 0.0
@@ -280,7 +285,7 @@ def _inverse(metric: Metric, like: Array) -> _Full | _Thin:
         return _Full(spd_inverse(metric.matrix(like)))
     if metric.rows is None:
         return _Thin(like[:0, :], 1.0 + metric.damping)
-    rows, count = metric.rows, metric.rows.shape[0]
+    rows, count = cast(metric.rows, like.dtype), metric.rows.shape[0]
     inner = rows @ rows.T / count + metric.damping * identity(count, rows)
     return _Thin(xp.linalg.solve(xp.linalg.cholesky(inner), rows) / count**0.5, metric.damping)
 
