@@ -3,7 +3,7 @@
     python -m benchmarks resources stages FOLDER... [--ratio R] [--target T] [--samples N] [--json FILE]
     python -m benchmarks resources stages FOLDER --profile FILE
     python -m benchmarks resources growth [--sizes 512,768,1024] [--counts 4,8,16] [--samples 64,128]
-                                          [--jobs 1,2] [--json FILE]
+                                          [--jobs 1,2] [--memory SIZE] [--json FILE]
 
 Seconds of the processor count all threads and hardly depend on what else the machine does; set
 OPENBLAS_NUM_THREADS=1, or threads that wait for each other count as well.
@@ -150,16 +150,18 @@ def chain(size: int, count: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def run_of_size(size: int, count: int, samples: int, jobs: int) -> dict[str, Any]:
-    """One run; seconds of the processor and bytes."""
+def run_of_size(size: int, count: int, samples: int, jobs: int, memory: str | None = None) -> dict[str, Any]:
+    """One run, of a model with external data where memory is limited; seconds of the processor and bytes."""
     rng = np.random.default_rng(1)
     low = rng.standard_normal((samples * 5 // 4, 16, size // 4)) @ rng.standard_normal((size // 4, size))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        onnx.save(chain(size, count), path)
+        onnx.save(chain(size, count), path, save_as_external_data=memory is not None)
         clocks, before = Clocks(), peak_memory()
         with patch.object(Journal, "clock", lambda journal, stage: clocks.clock(journal, stage)):
-            onnx_lrsd.optimize(path, {"x": low.astype(np.float32)}, target="tensorrt", ratio=RATIO, jobs=jobs)
+            onnx_lrsd.optimize(
+                path, {"x": low.astype(np.float32)}, target="tensorrt", ratio=RATIO, jobs=jobs, memory=memory
+            )
     others = resource.getrusage(resource.RUSAGE_CHILDREN)
     own = sum(clocks.seconds.get(stage, 0.0) for stage in STAGES if stage != "verify")
     return {
@@ -205,7 +207,7 @@ def run_growth(given: argparse.Namespace) -> None:
     print(heading("layer size", "layers", "samples", "processes", "processor seconds", "memory, MB"))
     for axis, found in values.items():
         for value in found:
-            what = json.dumps({**first, axis: value})
+            what = json.dumps({**first, axis: value, "memory": given.memory})
             if what not in known:
                 command = [sys.executable, "-m", "benchmarks", "resources", "growth", "--one", what]
                 done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
@@ -247,6 +249,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     growth.add_argument("--counts", type=comma_separated, default=[4, 8, 16])
     growth.add_argument("--samples", type=comma_separated, default=[64, 128])
     growth.add_argument("--jobs", type=comma_separated, default=[1, 2])
+    growth.add_argument("--memory", metavar="SIZE", help="what a run may hold")
     growth.add_argument("--one", help=argparse.SUPPRESS)
     growth.set_defaults(part=run_growth)
 

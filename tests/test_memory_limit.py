@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from onnx_lrsd.memory_limit import METRIC_UP_TO, MemoryLimit, kept_bytes, workin
 from onnx_lrsd.report import report_table, report_to_json
 from onnx_lrsd.runtime.session import PartedSession, open_model, open_session, shapes
 from onnx_lrsd.scratch import OnDemand, Scratch
+from onnx_lrsd.workers import Workers
 
 FLOAT = onnx.TensorProto.FLOAT
 BOUND = 4_000_000_000
@@ -329,6 +331,24 @@ def test_a_model_larger_than_a_session_may_be_is_optimised_part_by_part(
     assert found.error == pytest.approx(plain.error, rel=0.05)
     with pytest.raises(OptionError, match="run in parts: give more, or another cost"):
         onnx_lrsd.optimize(a_model(), data(), ratio=1.2, cost="latency", memory=BOUND)
+
+
+def test_no_more_layers_are_held_than_there_is_room_for() -> None:
+    held, most = list[int](), list[int]()
+
+    def given(index: int) -> int:
+        held.append(index)
+        most.append(len(held))
+        return index
+
+    def stored(index: int) -> int:
+        held.remove(index)
+        return index
+
+    with ThreadPoolExecutor(4) as pool:
+        workers = Workers(pool, 4, 4, here=True, at_once=2)
+        assert workers.map(abs, given, 9, store=stored) == list(range(9))
+    assert not held and max(most) == 2
 
 
 def test_a_limit_counts_layers_processes_and_what_is_kept() -> None:

@@ -22,6 +22,8 @@ PACKED = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "FLOAT6
 """Bits of the types whose values share bytes in a file."""
 ASIDE_BYTES = 1 << 20
 """New weights from this size on are put aside, where there is a place for them."""
+COPIED_AT_ONCE = 16 << 20
+"""What is read of a data file at once to be written to another."""
 PLAIN_KINDS = "fiu"
 """Kinds of NumPy's types that lie in a file as they do in memory."""
 
@@ -97,6 +99,20 @@ def located(tensor: onnx.TensorProto, folder: Path | None) -> tuple[Path, int]:
     if offset + stored_bytes(tensor) > path.stat().st_size:
         raise ModelError(f"The data file {path} is too short for tensor {tensor.name}: copy it again, whole.")
     return path, offset
+
+
+def content_blocks(tensor: onnx.TensorProto, folder: Path | None) -> Iterator[bytes | memoryview]:
+    """What ``content`` gives, some megabytes at a time; of a data file no more is in memory."""
+    if not uses_external_data(tensor) or is_aside(tensor):
+        yield content(tensor, folder).data
+        return
+    path, offset = located(tensor, folder)
+    left = stored_bytes(tensor)
+    with path.open("rb") as file:
+        file.seek(offset)
+        while block := file.read(min(left, COPIED_AT_ONCE)):
+            left -= len(block)
+            yield block
 
 
 def put_aside(name: str, values: npt.NDArray[Any], scratch: Scratch) -> onnx.TensorProto:
