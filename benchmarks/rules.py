@@ -39,8 +39,8 @@ OPTIONS = (FOLDERS, LIMIT)
 
 def divergence(reference: Reference, other: Model) -> float:
     """Kullback-Leibler divergence of the probabilities of classes, whose logits are the first output."""
-    after = final_outputs(other, reference.samples)
-    found = (next(iter(outputs.values())).batches for outputs in (reference.outputs, after))
+    models = (reference.model, other)
+    found = (next(iter(final_outputs(each, reference.samples).values())).batches for each in models)
     one, two = (np.concatenate(batches).astype(np.float64) for batches in found)
     one, two = (x - x.max(axis=1, keepdims=True) for x in (one, two))
     one, two = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (one, two))

@@ -6,7 +6,7 @@ final outputs are compared on a few dozen samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from onnx_lrsd.passes.split import split
 from onnx_lrsd.runtime.divergence import (
     Divergence,
     as_array,
+    change,
     clipped_logits,
     is_scores,
     positions_first,
@@ -163,16 +164,45 @@ def _injected(layer: Layer, form: Form | None, moments: Moments | None) -> Form 
     return Form(DENSE, weights=((INT3.name, layer.n),)) if few else None
 
 
+class _View(NamedTuple):
+    """What ``of`` makes of an output, which is compared.
+
+    ``before`` is that of the model, batch by batch; a change is relative to its ``variance``.
+    """
+
+    of: Callable[[Values], Values]
+    before: list[Values]
+    variance: float
+
+    @staticmethod
+    def made(of: Callable[[Values], Values], batches: Sequence[Values]) -> _View:
+        before, found = [of(rows) for rows in batches], Divergence()
+        for rows in before:
+            found.add(rows, rows)
+        return _View(of, before, float(found.by_sample()[1].sum()))
+
+    def moved(self, after: Sequence[Values]) -> float:
+        """Squared change of the batches ``after``, relative to the variance."""
+        missed = sum(change(old, self.of(new)) for old, new in zip(self.before, after, strict=True))
+        if missed <= 0:
+            return 0.0
+        return missed / self.variance if self.variance > 0 else float("inf")
+
+
 class Reference:
     """The outputs of a model on some samples: how far those of another are from them."""
 
     def __init__(self, model: Model, samples: Samples) -> None:
-        self.samples = samples
-        self.outputs, self.positions = _run(open_model(model), samples)
-        rows = {name: found.batches for name, found in self.outputs.items()}
-        axes = {name: found.axes for name, found in self.outputs.items()}
+        self.model, self.samples = model, samples
+        outputs, self.positions = _run(open_model(model), samples)
+        rows = {name: found.batches for name, found in outputs.items()}
+        axes = {name: found.axes for name, found in outputs.items()}
         feed = next(samples.batches(batch_to_run(samples)))
-        self.groups = output_groups(model, feed, rows, axes)
+        groups = output_groups(model, feed, rows, axes)
+        self.views = {
+            name: [view for group in groups[name] for view in _views(group, before)]
+            for name, before in outputs.items()
+        }
 
     def movement(self, other: Model) -> float:
         """How far the outputs of ``other`` are from those of the model, as ``moved`` has it."""
@@ -185,25 +215,19 @@ class Reference:
         ``outputs`` are those of another model for the same samples, batch by batch.
         """
         after = _collected(outputs, self.samples, self.positions)
-        return max(
-            (
-                self._moved(group, before, after[name])
-                for name, before in self.outputs.items()
-                for group in self.groups[name]
-            ),
-            default=0.0,
-        )
+        moved = [view.moved(after[name].batches) for name, views in self.views.items() for view in views]
+        return max(moved, default=0.0)
 
-    def _moved(self, group: OutputGroup, before: FinalOutput, after: FinalOutput) -> float:
-        plain, front = Divergence(), Divergence()
-        for old, new in zip(before.batches, after.batches, strict=True):
-            if not (group.ranges or before.axes) and is_scores(old, len(old)) and old.shape == new.shape:
-                plain.add(logits(old.reshape(len(old), -1)), logits(new.reshape(len(new), -1)))
-                continue
-            plain.add(group.of(old), group.of(new))
-            if group.activation:
-                front.add(clipped_logits(group.of(old)), clipped_logits(group.of(new)))
-        return max(plain.relative(), front.relative())
+
+def _views(group: OutputGroup, before: FinalOutput) -> list[_View]:
+    """What is compared of a group: scores as logits, probabilities also as what stood in front of them."""
+    whole = not group.ranges and not before.axes
+    if whole and all(is_scores(rows, len(rows)) for rows in before.batches):
+        return [_View.made(logits, before.batches)]
+    made = [group.of]
+    if group.activation:
+        made.append(lambda rows: clipped_logits(group.of(rows)))
+    return [_View.made(of, before.batches) for of in made]
 
 
 class FinalOutput(NamedTuple):
@@ -244,7 +268,7 @@ def _collected(
 
 def logits(scores: Values) -> Values:
     """Logits (samples, classes) without their mean, from logits or from probabilities."""
-    values = scores.astype(np.float64)
+    values = scores.reshape(len(scores), -1).astype(np.float64)
     if values.min() >= 0 and np.abs(values.sum(axis=1) - 1).max() < 1e-3:
         values = np.log(np.maximum(values, 1e-9))
     centred: Values = values - values.mean(axis=1, keepdims=True)

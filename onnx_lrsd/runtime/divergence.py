@@ -66,13 +66,13 @@ class Divergence:
             self._add_numbers(_by_row(old.astype(np.float64)), _by_row(new.astype(np.float64)), owner, count)
 
     def _add_numbers(self, old: Values, new: Values, owner: Owners, count: int) -> None:
-        same = (old == new) | (np.isnan(old) & np.isnan(new))
-        with np.errstate(invalid="ignore", over="ignore"):
-            squares = (np.where(same, 0.0, new - old) ** 2).sum(axis=1)
-        missed = np.where(np.isfinite(squares), squares, np.inf)
-        old = _finite(old)
-        with np.errstate(over="ignore"):
-            energy = (old**2).sum(axis=1)
+        missed = _squared_change(old, new)
+        with np.errstate(over="ignore", invalid="ignore"):
+            energy = np.einsum("ij,ij->i", old, old)
+        if not np.isfinite(energy).all():
+            old = _finite(old)
+            with np.errstate(over="ignore"):
+                energy = (old**2).sum(axis=1)
         self._keep(
             _per_owner(missed, owner, count),
             _per_owner(energy, owner, count),
@@ -151,10 +151,28 @@ def clipped_logits(probabilities: Values) -> Values:
     For a Softmax it is the logit of each class against all others. So saturated probabilities keep a
     difference that they hide themselves, and logits that are far from any decision count for nothing.
     """
-    p = np.clip(probabilities.astype(np.float64), 0.0, 1.0)
-    with np.errstate(divide="ignore"):
-        values: Values = np.clip(np.log(p) - np.log1p(-p), -MOST_LOGIT, MOST_LOGIT)
+    edge = 1 / (1 + np.exp(MOST_LOGIT))
+    p = np.clip(probabilities, edge, 1 - edge)
+    values: Values = np.log(p / (1 - p))
     return values
+
+
+def change(old: Values, new: Values) -> float:
+    """|new - old|^2 of a batch, as ``Divergence`` has it."""
+    if old.shape != new.shape:
+        return float(np.sum(_finite(old) ** 2)) or 1.0
+    return float(_squared_change(_by_row(old), _by_row(new)).sum()) if old.size else 0.0
+
+
+def _squared_change(old: Values, new: Values) -> Values:
+    """|new - old|^2 of each row, in float64."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        moved = np.subtract(new, old, dtype=np.float64)
+        squares: Values = np.einsum("ij,ij->i", moved, moved)
+        if not np.isfinite(squares).all():
+            same = (old == new) | (np.isnan(old) & np.isnan(new))
+            squares = (np.where(same, 0.0, moved) ** 2).sum(axis=1)
+    return np.where(np.isfinite(squares), squares, np.inf)
 
 
 def as_array(value: Any) -> Values:
