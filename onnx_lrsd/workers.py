@@ -103,22 +103,25 @@ class Workers:
         """What workers made of those ``missing``, as far as they did."""
         assert self.executor is not None
         upcoming, waiting = deque(missing), deque[tuple[int, Future[_Result]]]()
-        most = AHEAD * self.count if self.at_once is None else self.at_once
-        while upcoming or waiting:
-            while upcoming and len(waiting) < most:
-                index = upcoming.popleft()
-                argument = given(index)
-                try:
-                    future = self.executor.submit(_limited, os.getpid(), threads, task, argument)
-                except Exception:  # a broken pool, a client without its scheduler: each library has its own
-                    upcoming.clear()
-                    break
-                waiting.append((index, future))
-            if waiting:
-                index, future = waiting.popleft()
-                # Of a lost worker the main process does it then, and raises what is the task's own.
-                with nullcontext() if self.here else suppress(Exception):
-                    yield index, future.result()
+        try:
+            while upcoming or waiting:
+                while upcoming and len(waiting) < AHEAD * self.count:
+                    index = upcoming.popleft()
+                    argument = given(index)
+                    try:
+                        future = self.executor.submit(_limited, os.getpid(), threads, task, argument)
+                    except Exception:  # a broken pool, a client without its scheduler: each has its own
+                        upcoming.clear()
+                        break
+                    waiting.append((index, future))
+                if waiting:
+                    index, future = waiting.popleft()
+                    # Of a lost worker the main process does it then, and raises what is the task's own.
+                    with nullcontext() if self.here else suppress(Exception):
+                        yield index, future.result()
+        finally:  # where who watches has given up, nothing more is begun
+            for _, future in waiting:
+                future.cancel()
 
     def _note(self, count: int) -> None:
         if not self._warned:

@@ -115,6 +115,20 @@ def test_threads_of_this_process_share_its_cores_and_fail_at_once() -> None:
     assert len(tried) <= 2 and not said
 
 
+def test_nothing_is_begun_any_more_once_who_watches_gives_up() -> None:
+    def done(count: int) -> None:
+        raise LrsdError("out of time: stop.")
+
+    def slowly(index: int) -> None:
+        begun.append(index)
+        time.sleep(0.05)
+
+    begun = list[int]()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(LrsdError, match="out of time"):
+        Workers(pool, 2, 1, here=True).map(slowly, lambda index: index, 20, done)
+    assert len(begun) <= 3
+
+
 def test_few_arguments_are_made_ahead() -> None:
     made, most = list[int](), list[int]()
 
