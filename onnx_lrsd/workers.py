@@ -103,9 +103,10 @@ class Workers:
         """What workers made of those ``missing``, as far as they did."""
         assert self.executor is not None
         upcoming, waiting = deque(missing), deque[tuple[int, Future[_Result]]]()
+        most = AHEAD * self.count if self.at_once is None else self.at_once
         try:
             while upcoming or waiting:
-                while upcoming and len(waiting) < AHEAD * self.count:
+                while upcoming and len(waiting) < most:
                     index = upcoming.popleft()
                     argument = given(index)
                     try:
