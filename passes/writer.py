@@ -13,6 +13,9 @@ from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.nodes import unused_name
 from onnx_lrsd.types import Factors, Layer
 
+_LEAST_NORMAL = float(np.finfo(np.float32).tiny)
+"""Below it numbers of float32 are subnormal. Products with those take a processor up to a hundred times as long,
+and weights of outputs that are always zero are fitted to such numbers."""
 PART = "/lrsd/"
 """Stands between the name of a layer and the part of it that a new node is."""
 
@@ -41,8 +44,9 @@ class Writer:
         self._dtype = np.dtype(layer.dtype)
 
     def constant(self, part: str, values: np.ndarray) -> gs.Constant:
-        """``values`` in the layer's dtype, as an initializer."""
+        """``values`` in the layer's dtype, as an initializer, with zeros for what only slows a processor down."""
         values = np.ascontiguousarray(values).astype(self._dtype)
+        values[np.abs(values) < _LEAST_NORMAL] = 0
         if self._stored is None:
             return gs.Constant(self._name(f"{part}_weight"), values)
         key = values.shape, sha256(values.tobytes()).digest()

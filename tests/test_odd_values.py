@@ -178,3 +178,19 @@ def test_no_warning_of_numpy_reaches_the_terminal(tmp_path: Path) -> None:
     assert done.exit_code in (0, 3), done.output
     assert "Warning: overflow" not in done.output and "RuntimeWarning" not in done.output
     assert done.exception is None or isinstance(done.exception, SystemExit)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float", np.float32), ("float16", np.float16)])
+def test_no_weight_is_subnormal_since_products_with_those_are_slow(name: str, dtype: type) -> None:
+    text = f"g ({name}[n, 64] x) => ({name}[n, 64] y) {{ y = MatMul (x, w) }}"
+    model = a_model(text, w=np.ones((64, 64), dtype))
+    working = model.graph()
+    (layer,), _ = find_layers(working)
+    u = np.ones((64, 1))
+    u[3], u[5] = 1e-40, 1e-6  # of a dead channel, and of one that is small in half precision
+    factors = Factors(form=Form("channel", 1), kernels=(np.ones((1, 64)), u), bias=np.full(64, 1e-41))
+    onnx_lrsd.split(working, layer, factors)
+    weights = [onnx.numpy_helper.to_array(t) for t in model.splice(working).proto.graph.initializer]
+    tiny = np.finfo(np.float32).tiny
+    assert not any(((w != 0) & (abs(w.astype(np.float32)) < tiny)).any() for w in weights)
+    assert any(np.count_nonzero(w) == 63 for w in weights), "the small one is still there"
