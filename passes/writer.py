@@ -14,8 +14,8 @@ from onnx_lrsd.passes.nodes import unused_name
 from onnx_lrsd.types import Factors, Layer
 
 _LEAST_NORMAL = float(np.finfo(np.float32).tiny)
-"""Below it numbers of float32 are subnormal. Products with those take a processor up to a hundred times as long,
-and weights of outputs that are always zero are fitted to such numbers."""
+"""Below it numbers of float32 are subnormal, with which a processor takes up to a hundred times as long.
+Weights of outputs that are always zero are fitted to such."""
 PART = "/lrsd/"
 """Stands between the name of a layer and the part of it that a new node is."""
 
@@ -44,7 +44,7 @@ class Writer:
         self._dtype = np.dtype(layer.dtype)
 
     def constant(self, part: str, values: np.ndarray) -> gs.Constant:
-        """``values`` in the layer's dtype, as an initializer, with zeros for what only slows a processor down."""
+        """``values`` in the layer's dtype, as an initializer; zeros for numbers that are subnormal."""
         values = np.ascontiguousarray(values).astype(self._dtype)
         values[np.abs(values) < _LEAST_NORMAL] = 0
         if self._stored is None:
