@@ -250,7 +250,8 @@ def latency_planner(monkeypatch: pytest.MonkeyPatch, truth: float) -> tuple[Plan
     monkeypatch.setattr(planner, "speedups_within", lambda *_: {})
     run = start(Options(cost="latency", ratio=2.0))
     total = Price(50, 50, 50, 5e-3)
-    return Planner(run, None, Curves(tuple(curves())), total, {}, None), measured  # type: ignore[arg-type]
+    source: Any = SimpleNamespace(parted=False)
+    return Planner(run, source, Curves(tuple(curves())), total, {}, None), measured  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("truth", [0.8, 1.0, 1.15])
