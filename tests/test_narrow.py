@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 from plain_layers import linear
 
 import onnx_lrsd
+from onnx_lrsd.commands.prepare import make_planner, prepare
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.fit.calibrate import calibrate
@@ -26,6 +27,7 @@ from onnx_lrsd.fit.narrow import Inner, Narrower, drop_order, key_of, order_task
 from onnx_lrsd.graph.model import load
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.subgraph import inputs_of
+from onnx_lrsd.measure.compare import total_price
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.pairs import find_pairs
 from onnx_lrsd.plan.allocate import lower_hull
@@ -419,3 +421,29 @@ def test_what_joint_choices_leave_of_a_budget_goes_to_single_layers() -> None:
             mine = chosen[output]
             better = [p for p in planner.curves.points(output, widths) if p.error < mine.error]
             assert all(BYTES(p) > BYTES(mine) + left for p in better)
+
+
+def test_a_plan_counts_what_a_width_saves_between_the_layers() -> None:
+    draft = onnx.parser.parse_graph(
+        """g (float[n, 16, 8, 8] x) => (float[n, 16, 8, 8] y) {
+            a = Conv (x, w)
+            r = Relu (a)
+            d = Conv <pads = [1, 1, 1, 1], group = 64> (r, v)
+            s = Relu (d)
+            y = Conv (s, u)
+        }"""
+    )
+    rng = np.random.default_rng(0)
+    for name, shape in {"w": (64, 16, 1, 1), "v": (64, 1, 3, 3), "u": (16, 64, 1, 1)}.items():
+        draft.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    opset = helper.make_opsetid("", 17)
+    model = helper.make_model(draft, opset_imports=[opset], ir_version=8)
+    x = rng.standard_normal((40, 16, 8, 8)).astype(np.float32)
+    run = start(Options(target="tensorrt", ratio=1.2))
+    ready = prepare(run, model, {"x": x}, None)
+    planner, curves, _ = make_planner(ready.found.run, ready)
+    (key,) = ready.narrower.inner
+    forms = {key: Form(WIDTH, 32)}
+    spent = sum(planner.cost(point) for point in curves.chosen(forms).values())
+    cut = ready.narrower.cut(forms)[0]
+    assert planner.rest + spent == total_price(cut, ready.found.check_on).macs

@@ -63,6 +63,13 @@ def total_price(model: Model, samples: Samples) -> Price:
     return Price(found.macs, found.parameters, found.bytes)
 
 
+def macs_of_nodes(model: Model, samples: Samples) -> dict[str, float]:
+    """MACs of one sample in every node of the main graph that has any, by its first output."""
+    feed, proto = samples.example(), without_functions(model.proto)
+    known = shapes(proto, feed, compute_tensors(proto), model.folder)
+    return {name: macs / samples.size_of(feed) for name, macs in node_macs(proto, known).items()}
+
+
 def cost(model: Model, path_bytes: int, feed: Feed, samples: int = 1) -> ModelCost:
     """What ``model`` costs for each of the ``samples`` in ``feed``; latency is left open.
 

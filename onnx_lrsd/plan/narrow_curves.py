@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_lrsd.fit.narrow import Inner, Narrower, narrow_layer
+from onnx_lrsd.passes.pairs import Pair
 from onnx_lrsd.plan.allocate import by_time, lower_hull
 from onnx_lrsd.plan.curves import ERRORS_OF, MOST_ERROR, point, target_on
 from onnx_lrsd.plan.units import Curves, KeptOf, PairCurve
@@ -36,10 +37,19 @@ _Errors: TypeAlias = Mapping[tuple[str, int], Mapping[Form, float]]
 
 
 def pair_curves(
-    run: Run, curves: Sequence[ErrorCurve], narrower: Narrower, moments: Mapping[str, Moments]
+    run: Run,
+    curves: Sequence[ErrorCurve],
+    narrower: Narrower,
+    moments: Mapping[str, Moments],
+    macs: Mapping[str, float],
 ) -> Curves:
-    """The curves of the layers, joined by those of the pairs that may be cut between them."""
-    pairs = {key: _pair_curve(key, inner) for key, inner in narrower.inner.items()}
+    """The curves of the layers, joined by those of the pairs that may be cut between them.
+
+    ``macs`` are those of every node of the model, by its first output.
+    """
+    pairs = {
+        key: _pair_curve(key, inner, _macs_between(inner.pair, macs)) for key, inner in narrower.inner.items()
+    }
     between = [_Between.of(run, curve, pairs) for curve in curves]
     errors = _errors(run, between, replace(narrower, moments=moments))
     narrow: dict[tuple[str, KeptOf], tuple[Point, ...]] = {}
@@ -48,14 +58,28 @@ def pair_curves(
     return Curves(tuple(curves), tuple(pairs.values()), narrow)
 
 
-def _pair_curve(key: str, inner: Inner) -> PairCurve:
-    """What each width loses: the sum of what the layers that read the channels lose."""
+def _macs_between(pair: Pair, macs: Mapping[str, float]) -> float:
+    """MACs that are spent on the channels between the layers: of depthwise convolutions, and of attention."""
+    given = {end.output for end in pair.producers}
+    return sum(
+        macs[name] * float(np.mean(carried.owner >= 0))
+        for name, carried in pair.carried.items()
+        if name in macs and name not in given
+    )
+
+
+def _pair_curve(key: str, inner: Inner, between: float) -> PairCurve:
+    """What each width loses: the sum of what the layers that read the channels lose.
+
+    It saves its share of the MACs ``between`` them.
+    """
     pair, total = inner.pair, inner.pair.channels
     errors = inner.widths.errors.sum(axis=0)
     found = [Point(Form(DENSE), 0.0, NO_PRICE)]
     for width in widths_to_try(inner):
         if errors[width] <= MOST_ERROR * len(pair.consumers) and width < total:
-            found.append(Point(Form(WIDTH, width), float(errors[width]), NO_PRICE))
+            saved = replace(NO_PRICE, macs=-round(between * (1 - width / total)))
+            found.append(Point(Form(WIDTH, width), float(errors[width]), saved))
     giving, reading = (tuple(end.output for end in ends) for ends in (pair.producers, pair.consumers))
     return PairCurve(key=key, channels=total, producers=giving, consumers=reading, points=tuple(found))
 
