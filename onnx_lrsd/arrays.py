@@ -37,6 +37,12 @@ def cupy() -> ModuleType | None:
     return found
 
 
+def gpu_name() -> str:
+    """The name of the GPU that arrays are taken to; empty where CuPy finds none."""
+    module = cupy()
+    return "" if module is None else str(module.cuda.runtime.getDeviceProperties(0)["name"].decode())
+
+
 def on_gpu(device: str) -> bool:
     """Whether ``to_device`` takes arrays to a GPU."""
     return device != "cpu" and cupy() is not None

@@ -39,10 +39,10 @@ from onnx_lrsd.option import (
     check_options,
 )
 from onnx_lrsd.runtime.quantiser import saturates
-from onnx_lrsd.runtime.session import RUNTIME_MEMORY
+from onnx_lrsd.runtime.session import RUNTIME_MEMORY, inference_device
 from onnx_lrsd.storage import FP16, STORAGES
 from onnx_lrsd.targets import TARGETS, Machine, Target, built_in, processor, this_machine
-from onnx_lrsd.targets.machine import runtime
+from onnx_lrsd.targets.machine import command_to_profile, runtime
 from onnx_lrsd.time_limit import TimeLimit, seconds_of
 from onnx_lrsd.types import COSTS, KINDS, Plan, Progress, Score
 from onnx_lrsd.wording import bytes_of
@@ -269,16 +269,18 @@ class Journal:
 class Run:
     """What every stage of one call knows; only the journal changes.
 
-    ``target`` has the times of ``machine``, which is None where the target has none. ``cost`` is what a
-    ratio is of. ``groups`` are those that all comparisons judge outputs in, so that a search and the check of
-    what it found go by the same; None until there are samples. ``keep`` looks into the work dir first, where
-    there is one. ``time`` and ``memory`` are what the run may take; ``workers`` do what is shared out.
+    ``target`` has the times of ``machine``, which is None where the target has none. ``device``, 'cpu' or
+    'cuda', is where ONNX Runtime runs the models. ``cost`` is what a ratio is of. ``groups`` are those that
+    all comparisons judge outputs in, so that a search and the check of what it found go by the same; None
+    until there are samples. ``keep`` looks into the work dir first, where there is one. ``time`` and
+    ``memory`` are what the run may take; ``workers`` do what is shared out.
     """
 
     options: Options
     target: Target
     cost: str
     machine: Machine | None = None
+    device: str = "cpu"
     groups: GroupsOf | None = None
     journal: Journal = field(default_factory=Journal)
     progress: Progress | None = None
@@ -293,7 +295,8 @@ class Run:
         if self.machine is None:
             return ""
         made = "built in" if self.machine is built_in() else "measured on this machine"
-        return f"{made}: {self.machine.processor}, ONNX Runtime {self.machine.runtime}"
+        gpu = "" if self.machine.device == "cpu" else " (GPU)"
+        return f"{made}: {self.machine.processor}{gpu}, ONNX Runtime {self.machine.runtime}"
 
     def shared(
         self,
@@ -359,7 +362,7 @@ def start(options: Options, plan: Plan | None = None, progress: Progress | None 
     """A run for ``options``, of which ``plan`` settles target and cost.
 
     Raises DataError for a plan whose target or cost is not known, OptionError for half precision where the
-    target does not compute in it.
+    target does not compute in it, DeviceError for a GPU that ONNX Runtime does not run on.
     """
     if plan is not None:
         for asked, offered in ((plan.target, TARGETS), (plan.cost, COSTS)):
@@ -381,20 +384,21 @@ def start(options: Options, plan: Plan | None = None, progress: Progress | None 
         options=options,
         target=target,
         cost=cost,
+        device=inference_device(options.device),
         progress=memory.watching(limit.watching(progress)),
         time=limit,
         memory=memory,
     )
     if not target.times:
         return run
-    machine, said = this_machine()
+    machine, said = this_machine(run.device)
     run = replace(run, target=target.on(machine), machine=machine)
     if said:
         run.journal.warn(said)
-    elif cost == "latency" and machine.processor != processor():
+    elif machine.processor != processor(run.device) and (cost == "latency" or run.device != "cpu"):
         run.journal.warn(
             f"Times were predicted with a table measured on {machine.processor}: "
-            "run `onnx-lrsd profile` once for a better plan on this machine."
+            f"run `{command_to_profile(run.device)}` once for a better plan on this machine."
         )
     return run
 
@@ -415,7 +419,7 @@ def with_work_dir(run: Run, model: Model, samples: Samples, *, calibrated: bool)
         "samples": [run_on(samples), calibrated],
         "target": [run.target.name, run.cost, run.machine],
         "options": {one.name: getattr(options, one.name) for one in fields(options) if one.name not in GOALS},
-        "processor": processor(),
+        "processor": [processor(), run.device, processor(run.device)],
         "versions": versions(),
     }
     said = {"model": "a model in memory" if model.path is None else model.path.name}

@@ -145,7 +145,7 @@ def test_a_table_made_elsewhere_is_not_used_and_the_report_says_so(field: str) -
 def test_profile_writes_the_table_that_optimize_reads(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(upkeep, "measure", lambda progress: replace(MINE, node=0.25))
+    monkeypatch.setattr(upkeep, "measure", lambda progress, device: replace(MINE, node=0.25))
     result = CliRunner().invoke(cli.main, ["profile"])
     assert result.exit_code == 0 and result.stdout == ""
     assert f"Written to {machine.stored_at()}." in result.stderr and "GMAC/s" in result.stderr
@@ -181,7 +181,7 @@ def test_latency_is_refused_for_a_target_without_times(monkeypatch: pytest.Monke
 
 def test_profile_says_before_it_measures_that_it_cannot_write(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[object] = []
-    monkeypatch.setattr(upkeep, "measure", measured.append)
+    monkeypatch.setattr(upkeep, "measure", lambda *given: measured.append(given))
     folder = machine.stored_at().parent
     folder.write_text("a file where the folder should be")
     result = CliRunner().invoke(cli.main, ["profile"])

@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from types import ModuleType
 
 import numpy as np
 import onnx
 import pytest
+from gpu_stand_in import DoesNotLoad, FallsBack, OnTheGpu, runtime_with_cuda
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_lrsd
 from onnx_lrsd.commands import doctor
 from onnx_lrsd.errors import DataError, DeviceError, ModelError
 from onnx_lrsd.graph.subgraph import inputs_of
+from onnx_lrsd.measure import layer_times, speedup
 from onnx_lrsd.runtime import session as runtime
 from onnx_lrsd.runtime import timing
 from onnx_lrsd.types import InputSpec
@@ -309,43 +311,10 @@ def test_doctor_finds_two_runtimes_that_overwrite_each_other(monkeypatch: pytest
     assert "pip uninstall onnxruntime onnxruntime-gpu," in finding.said
 
 
-class FallsBack:
-    """A session of ONNX Runtime that takes the CPU, whatever it was asked for, as it does in silence."""
-
-    def __init__(self, *given: Any, **named: Any) -> None:
-        named["providers"] = ["CPUExecutionProvider"]
-        self._session = importlib.import_module("onnxruntime").InferenceSession(*given, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-
-class DoesNotLoad:
-    """A session of ONNX Runtime whose provider cannot be loaded."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        raise RuntimeError("Failed to load library libonnxruntime_providers_cuda.so")
-
-
 @pytest.fixture
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], ModuleType]:
     """ONNX Runtime as one for CUDA 13 that lists the provider, with a session of the given class."""
-    real = runtime.onnxruntime()
-
-    def stand_in(session: type) -> ModuleType:
-        module = ModuleType("onnxruntime")
-        module.__dict__.update(vars(real))
-        module.__dict__.update(
-            cuda_version="13.0",
-            get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
-            preload_dlls=lambda: print("libcudart.so.13 is missing"),
-            InferenceSession=session,
-        )
-        for place in (runtime, doctor):
-            monkeypatch.setattr(place, "onnxruntime", lambda: module)
-        return module
-
-    return stand_in
+    return partial(runtime_with_cuda, monkeypatch)
 
 
 def test_cuda_that_falls_back_to_the_cpu_is_an_error_with_the_remedy(
@@ -366,42 +335,13 @@ def test_cuda_that_does_not_load_is_an_error_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-class OnTheGpu(FallsBack):
-    """A session that says that it took CUDA, as it does where there is a GPU; here the CPU stands in."""
-
-    placed: ClassVar[list[str]] = []
-
-    def get_providers(self) -> list[str]:
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-    def io_binding(self) -> Any:
-        self.placed.append("bound")
-        return Binding(self._session.io_binding())
-
-
-class Binding:
-    """A binding in which the CPU stands in for the GPU."""
-
-    def __init__(self, binding: Any) -> None:
-        self._iobinding = binding._iobinding
-        self._binding = binding
-
-    def bind_output(self, name: str, device: str) -> None:
-        assert device == "cuda"
-        self._binding.bind_output(name, "cpu")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._binding, name)
-
-
 def test_where_there_is_a_gpu_models_run_and_are_timed_there(
     with_cuda: Callable[[type], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = onnx_lrsd.optimize(*linear_model(), ratio=1.5, forms=("channel",), device="cpu")
-    module = with_cuda(OnTheGpu)
-    placed = module.OrtValue.ortvalue_from_numpy
-    stand_in = SimpleNamespace(ortvalue_from_numpy=lambda value, device, place: placed(value))
-    monkeypatch.setattr(module, "OrtValue", stand_in)
+    with_cuda(OnTheGpu)
+    for place in (layer_times, speedup):
+        monkeypatch.delattr(place, "kernels")  # records when a kernel is launched
     found = onnx_lrsd.optimize(*linear_model(), ratio=1.5, forms=("channel",), device="auto")
     assert found.report.verification is not None and found.report.verification.device == "cuda"
     assert "latency (GPU)" in onnx_lrsd.report_table(found.report)

@@ -20,14 +20,14 @@ from onnx_lrsd.cli.options import (
 from onnx_lrsd.cli.terminal import colour, progress_shown, say
 from onnx_lrsd.commands.cache import clear, listed
 from onnx_lrsd.commands.doctor import examine
-from onnx_lrsd.commands.profile import measure
+from onnx_lrsd.commands.profile import ensure_profiled, measure
 from onnx_lrsd.commands.unpack import unpack
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.graph.model import save, size_on_disk
 from onnx_lrsd.report import (
     machine_table,
 )
-from onnx_lrsd.targets.machine import stored_at, to_json
+from onnx_lrsd.targets.machine import PROFILED, stored_at, to_json
 
 PLAIN = ".plain.onnx"
 
@@ -50,18 +50,27 @@ def unpack_command(model: Path, output: Path | None, verbose: bool, quiet: bool)
 @output_option(
     "Write the table elsewhere than where optimize looks for it.  [default: in your folder for caches]"
 )
+@click.option(
+    "--device",
+    type=click.Choice(PROFILED),
+    default=PROFILED[0],
+    show_default=True,
+    help="Where ONNX Runtime runs the nodes; on a GPU it takes some minutes.",
+)
 @loudness
-def profile_command(output: Path | None, verbose: bool, quiet: bool) -> None:
+def profile_command(output: Path | None, device: str, verbose: bool, quiet: bool) -> None:
     """Measure this machine, in about a minute.
 
-    How fast it runs the nodes that layers are rewritten to. From then on optimize plans with that.
+    How fast it runs the nodes that layers are rewritten to. From then on optimize plans with that on the same
+    device.
     """
-    path = stored_at() if output is None else output
+    ensure_profiled(device)
+    path = stored_at(device) if output is None else output
     if output is None:
         make_folder(path.parent)
     check_writable(path)
     with progress_shown(quiet) as progress:
-        machine = measure(progress)
+        machine = measure(progress, device)
     write_text(path, to_json(machine))
     if not quiet:
         say(f"{machine_table(machine, colour=colour())}\n\nWritten to {path}.")

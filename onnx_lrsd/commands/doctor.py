@@ -11,7 +11,7 @@ import numpy as np
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from onnx_lrsd.arrays import cupy
+from onnx_lrsd.arrays import cupy, gpu_name
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.runtime.session import gist, onnxruntime, open_session, tiny_model
 from onnx_lrsd.targets.machine import built_in, stored_at, this_machine
@@ -96,7 +96,7 @@ def _runtime() -> list[Finding]:
 
 
 def _times() -> Finding:
-    """Which table predicts times."""
+    """Which table predicts times on the processor."""
     try:
         found, said = this_machine()
     except LrsdError:  # there is no ONNX Runtime, which has been said
@@ -120,8 +120,7 @@ def _cupy() -> Finding:
     module = cupy()
     if module is None:
         return Finding("cupy", None, f"{installed[0]} finds no GPU, NumPy does the work: check the driver.")
-    device = module.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    return Finding("cupy", True, f"{installed[0]} {module.__version__} on {device}.")
+    return Finding("cupy", True, f"{installed[0]} {module.__version__} on {gpu_name()}.")
 
 
 def _cuda() -> list[Finding]:

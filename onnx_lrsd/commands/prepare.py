@@ -62,7 +62,7 @@ from onnx_lrsd.plan.promise import STORED
 from onnx_lrsd.plan.search import Forms
 from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.run import Options, Run, with_work_dir
-from onnx_lrsd.runtime.session import inference_device, sound
+from onnx_lrsd.runtime.session import sound
 from onnx_lrsd.scratch import OnDemand
 from onnx_lrsd.solver.width import Widths
 from onnx_lrsd.time_limit import CHECKS, ORDERED, PASSES
@@ -137,9 +137,7 @@ def find(
     """
     options = run.options
     with run.journal.clock("load"):
-        original = replace(
-            load(model), device=inference_device(options.device), most_bytes=run.memory.session_bytes
-        )
+        original = replace(load(model), device=run.device, most_bytes=run.memory.session_bytes)
         ensure_fits(run, original)
         if output is not None:
             ensure_writable(output, original.path)

@@ -1,13 +1,15 @@
-"""Measure how fast ONNX Runtime runs the nodes of factors on this machine, in one thread.
+"""Measure how fast ONNX Runtime runs the nodes of factors on this machine, on a CPU in one thread.
 
-Nodes of all kinds and numbers of outputs read the same tensor in one model, so a few sessions measure them
-all. Every pass over the sessions measures each node again; the fastest pass counts, since other work of the
-machine only adds time.
+On a CPU nodes of all kinds and numbers of outputs read the same tensor in one model, so a few sessions
+measure them all. Every pass over the sessions measures each node again; the fastest pass counts, since other
+work of the machine only adds time. On a GPU, where no times of kernels are recorded, each node is measured in
+a model that has nothing but a few of its like.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from math import isqrt, prod
 
@@ -15,8 +17,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lrsd.measure.layer_times import bare_node
+from onnx_lrsd.errors import DeviceError
+from onnx_lrsd.measure.layer_times import bare_node, bare_run, seconds_on
 from onnx_lrsd.runtime.kernel_times import kernels
+from onnx_lrsd.runtime.session import inference_device
 from onnx_lrsd.targets.machine import (
     COLUMN,
     MATRIX,
@@ -35,9 +39,11 @@ SIDES = (7, 14, 28, 56, 112, 224)
 _CHANNELS = (8, 16, 64, 256)
 MATRIX_ROWS, MATRIX_INPUTS, MATRIX_OUTPUTS = (1, 16, 128), (64, 256, 1024), (16, 64, 256, 1024)
 MOST_MACS = 600_000_000
-"""Nodes above it are not measured and get the rate of the next smaller map."""
+"""Nodes above it are not measured on a CPU and get the rate of the next smaller map."""
 TIMED_PASSES, _SECONDS = 4, 0.35
 """Passes over all sessions, and about how long one session runs in a pass."""
+COPIES, _SECONDS_ON_A_GPU = 4, 0.05
+"""Nodes alike in each model that is timed on a GPU, and about how long it runs."""
 SHORTEST, LONG = 1e-7, 2e-5
 """Seconds. Shorter work is rounded up to SHORTEST; from LONG on the time of recording hardly counts."""
 _BLOCKS = (16, 8, 4)
@@ -48,29 +54,57 @@ Measured = dict[str, float]
 """Seconds by name of a node."""
 
 
-def measure(progress: Progress | None = None) -> Machine:
-    """The table of this machine; it takes about a minute. ``progress`` is called after each session."""
-    block = _block()
-    sessions: list[Callable[[], Measured]] = [
-        _session(_convolutions(channels, side, _outputs(block)), (1, _BLOCKS[0], side, side))
+def ensure_profiled(device: str) -> None:
+    """Raise DeviceError where ``device`` is a GPU that ONNX Runtime does not run on, or that has no name."""
+    if inference_device(device) != "cpu" and not processor(device):
+        raise DeviceError("CuPy, which tells the GPU's name, finds none: pip install onnx-lrsd[gpu].")
+
+
+def measure(progress: Progress | None = None, device: str = "cpu") -> Machine:
+    """The table of this machine; it takes about a minute, of a GPU some. ``progress`` follows it."""
+    block = _block(device)
+    outputs = _outputs(block)
+    best = _best(_on_cpu(outputs) if device == "cpu" else _on_gpu(device, outputs), progress)
+    squares = tuple(side * side for side in SIDES)
+    rates = {kind: _rates(best, kind, outputs, _CHANNELS, squares) for kind in KERNELS}
+    rates[MATRIX] = _rates(best, MATRIX, MATRIX_OUTPUTS, MATRIX_INPUTS, MATRIX_ROWS)
+    return Machine(
+        processor=processor(device),
+        runtime=runtime(),
+        block=block,
+        node=bare_run(device).node,
+        value=_value(device),
+        rates=rates,
+        device=device,
+    )
+
+
+def _on_cpu(outputs: Sequence[int]) -> list[Callable[[], Measured]]:
+    """What measures all nodes on a CPU, several times over."""
+    sessions = [
+        _session(_convolutions(channels, side, outputs), (1, _BLOCKS[0], side, side))
         for channels, side in product(_CHANNELS, SIDES)
     ]
     sessions += [
         _session(_products(inputs, rows), (rows, MATRIX_OUTPUTS[0]))
         for inputs, rows in product(MATRIX_INPUTS, MATRIX_ROWS)
     ]
-    best = _best(sessions * TIMED_PASSES, progress)
-    squares = tuple(side * side for side in SIDES)
-    rates = {kind: _rates(best, kind, _outputs(block), _CHANNELS, squares) for kind in KERNELS}
-    rates[MATRIX] = _rates(best, MATRIX, MATRIX_OUTPUTS, MATRIX_INPUTS, MATRIX_ROWS)
-    return Machine(
-        processor=processor(),
-        runtime=runtime(),
-        block=block,
-        node=bare_node().seconds,
-        value=_value(),
-        rates=rates,
-    )
+    return sessions * TIMED_PASSES
+
+
+def _on_gpu(device: str, outputs: Sequence[int]) -> list[Callable[[], Measured]]:
+    """What measures all nodes on the GPU ``device``."""
+    convolutions = [
+        partial(_convolutions_on, device, channels, side, outputs)
+        for channels, side in product(_CHANNELS, SIDES)
+    ]
+    return [
+        *convolutions,
+        *(
+            partial(_products_on, device, inputs, rows)
+            for inputs, rows in product(MATRIX_INPUTS, MATRIX_ROWS)
+        ),
+    ]
 
 
 def _best(sessions: Sequence[Callable[[], Measured]], progress: Progress | None = None) -> Measured:
@@ -165,8 +199,8 @@ def _conv(name: str, source: str, outputs: int, channels: int, kernel: tuple[int
     )
 
 
-def _weight(name: str, *shape: int) -> onnx.TensorProto:
-    values = np.random.default_rng(0).standard_normal(shape) / isqrt(prod(shape[1:]) + 1)
+def _weight(name: str, *shape: int, seed: int = 0) -> onnx.TensorProto:
+    values = np.random.default_rng(seed).standard_normal(shape) / isqrt(prod(shape[1:]) + 1)
     return numpy_helper.from_array(values.astype(np.float32), f"{name} weight")
 
 
@@ -181,10 +215,14 @@ def _model(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def _block() -> int:
+def _block(device: str) -> int:
     """The number of outputs that convolutions are padded to."""
     channels, side = 64, 28
-    session = _session(_convolutions(channels, side, (2, *_BLOCKS)), (1, _BLOCKS[0], side, side))
+    outputs = (2, *_BLOCKS)
+    if device == "cpu":
+        session = _session(_convolutions(channels, side, outputs), (1, _BLOCKS[0], side, side))
+    else:
+        session = partial(_convolutions_on, device, channels, side, outputs, (SQUARE,))
     best = _best([session] * TIMED_PASSES)
 
     def padded(block: int) -> bool:
@@ -194,11 +232,69 @@ def _block() -> int:
     return next((block for block in _BLOCKS if padded(block)), _BLOCKS[-1])
 
 
-def _value() -> float:
+def _value(device: str) -> float:
     """Seconds to gather one value of a map."""
     channels, side = 64, SIDES[-1]
-    index = numpy_helper.from_array(np.arange(0, channels, 2), "index")
-    node = helper.make_node("Gather", ["x", "index"], ["y"], "gather", axis=1)
-    end = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, channels // 2, side, side])
-    session = _session(_model([node], (1, channels, side, side), [end], [index]), (1, channels, side, side))
-    return min(session()["gather"] for _ in range(TIMED_PASSES)) / (channels // 2 * side * side)
+    shape, values = (1, channels, side, side), channels // 2 * side * side
+    if device != "cpu":
+        return _seconds_on(device, _gathers(channels, side), shape) / values
+    session = _session(_gathers(channels, side, 1), shape)
+    return min(session()[_copy("gather", 0)] for _ in range(TIMED_PASSES)) / values
+
+
+def _gathers(channels: int, side: int, copies: int = COPIES) -> onnx.ModelProto:
+    """``copies`` of a Gather of every second channel of a map, each beginning at another one."""
+    nodes, tensors, ends = list[onnx.NodeProto](), list[onnx.TensorProto](), list[onnx.ValueInfoProto]()
+    for i in range(copies):
+        name = _copy("gather", i)
+        nodes.append(helper.make_node("Gather", ["x", f"{name} index"], [name], name, axis=1))
+        tensors.append(numpy_helper.from_array((np.arange(0, channels, 2) + i) % channels, f"{name} index"))
+        ends.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, channels // 2, side, side]))
+    return _model(nodes, (1, channels, side, side), ends, tensors)
+
+
+def _convolutions_on(
+    device: str, channels: int, side: int, outputs: Sequence[int], kinds: Sequence[str] = tuple(KERNELS)
+) -> Measured:
+    """Seconds of convolutions over one map, each of the ``kinds`` and ``outputs`` measured by itself."""
+    shape, found = (1, channels, side, side), Measured()
+    for kind, out in product(kinds, outputs):
+        nodes, tensors, ends = list[onnx.NodeProto](), list[onnx.TensorProto](), list[onnx.ValueInfoProto]()
+        for i in range(COPIES):
+            name = _copy("conv", i)
+            nodes.append(_conv(name, "x", out, channels, KERNELS[kind]))
+            tensors.append(_weight(name, out, channels, *KERNELS[kind], seed=i))
+            ends.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, out, side, side]))
+        proto = _model(nodes, shape, ends, tensors)
+        found[_name(kind, out, channels, side * side)] = _seconds_on(device, proto, shape)
+    return found
+
+
+def _products_on(device: str, inputs: int, rows: int) -> Measured:
+    """Seconds of products of a matrix (rows, inputs), each number of outputs measured by itself."""
+    shape, found = (rows, inputs), Measured()
+    for out in MATRIX_OUTPUTS:
+        nodes, tensors, ends = list[onnx.NodeProto](), list[onnx.TensorProto](), list[onnx.ValueInfoProto]()
+        for i in range(COPIES):
+            name = _copy("product", i)
+            nodes.append(helper.make_node("MatMul", ["x", f"{name} weight"], [name], name))
+            tensors.append(_weight(name, inputs, out, seed=i))
+            ends.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, out]))
+        found[_name(MATRIX, out, inputs, rows)] = _seconds_on(
+            device, _model(nodes, shape, ends, tensors), shape
+        )
+    return found
+
+
+def _copy(name: str, index: int) -> str:
+    return f"{name} {index}"
+
+
+def _seconds_on(device: str, proto: onnx.ModelProto, shape: tuple[int, ...]) -> float:
+    """Seconds that one of the COPIES of a node works on the GPU ``device``.
+
+    What any node takes is left out; a kernel hides behind its launch where that takes longer.
+    """
+    feed = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    seconds = seconds_on(device, proto, feed, seconds=_SECONDS_ON_A_GPU) / COPIES
+    return max(seconds - bare_run(device).node, SHORTEST)

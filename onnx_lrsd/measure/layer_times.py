@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from onnx_lrsd.passes.isolate import isolate
 from onnx_lrsd.runtime.kernel_times import Kernel, kernels
 from onnx_lrsd.runtime.session import open_model, open_session
 from onnx_lrsd.runtime.timing import busy_clock
-from onnx_lrsd.types import Layer, Progress
+from onnx_lrsd.types import Feed, Layer, Progress
 
 SESSIONS, _RUNS, SECONDS = 3, 5, 0.5
 """Sessions that the whole is timed in, runs of each at least, and seconds after which there are no more."""
@@ -26,13 +27,14 @@ _MOST_RUNS = 200
 """Runs of each session, at most."""
 LINKS, LINK_CHANNELS = 64, 16
 """Nodes of the longer chain that tells what a node takes beside its work, and their channels."""
+_FEED = {"x": np.ones((1, LINK_CHANNELS, 1, 1), np.float32)}
 LAYOUT = ("ReorderInput", "ReorderOutput")
 """Nodes that a convolution needs when it is alone, and not among its like."""
 
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Seconds of one sample in one thread: of the whole model, and of layers by name."""
+    """Seconds of one sample, on a CPU in one thread: of the whole model, and of layers by name."""
 
     whole: float
     layers: Mapping[str, float]
@@ -48,8 +50,8 @@ def time_layers(
 ) -> LayerTimes:
     """Time the whole model and each of ``layers`` alone on one smallest batch; layers alike are timed once.
 
-    ``shapes`` are those of the layers' inputs in that batch. A model that is run part by part is not timed:
-    its layers stand for the whole.
+    ``shapes`` are those of the layers' inputs in that batch. All is timed where the model runs. A model
+    that is run part by part is not timed: its layers stand for the whole.
     """
     feed = samples.example()
     size = samples.size_of(feed)
@@ -61,14 +63,22 @@ def time_layers(
         if key not in known:
             alone = isolate(model.proto, layer, shape)
             values = {layer.input: rng.standard_normal(shape).astype(layer.dtype)}
-            nodes = kernels(alone, values, folder=model.folder, runs=_RUNS)
-            known[key] = unrecorded(node for node in nodes if node.op not in LAYOUT)
+            known[key] = _alone(model, alone, values)
         found[layer.output] = known[key] / size
         if progress is not None:
             progress("time layers", done + 1, len(layers))
     whole = sum(found.values()) if model.parted else _whole(model, feed) / size
     fitting = min(1.0, whole / max(sum(found.values()), 1e-12))  # alone they can seem to take more than all
     return LayerTimes(whole, {name: seconds * fitting for name, seconds in found.items()})
+
+
+def _alone(model: Model, alone: onnx.ModelProto, feed: Feed) -> float:
+    """Seconds that a layer of ``model`` takes as a model of its own."""
+    if model.device != "cpu":
+        seconds = seconds_on(model.device, alone, feed, folder=model.folder)
+        return max(seconds, bare_run(model.device).node)
+    nodes = kernels(alone, feed, folder=model.folder, runs=_RUNS)
+    return unrecorded(node for node in nodes if node.op not in LAYOUT)
 
 
 def seconds_of_a_sample(
@@ -93,14 +103,48 @@ class BareNode:
 
 @cache
 def bare_node() -> BareNode:
-    """Measured once, from what the links of a longer chain of tiny convolutions take more."""
-    feed = {"x": np.ones((1, LINK_CHANNELS, 1, 1), np.float32)}
-    short, long = (
-        _fastest(partial(open_session(_chain(links), threads=1).run, feed)) for links in (LINKS // 2, LINKS)
-    )
-    own = max((long - short) / (LINKS - LINKS // 2), 1e-8)
-    recorded = float(np.median([node.fastest for node in kernels(_chain(LINKS), feed, runs=50)]))
+    """Measured once, by chains of tiny convolutions."""
+    own = bare_run("cpu").node
+    recorded = float(np.median([node.fastest for node in kernels(_chain(LINKS), _FEED, runs=50)]))
     return BareNode(own, max(recorded - own, 0.0))
+
+
+@dataclass(frozen=True)
+class BareRun:
+    """Seconds that any node takes beside its work, and those that a run takes beside its nodes."""
+
+    node: float
+    run: float
+
+
+@cache
+def bare_run(device: str) -> BareRun:
+    """Measured once, from what the links of a longer chain of tiny convolutions take more."""
+    short, long = (
+        _fastest(open_session(_chain(links), threads=1, device=device).timed(_FEED))
+        for links in (LINKS // 2, LINKS)
+    )
+    node = max((long - short) / (LINKS - LINKS // 2), 1e-8)
+    return BareRun(node, max(long - LINKS * node, 0.0))
+
+
+def seconds_on(
+    device: str,
+    proto: onnx.ModelProto,
+    feed: Feed,
+    *,
+    folder: Path | None = None,
+    seconds: float | None = None,
+) -> float:
+    """What the nodes of ``proto`` take together on a GPU: its fastest run, less what any run takes.
+
+    By the clock on the wall, with inputs and outputs on the device: ONNX Runtime records there when a kernel
+    is launched, not how long it runs. Runs are repeated for ``seconds``, SECONDS if None.
+    """
+    session = open_session(proto, folder=folder, device=device)
+    run = session.timed(feed)
+    run()  # the first one chooses kernels
+    return max(_fastest(run, seconds) - bare_run(device).run, 0.0)
 
 
 def unrecorded(nodes: Iterable[Kernel]) -> float:
@@ -119,8 +163,8 @@ def _chain(links: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def _fastest(run: Callable[[], object]) -> float:
-    best, deadline = float("inf"), time.perf_counter() + SECONDS
+def _fastest(run: Callable[[], object], seconds: float | None = None) -> float:
+    best, deadline = float("inf"), time.perf_counter() + (SECONDS if seconds is None else seconds)
     while time.perf_counter() < deadline:
         start = time.perf_counter()
         run()
@@ -132,13 +176,14 @@ def _whole(model: Model, feed: Mapping[str, np.ndarray]) -> float:
     """Seconds of one run, the median over a few sessions of their median runs."""
     medians = []
     for _ in range(SESSIONS):
-        session = open_session(model.proto, folder=model.folder, threads=1)
-        medians.append(_median(partial(session.run, feed)))
+        session = open_session(model.proto, folder=model.folder, threads=1, device=model.device)
+        clock = busy_clock() if model.device == "cpu" else time.perf_counter
+        medians.append(_median(session.timed(feed), clock))
     return float(np.median(medians))
 
 
-def _median(run: Callable[[], object]) -> float:
-    clock, times, total = busy_clock(), list[float](), 0.0
+def _median(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    times, total = list[float](), 0.0
     run()
     while len(times) < _RUNS or (total < SECONDS and len(times) < _MOST_RUNS):
         start = clock()

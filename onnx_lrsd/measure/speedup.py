@@ -71,9 +71,9 @@ def speedups_within(
     What is fast alone may want another layout than its neighbours, or part what was fused. A layer's kernels
     are summed before and after, wherever in the run they stand: its own, and those of channel-wise nodes that
     read it, which may be fused into them on one side only. A layer without a kernel of its own has no ratio,
-    nor has any of a model that is run part by part.
+    nor has any of a model that is run part by part, or on a GPU, where no times of kernels are recorded.
     """
-    if model.parted:
+    if model.parted or model.device != "cpu":
         return {}
     chosen = [layer for layer in layers if layer.output in forms]
     feed = samples.example()

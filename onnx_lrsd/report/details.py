@@ -90,13 +90,15 @@ def collect(
                 histogram=histogram,
             )
         )
-    return Details(layers=tuple(rows), trade_off=trade_off, machine=machine())
+    return Details(layers=tuple(rows), trade_off=trade_off, machine=machine(before.device))
 
 
-def machine() -> dict[str, str]:
-    """What the run was made on."""
+def machine(device: str) -> dict[str, str]:
+    """What the run was made on, with the GPU if ``device``, where the models ran, is one."""
+    gpu = processor(device) if device != "cpu" else ""
     return {
         "processor": processor(),
+        **({"GPU": gpu} if gpu else {}),
         "cores": str(os.cpu_count()),
         "system": f"{platform.system()}, {platform.machine()}",
         "python": platform.python_version(),

@@ -190,7 +190,8 @@ def _counted_with(found: Inspection) -> list[str]:
 def machine_table(machine: Machine, *, colour: bool = False) -> str:
     """What was measured of a machine: rates for few and many outputs, on small maps and large ones."""
     ink = Ink(colour)
-    head = f"{machine.processor}, ONNX Runtime {machine.runtime}, one thread, float32"
+    where = "one thread" if machine.device == "cpu" else "on the GPU"
+    head = f"{machine.processor}, ONNX Runtime {machine.runtime}, {where}, float32"
     facts = (
         f"Outputs of convolutions are padded to multiples of {machine.block}. A node takes "
         f"{machine.node * 1e6:.2f} us beside its work, to copy a value {machine.value * 1e9:.2f} ns."

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -20,12 +21,15 @@ from typing import Any, NamedTuple
 
 import platformdirs
 
+from onnx_lrsd.arrays import gpu_name
 from onnx_lrsd.runtime.session import onnxruntime
 from onnx_lrsd.targets.target import Node
 
 SQUARE, COLUMN, ROW, POINT, MATRIX = "k x k", "k x 1", "1 x k", "1 x 1", "matrix"
 NODES = (SQUARE, COLUMN, ROW, POINT, MATRIX)
 """Kinds of nodes. Convolutions that are not over two axes run as products of matrices."""
+PROFILED = ("cpu", "cuda")
+"""Devices of ONNX Runtime that there can be a table of."""
 _SCHEMA = 1
 BUILT_IN = Path(__file__).with_name("built_in.json")
 """The table used where none was measured: what ``onnx-lrsd profile`` wrote for a server CPU with AVX-512."""
@@ -79,11 +83,12 @@ def _around(axis: Sequence[int], x: float) -> list[_Place]:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The table of one machine, for one thread and float32.
+    """The table of one machine, for float32; of a processor for one thread.
 
     ``block`` is the number of outputs that convolutions are padded to, ``node`` the seconds any node takes
     beside its work, ``value`` the seconds to copy one value from one layout to another. ``processor`` and
-    ``runtime`` say what it was measured on. ``rates`` has an entry for each of NODES.
+    ``runtime`` say what it was measured on; for the ``device`` 'cuda' the processor is a GPU. ``rates`` has
+    an entry for each of NODES.
     """
 
     processor: str
@@ -92,6 +97,7 @@ class Machine:
     node: float
     value: float
     rates: Mapping[str, Rates]
+    device: str = "cpu"
 
     def seconds(self, node: Node) -> float:
         """Predicted time of ``node``, and of handing its values to the next one.
@@ -150,6 +156,8 @@ def from_json(text: str) -> Machine:
         numbers = [machine.block, machine.node, machine.value, *(m for g in rates.values() for m in g.macs)]
         if not all(isinstance(x, int | float) and math.isfinite(x) and x > 0 for x in numbers):
             raise ValueError("a number that is not positive")
+        if machine.device not in PROFILED:
+            raise ValueError("a device that is not known")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no table of a machine: {error}") from error
     return machine
@@ -161,33 +169,51 @@ def built_in() -> Machine:
     return from_json(BUILT_IN.read_text(encoding="utf-8"))
 
 
-def stored_at() -> Path:
-    """Where ``onnx-lrsd profile`` keeps the table of this machine: the user's folder for caches."""
-    return platformdirs.user_cache_path("onnx-lrsd", appauthor=False, opinion=False) / "machine.json"
+def stored_at(device: str = "cpu") -> Path:
+    """Where ``onnx-lrsd profile`` keeps the table of this machine: the user's folder for caches.
 
-
-def this_machine() -> tuple[Machine, str]:
-    """The table to predict with, and a warning about it for the user, which may be empty.
-
-    The measured table is used if it was made on this processor with this version of ONNX Runtime.
+    There is one table for the processor and one for each GPU, by its name.
     """
-    path = stored_at()
+    folder = platformdirs.user_cache_path("onnx-lrsd", appauthor=False, opinion=False)
+    if device == "cpu":
+        return folder / "machine.json"
+    return folder / f"machine-{re.sub('[^a-z0-9]+', '-', processor(device).lower()).strip('-')}.json"
+
+
+def command_to_profile(device: str) -> str:
+    """The command that measures the table of ``device``."""
+    return "onnx-lrsd profile" if device == "cpu" else f"onnx-lrsd profile --device {device}"
+
+
+def this_machine(device: str = "cpu") -> tuple[Machine, str]:
+    """The table to predict with on ``device``, and a warning about it for the user, which may be empty.
+
+    The measured table is used if it was made on this processor, or this GPU, with this version of ONNX
+    Runtime.
+    """
+    path = stored_at(device)
+    again = f"run `{command_to_profile(device)}` again"
     try:
         found = from_json(path.read_text(encoding="utf-8"))
     except OSError:  # most often there is none
         return built_in(), ""
     except ValueError:
-        return built_in(), f"{path} is no table of a machine and was not used: run `onnx-lrsd profile` again."
-    if (found.processor, found.runtime) != (processor(), runtime()):
+        return built_in(), f"{path} is no table of a machine and was not used: {again}."
+    if (found.device, found.processor, found.runtime) != (device, processor(device), runtime()):
         return built_in(), (
             f"The table of this machine was measured on {found.processor} with ONNX Runtime {found.runtime} "
-            "and was not used: run `onnx-lrsd profile` again."
+            f"and was not used: {again}."
         )
     return found, ""
 
 
-def processor() -> str:
-    """The processor's name; on Linux with its family and model, since names can be equal."""
+def processor(device: str = "cpu") -> str:
+    """The processor's name; on Linux with its family and model, since names can be equal.
+
+    For the device 'cuda' the GPU's, which is empty where CuPy finds none.
+    """
+    if device != "cpu":
+        return gpu_name()
     try:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:

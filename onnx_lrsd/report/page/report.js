@@ -161,7 +161,7 @@ function figures(report) {
   const pair = (one, two, unit) => `${unit(one)} \u2192 ${unit(two)}`;
   if (before.latency_ms && after.latency_ms) {
     const [low, high] = ratio.latency.interval ?? [];
-    list.append(figure('Latency', format.times(ratio.latency.median), pair(before.latency_ms, after.latency_ms, format.milliseconds),
+    list.append(figure(ratio.latency.device === 'cuda' ? 'Latency (GPU)' : 'Latency', format.times(ratio.latency.median), pair(before.latency_ms, after.latency_ms, format.milliseconds),
       after.latency_ms / before.latency_ms,
       low ? `${low.toFixed(2)} to ${high.toFixed(2)} at 95${THIN}%` : null,
       report.cost === 'latency' && report.predicted?.latency ? `${report.predicted.latency.toFixed(2)} predicted` : null));
