@@ -3,7 +3,7 @@
 Activations are fetched, not recomputed; positions are sampled, so that the cost of the moments
 depends on the sizes of the layers and not on the number of samples or the size of the images. One
 thread runs the network a batch ahead of the moments: ONNX Runtime leaves idle some of the time that
-NumPy needs.
+NumPy needs. From a GPU each batch of activations is copied once; sampled rows go back there for the sums.
 """
 
 from __future__ import annotations
@@ -253,7 +253,8 @@ def calibrate(
         if not _keeps_inputs(layer):
             inputs[layer.output] = np.empty((ceil(wanted / every), layer.m), np.float32)
         strides[layer.output] = _stride(layer, wanted, samples)
-        accumulators[layer.output] = MomentAccumulator(layer, ceil(wanted / strides[layer.output]))
+        expected = ceil(wanted / strides[layer.output])
+        accumulators[layer.output] = MomentAccumulator(layer, expected, _beside(model))
         kept[layer.output] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
         if not _keeps_inputs(layer) and not operator_of(layer).FETCHES_OUTPUTS:
             weights[layer.output] = _single(weight_of(layer), scale)
@@ -337,7 +338,7 @@ def _calibrate_aside(
         if name not in made:
             layer, rows = by_name[name], aside.rows(name, aside.inputs)
             stride = _stride(layer, quotas[name].wanted, samples)
-            accumulator = MomentAccumulator(layer, ceil(quotas[name].wanted / stride))
+            accumulator = MomentAccumulator(layer, ceil(quotas[name].wanted / stride), _beside(model))
             for start, stop in pairwise(aside.ends[name]):
                 here = _every_nth(rows[start:stop], start, stride)
                 accumulator.add(_only(here, _usable(here)) if len(here) else here)
@@ -498,7 +499,10 @@ def recalibrate(
     for layer in layers:
         if layer.output in reference.by_inputs:
             kept[layer.output] = original_outputs(layer, reference, weight_of)
-    accumulators = {layer.output: MomentAccumulator(layer, quotas[layer.output].wanted) for layer in layers}
+    accumulators = {
+        layer.output: MomentAccumulator(layer, quotas[layer.output].wanted, _beside(model))
+        for layer in layers
+    }
     fine = {layer.output: np.ones(len(kept[layer.output]), bool) for layer in layers}
     into = {
         la.output: np.empty((len(kept[la.output]), la.m), np.float32) for la in layers if la.output in paired
@@ -549,7 +553,7 @@ def _recalibrate_aside(
         return _only(rows, usable), _only(targets, usable)
 
     def moments_of(name: str) -> Moments:
-        accumulator = MomentAccumulator(by_name[name], quotas[name].wanted)
+        accumulator = MomentAccumulator(by_name[name], quotas[name].wanted, _beside(model))
         accumulator.add(*rows_of(name))
         return _results({name: accumulator}, samples, quotas, reference.silent)[name]
 
@@ -671,6 +675,11 @@ def _outputs(rows: Rows, affine: tuple[Rows, Rows], out: Rows) -> Rows:
         np.matmul(rows, affine[0].T, out=out)
         out += affine[1]
     return out
+
+
+def _beside(model: Model) -> str:
+    """Where moments are accumulated: on the GPU if ``model`` runs there and CuPy finds it."""
+    return "cpu" if model.device == "cpu" else "auto"
 
 
 def _results(

@@ -7,10 +7,13 @@ second moment many times the network itself).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lrsd.types import Layer, Moments, Rows
+from onnx_lrsd.arrays import cast, namespace, to_device, to_numpy, zeros
+from onnx_lrsd.types import Array, Layer, Moments, Rows
 
 
 def sample_positions(total: int, wanted: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -29,15 +32,16 @@ class MomentAccumulator:
     numbers and float32 products are exact enough. Where there are fewer rows than half the inputs
     (``thin``) the rows themselves are kept and no (m, m) matrix is formed.
 
-    With ``targets`` (rows of the original outputs) the cross moment is streamed as well.
+    With ``targets`` (rows of the original outputs) the cross moment is streamed as well. Rows are gathered in
+    host memory; all sums are taken and held on the ``device``, and what comes back is the result.
     Source: shifted data algorithm; Chan, Golub, LeVeque, The American Statistician 37 (1983).
     """
 
     CHUNK = 6144
     """Rows of one product: each costs a pass over the (m, m) sum, too."""
 
-    def __init__(self, layer: Layer, expected: int) -> None:
-        self.layer = layer
+    def __init__(self, layer: Layer, expected: int, device: str = "cpu") -> None:
+        self.layer, self.device = layer, device
         self.thin = 2 * expected < layer.m
         self._count = 0
         self._sums: _Sums | None = None
@@ -59,9 +63,12 @@ class MomentAccumulator:
                 self._targets[there] = targets[here]
             taken, self._count = taken + len(rows[here]), there.stop
 
-    def _waiting(self) -> tuple[Rows, Rows]:
-        rows = self._rows[: self._count]
-        return rows, self._targets[: self._count] if self._targets is not None else rows[:, :0]
+    def _waiting(self) -> tuple[Array, Array | None]:
+        """What was added since the last merge, on the device."""
+        rows = to_device(self._rows[: self._count], self.device)
+        if self._targets is None:
+            return rows, None
+        return rows, to_device(self._targets[: self._count], self.device)
 
     def _merge(self) -> None:
         rows, targets = self._waiting()
@@ -82,68 +89,90 @@ class MomentAccumulator:
         return self._sums.moments(self.layer.output)
 
     def _thin_result(self) -> Moments:
-        rows, targets = self._waiting()
-        count = len(rows)
+        count, name = self._count, self.layer.output
         if not count:
-            return Moments(name=self.layer.output, count=0, mean=np.zeros(self.layer.m), rows=rows)
-        mean = rows.mean(axis=0, dtype=np.float64)
-        centred = rows - mean.astype(np.float32)
-        if self._targets is None:
-            return Moments(name=self.layer.output, count=count, mean=mean, rows=centred)
-        output_mean = targets.mean(axis=0, dtype=np.float64)
-        difference = targets - output_mean.astype(np.float32)
-        return Moments(
-            name=self.layer.output,
-            count=count,
-            mean=mean,
-            rows=centred,
-            cross=(difference.T @ centred).astype(np.float64) / count,
-            output_mean=output_mean,
-            output_energy=float(np.sum(difference.astype(np.float64) ** 2)) / count,
+            return Moments(name=name, count=0, mean=np.zeros(self.layer.m), rows=self._rows[:0])
+        rows, targets = self._waiting()
+        xp = namespace(rows)
+        mean = xp.sum(rows, axis=0, dtype=xp.float64) / count
+        centred = rows - cast(mean, xp.float32)
+        found = Moments(name=name, count=count, mean=to_numpy(mean), rows=to_numpy(centred))
+        if targets is None:
+            return found
+        output_mean = xp.sum(targets, axis=0, dtype=xp.float64) / count
+        difference = targets - cast(output_mean, xp.float32)
+        return replace(
+            found,
+            cross=to_numpy(cast(difference.T @ centred, xp.float64) / count),
+            output_mean=to_numpy(output_mean),
+            output_energy=_energy(difference) / count,
         )
 
 
 class _Sums:
-    """Sums of inputs and targets, and of their products, about fixed origins."""
+    """Sums of inputs and targets, and of their products, about fixed origins, where the first rows are."""
 
-    def __init__(self, rows: Rows, targets: Rows) -> None:
+    def __init__(self, rows: Array, targets: Array | None) -> None:
+        xp = namespace(rows)
         self.count = 0
-        self.origin, self.target_origin = rows.mean(axis=0), targets.mean(axis=0)
-        self.sum, self.target_sum = np.zeros(rows.shape[1]), np.zeros(targets.shape[1])
+        self.origin, self.sum = xp.mean(rows, axis=0), _no_sum(rows)
         # A few chunks in all: their float32 sum is as exact as the float32 products themselves.
-        self.second: Rows | None = None
-        self.cross, self.energy = np.zeros((targets.shape[1], rows.shape[1]), np.float32), 0.0
+        self.second: Array | None = None
+        self.cross: Array | None = None
+        self.energy = 0.0
+        if targets is not None:
+            self.target_origin, self.target_sum = xp.mean(targets, axis=0), _no_sum(targets)
+            self.cross = zeros((targets.shape[1], rows.shape[1]), rows)
 
-    def add(self, rows: Rows, targets: Rows) -> None:
+    def add(self, rows: Array, targets: Array | None) -> None:
         """Add what ``rows`` and ``targets`` hold; both are overwritten."""
+        xp = namespace(rows)
         rows -= self.origin
-        targets -= self.target_origin
-        self.count += len(rows)
-        self.sum += rows.sum(axis=0, dtype=np.float64)
+        self.count += rows.shape[0]
+        self.sum += xp.sum(rows, axis=0, dtype=xp.float64)
         product = rows.T @ rows
         if self.second is None:
             self.second = product
         else:
             self.second += product
-        self.target_sum += targets.sum(axis=0, dtype=np.float64)
-        self.cross += targets.T @ rows
-        self.energy += float(np.sum(targets.astype(np.float64) ** 2))
+        if targets is not None:
+            targets -= self.target_origin
+            self.target_sum += xp.sum(targets, axis=0, dtype=xp.float64)
+            self.cross += targets.T @ rows
+            self.energy += _energy(targets)
 
     def moments(self, name: str) -> Moments:
-        shift, target_shift = self.sum / self.count, self.target_sum / self.count
         second = self.second  # in place: these are the largest arrays there are
         assert second is not None
-        second /= np.float32(self.count)
-        second -= np.outer(shift.astype(np.float32), shift.astype(np.float32))
-        mean = self.origin + shift
-        if not len(target_shift):
-            return Moments(name=name, count=self.count, mean=mean, second=second)
-        return Moments(
-            name=name,
-            count=self.count,
-            mean=mean,
-            second=second,
-            cross=self.cross / np.float32(self.count) - np.outer(target_shift, shift).astype(np.float32),
-            output_mean=self.target_origin + target_shift,
-            output_energy=max(self.energy / self.count - float(target_shift @ target_shift), 0.0),
+        xp, count = namespace(second), float(self.count)
+        shift = self.sum / count
+        second /= count
+        second -= _outer(cast(shift, xp.float32), cast(shift, xp.float32))
+        found = Moments(
+            name=name, count=self.count, mean=to_numpy(self.origin + shift), second=to_numpy(second)
         )
+        if self.cross is None:
+            return found
+        target_shift = self.target_sum / count
+        return replace(
+            found,
+            cross=to_numpy(self.cross / count - cast(_outer(target_shift, shift), xp.float32)),
+            output_mean=to_numpy(self.target_origin + target_shift),
+            output_energy=max(self.energy / count - float(target_shift @ target_shift), 0.0),
+        )
+
+
+def _no_sum(rows: Array) -> Array:
+    """Zeros in double precision, one for each column of ``rows``."""
+    return cast(zeros((rows.shape[1],), rows), namespace(rows).float64)
+
+
+def _energy(rows: Array) -> float:
+    """Sum of all squares."""
+    xp = namespace(rows)
+    return float(xp.sum(cast(rows, xp.float64) ** 2))
+
+
+def _outer(a: Array, b: Array) -> Array:
+    """``a`` (n,) times ``b`` (m,), (n, m)."""
+    return a[:, None] * b[None, :]
