@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -249,7 +249,7 @@ def layer_points(n: int, m: int, points: dict[int, float]) -> tuple[Point, ...]:
 
 @st.composite
 def two_layers(draw: st.DrawFn) -> Curves:
-    """Two layers of random curves, and random losses of the channels between them."""
+    """Two layers of random curves, random losses of the channels between them, and MACs spent on these."""
     number = st.floats(0.001, 0.4)
     ranks = (2, 4, 8)
 
@@ -260,10 +260,13 @@ def two_layers(draw: st.DrawFn) -> Curves:
     first, second = layer_curve("a", 32, 16, errors()), layer_curve("b", 16, 32, errors())
     kept = (24, 16, 8)
     lost = sorted(draw(number) for _ in kept)
-    nothing = Price(0, 0, 0, 0.0)
+    between = draw(st.sampled_from([0, 64, 4096]))
     points = (
-        Point(Form(DENSE), 0.0, nothing),
-        *(Point(Form(WIDTH, w), e, nothing) for w, e in zip(kept, lost, strict=True)),
+        Point(Form(DENSE), 0.0, Price(0, 0, 0, 0.0)),
+        *(
+            Point(Form(WIDTH, w), e, Price(between * (w - 32) // 32, 0, 0, 0.0))
+            for w, e in zip(kept, lost, strict=True)
+        ),
     )
     pair = PairCurve(key="p", channels=32, producers=("a",), consumers=("b",), points=points)
     narrow = {("a", (w, 0)): layer_points(w, 16, errors()) for w in kept}
@@ -284,7 +287,7 @@ def test_joint_choices_hold_the_lower_hull_of_all_of_them(
         widths = {"p": width.form.rank} if width.form.rank else {}
         for one, two in product(curves.points("a", widths), curves.points("b", widths)):
             error = sum(p.error * w for p, w in zip((one, two, width), weights, strict=True))
-            every.append(Point(Form(), error, one.price + two.price))
+            every.append(Point(Form(), error, one.price + two.price + width.price))
     best, got = lower_hull(every, MACS), lower_hull(unit.points, MACS)
     assert min(map(MACS, got)) == min(map(MACS, best))
     at = np.linspace(min(map(MACS, best)), 1024, 50)
@@ -423,8 +426,9 @@ def test_what_joint_choices_leave_of_a_budget_goes_to_single_layers() -> None:
             assert all(BYTES(p) > BYTES(mine) + left for p in better)
 
 
-def test_a_plan_counts_what_a_width_saves_between_the_layers() -> None:
-    draft = onnx.parser.parse_graph(
+def depthwise() -> tuple[onnx.ModelProto, Values]:
+    """Two convolutions with a depthwise one between them, and its inputs."""
+    graph = onnx.parser.parse_graph(
         """g (float[n, 16, 8, 8] x) => (float[n, 16, 8, 8] y) {
             a = Conv (x, w)
             r = Relu (a)
@@ -435,12 +439,17 @@ def test_a_plan_counts_what_a_width_saves_between_the_layers() -> None:
     )
     rng = np.random.default_rng(0)
     for name, shape in {"w": (64, 16, 1, 1), "v": (64, 1, 3, 3), "u": (16, 64, 1, 1)}.items():
-        draft.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
-    opset = helper.make_opsetid("", 17)
-    model = helper.make_model(draft, opset_imports=[opset], ir_version=8)
-    x = rng.standard_normal((40, 16, 8, 8)).astype(np.float32)
-    run = start(Options(target="tensorrt", ratio=1.2))
-    ready = prepare(run, model, {"x": x}, None)
+        graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model, rng.standard_normal((40, 16, 8, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("made", [depthwise, lambda: (network(), rows()["x"])])
+def test_a_plan_counts_what_a_width_saves_in_its_layers_and_between_them(
+    made: Callable[[], tuple[onnx.ModelProto, Values]],
+) -> None:
+    model, x = made()
+    ready = prepare(start(Options(target="tensorrt", ratio=1.2)), model, {"x": x}, None)
     planner, curves, _ = make_planner(ready.found.run, ready)
     (key,) = ready.narrower.inner
     forms = {key: Form(WIDTH, 32)}

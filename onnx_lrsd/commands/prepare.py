@@ -45,7 +45,7 @@ from onnx_lrsd.graph.model import Model, ensure_writable, load, raised
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.int8.fit import Int8Fitter
-from onnx_lrsd.measure.compare import labels_for, macs_of_nodes, total_price
+from onnx_lrsd.measure.compare import labels_for, macs_beside, total_price
 from onnx_lrsd.measure.judge import FEW
 from onnx_lrsd.measure.layer_times import LayerTimes, seconds_of_a_sample, time_layers
 from onnx_lrsd.passes.bytes_outside import bytes_outside
@@ -447,7 +447,7 @@ def _curves(run: Run, ready: Prepared) -> tuple[Curves, Price]:
             curves, total = with_seconds(curves, measured), replace(total, seconds=measured.whole)
         macs = {}
         if narrower.inner:
-            macs = run.keep("macs", None, partial(macs_of_nodes, source, known.samples))
+            macs = run.keep("macs", None, partial(macs_beside, source, known.samples, known.layers))
     with run.journal.clock("decompose"):
         return pair_curves(run, curves, narrower, known.moments, macs), total
 

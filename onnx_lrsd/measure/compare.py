@@ -25,7 +25,7 @@ from onnx_lrsd.passes.count import compute_tensors, node_macs, not_counted, para
 from onnx_lrsd.runtime.divergence import is_scores
 from onnx_lrsd.runtime.session import Session, open_model, open_session, shapes
 from onnx_lrsd.runtime.timing import FEWEST_ROUNDS, busy_clock, pair_latency
-from onnx_lrsd.types import Feed, Price, Progress, Score
+from onnx_lrsd.types import Feed, Layer, Price, Progress, Score
 
 TRIAL_SECONDS, COMPARE_SECONDS = 0.25, 4.0
 SCALES_ON = 32
@@ -63,11 +63,14 @@ def total_price(model: Model, samples: Samples) -> Price:
     return Price(found.macs, found.parameters, found.bytes)
 
 
-def macs_of_nodes(model: Model, samples: Samples) -> dict[str, float]:
-    """MACs of one sample in every node of the main graph that has any, by its first output."""
+def macs_beside(model: Model, samples: Samples, layers: Iterable[Layer]) -> dict[str, float]:
+    """MACs of one sample in every node of the main graph but those of ``layers``, by its first output."""
     feed, proto = samples.example(), without_functions(model.proto)
+    weights = {layer.weight for layer in layers}
+    own = {node.output[0] for node in proto.graph.node if not weights.isdisjoint(node.input)}
     known = shapes(proto, feed, compute_tensors(proto), model.folder)
-    return {name: macs / samples.size_of(feed) for name, macs in node_macs(proto, known).items()}
+    counted = node_macs(proto, known)
+    return {name: macs / samples.size_of(feed) for name, macs in counted.items() if name not in own}
 
 
 def cost(model: Model, path_bytes: int, feed: Feed, samples: int = 1) -> ModelCost:

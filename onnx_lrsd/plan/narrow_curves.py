@@ -45,7 +45,7 @@ def pair_curves(
 ) -> Curves:
     """The curves of the layers, joined by those of the pairs that may be cut between them.
 
-    ``macs`` are those of every node of the model, by its first output.
+    ``macs`` are those of every node that is no layer, by its first output.
     """
     pairs = {
         key: _pair_curve(key, inner, _macs_between(inner.pair, macs)) for key, inner in narrower.inner.items()
@@ -60,11 +60,10 @@ def pair_curves(
 
 def _macs_between(pair: Pair, macs: Mapping[str, float]) -> float:
     """MACs that are spent on the channels between the layers: of depthwise convolutions, and of attention."""
-    given = {end.output for end in pair.producers}
     return sum(
         macs[name] * float(np.mean(carried.owner >= 0))
         for name, carried in pair.carried.items()
-        if name in macs and name not in given
+        if name in macs
     )
 
 

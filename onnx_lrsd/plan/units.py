@@ -270,7 +270,9 @@ class _Unit:
             starts = [self._widths(near.members) for near in (left, right)]
             tried = [priced.chosen(widths) for widths in map(priced.best_widths, starts)]
             worths = [choice.joint.error + price * cost(choice.joint) for choice in tried]
-            if min(worths) < (1 - SAME) * (one.error + price * cost(one)):
+            # What is saved between the layers counts as a negative cost, so that worths may be about zero.
+            same = SAME * (one.error + price * abs(cost(one)))
+            if min(worths) < one.error + price * cost(one) - same:
                 middle = tried[worths.index(min(worths))]
                 waiting += [(left, middle), (middle, right)]
         return found
