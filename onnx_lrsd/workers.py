@@ -26,7 +26,10 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from onnx_lrsd.errors import DeviceError
 
 AHEAD = 2
-"""Tasks that are handed out ahead, for each worker; their arguments may be large."""
+"""Tasks handed out for each worker of another process, so that none waits for its next one.
+
+Threads of this process have one each: arguments may be large, and are made in a moment here.
+"""
 MOST_AT_ONCE = 4
 """Tasks done at once by threads of this process: each has matrices of its own, which may be large."""
 CONNECT_SECONDS = 10
@@ -103,7 +106,7 @@ class Workers:
         """What workers made of those ``missing``, as far as they did."""
         assert self.executor is not None
         upcoming, waiting = deque(missing), deque[tuple[int, Future[_Result]]]()
-        most = AHEAD * self.count if self.at_once is None else self.at_once
+        most = self.at_once or self.count * (1 if self.here else AHEAD)
         try:
             while upcoming or waiting:
                 while upcoming and len(waiting) < most:
