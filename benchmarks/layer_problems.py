@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_lrsd.data.samples import Samples, read_samples
-from onnx_lrsd.fit.calibrate import input_shapes, locate
+from onnx_lrsd.fit.sampling import input_shapes, locate
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight

@@ -54,7 +54,7 @@ from benchmarks.options import comma_separated, heading
 from benchmarks.reference.magnitude import magnitude
 from benchmarks.reference.patterns import largest
 from onnx_lrsd.data.samples import Samples, read_samples
-from onnx_lrsd.fit.calibrate import FEWEST_ROWS, MOST_ROWS, ROWS_PER_INPUT, input_shapes, locate
+from onnx_lrsd.fit.sampling import FEWEST_ROWS, MOST_ROWS, ROWS_PER_INPUT, input_shapes, locate
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import compare

@@ -82,7 +82,7 @@ def test_the_fit_is_the_same_and_the_network_runs_about_once(monkeypatch: pytest
         monkeypatch.setattr(sys.modules["onnx_lrsd.fit.reconstruct"], "Relay", lambda *given: Relay(most))
         return reconstruct(model, known.layers, forms, weight_of, known)[1], sum(convolutions)
 
-    monkeypatch.setattr(sys.modules["onnx_lrsd.fit.calibrate"], "open_model", counting)
+    monkeypatch.setattr(sys.modules["onnx_lrsd.fit.sampling"], "open_model", counting)
     (one, often), (other, once) = fit(0), fit(1 << 30)
     assert often == 2 * (1 + 2 + 3) and once == 2 * 3  # each convolution became two
     for name, factors in one.items():

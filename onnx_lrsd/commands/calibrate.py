@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 
 from onnx_lrsd.commands.prepare import asked_for, find
-from onnx_lrsd.fit.calibrate import gather, sampling_of
+from onnx_lrsd.fit.sampling import gather, sampling_of
 from onnx_lrsd.fit.shards import facts_of, shard_of, write_part
 from onnx_lrsd.run import Options, start
 from onnx_lrsd.types import Progress

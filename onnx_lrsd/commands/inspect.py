@@ -14,8 +14,8 @@ from onnx_lrsd.data.made_up import InputShapes, check_shapes, made_up_samples, n
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import OptionError
 from onnx_lrsd.facts import Inspection
-from onnx_lrsd.fit.calibrate import input_shapes, locate
 from onnx_lrsd.fit.narrow import left_whole, planned_pairs
+from onnx_lrsd.fit.sampling import input_shapes, locate
 from onnx_lrsd.graph.model import Model, load, model_bytes
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.subgraph import inputs_of

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onnx_lrsd.errors import OptionError
-from onnx_lrsd.fit.calibrate import Sampling
+from onnx_lrsd.fit.sampling import Sampling
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.memory_limit import Need, kept_bytes, working_bytes
 from onnx_lrsd.run import Run

@@ -19,13 +19,9 @@ from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import UnsupportedModelError
 from onnx_lrsd.fit.calibrate import (
     Calibration,
-    GatheredRows,
-    Sampling,
     WeightOf,
     calibrate,
-    input_shapes,
     kept_calibration,
-    locate,
     what_was_left_out,
 )
 from onnx_lrsd.fit.fitter import Fitter, KeepingFitter, LowRankFitter
@@ -39,6 +35,7 @@ from onnx_lrsd.fit.narrow import (
     order_task,
     planned_pairs,
 )
+from onnx_lrsd.fit.sampling import GatheredRows, Sampling, input_shapes, locate
 from onnx_lrsd.fit.sensitivity import sensitivities
 from onnx_lrsd.fit.shards import facts_of, gathered_rows, part_files
 from onnx_lrsd.graph.model import Model, ensure_writable, load, raised

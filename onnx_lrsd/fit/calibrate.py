@@ -1,9 +1,8 @@
-"""Run the samples through ONNX Runtime and keep the moments of every layer's input.
+"""What the samples teach of every layer: moments of its inputs, and the outputs that the original gives.
 
-Activations are fetched, not recomputed; positions are sampled, so that the cost of the moments
-depends on the sizes of the layers and not on the number of samples or the size of the images. One
-thread runs the network a batch ahead of the moments: ONNX Runtime leaves idle some of the time that
-NumPy needs. From a GPU each batch of activations is copied once; sampled rows go back there for the sums.
+``calibrate`` runs the original network, ``recalibrate`` a rewritten one at the same positions; ``sampling``
+says which these are. With a bound on memory, rows lie in a scratch file, and what follows from them is made
+layer by layer when it is asked for.
 """
 
 from __future__ import annotations
@@ -11,66 +10,71 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from math import ceil, frexp, isfinite, prod
+from math import ceil
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lrsd.data.samples import Samples, as_fed
+from onnx_lrsd.data.samples import Samples
+from onnx_lrsd.fit.sampling import (
+    CHUNK,
+    FEWEST_ROWS,
+    GatheredRows,
+    Quota,
+    RunBatch,
+    Sampling,
+    keeps_inputs,
+    run_batches,
+    sampled_rows,
+    sampling_of,
+)
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import frontier
 from onnx_lrsd.passes.operators import operator_of
-from onnx_lrsd.passes.operators.rows import pixel_rows
 from onnx_lrsd.runtime.activation_cache import Relay
-from onnx_lrsd.runtime.session import open_model
 from onnx_lrsd.scratch import OnDemand, Scratch, ScratchArray
-from onnx_lrsd.solver.moments import MomentAccumulator, sample_positions
-from onnx_lrsd.types import Feed, Layer, Moments, Progress, Rows, Values
+from onnx_lrsd.solver.moments import MomentAccumulator
+from onnx_lrsd.types import Layer, Moments, Progress, Rows
 from onnx_lrsd.wording import counted
 from onnx_lrsd.work_dir import Keep
-from onnx_lrsd.workers import one_ahead
 
-ROWS_PER_INPUT = 8
-FEWEST_ROWS, MOST_ROWS = 4096, 20_000
-"""Rows of a layer that factors are fitted to: eight for each input, between these bounds."""
 SURVEY = 4
 """Every fourth row is enough for the error curves that the plan is made from, if so many are left."""
-MOST_INPUTS = 6
-"""Inputs are kept instead of outputs where there are at most so many for each output."""
 EVERY_ORIGINAL = 3
 """Every third row that a layer behind rewritten ones is fitted to is the original network's, at most."""
 ORIGINAL_BYTES = 512 << 20
 """What these rows may take; with large layers there are fewer of them."""
-CHUNK = 2048
-"""Rows worked on at once, at least: threads of NumPy that wait for those of ONNX Runtime wait less often."""
 _LARGEST = 2.0**56
 """Rows with greater values are left out as infinite ones are: their squares would overflow in sums."""
-ORDINARY = 2.0**40
-"""Where inputs are greater than this, or all smaller than its inverse, the layer's rows are scaled."""
-_SPARE = 1.25
-"""Rows of samples that differ in shape are estimated; so many times as many find room."""
-_FETCHED_BYTES = 64 << 20
-"""Inputs of layers fetched in one batch, at most, outputs not counted; two batches are held at a time."""
 
-Item = TypeVar("Item")
 Kind = TypeVar("Kind", bound=np.generic)
 WeightOf = Callable[[Layer], tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
+Gathered = Callable[[Sampling], Iterator[GatheredRows]]
+"""Gives the rows of a calibration that were gathered before, in shards."""
+
+
+class LeftOut(NamedTuple):
+    """Rows of a layer that were not finite, of how many."""
+
+    rows: int
+    of: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What one run over the calibration samples taught.
+    """What one run over the calibration samples taught; everything of a layer is by ``Layer.output``.
 
     ``layers`` know their positions, those of a sample of middle size where samples differ in shape.
-    ``moments`` and ``kept`` are by layer name, for the layers asked
-    for: of the sampled positions, either the original outputs (count, n) or, for those ``by_inputs``, the
-    original inputs (count, m), where that takes little more memory: their product with W is then left to a
-    later run that needs it. ``inputs`` are the original inputs of every ``every``-th position. ``shapes`` are
-    those of the layers' inputs in the example of the samples, by tensor. A later run with the same
-    ``samples``, ``batch``, ``seed`` and ``quotas`` sees the same positions. ``left_out`` says of how many
-    rows how many were not finite, where there were any, and ``silent`` how many were zero throughout.
-    With ``scratch`` rows and moments lie in such a file, and are read layer by layer.
+    ``moments`` and ``kept`` are of the layers asked for. ``kept`` has, at the sampled positions, the original
+    outputs (count, n) or, for the layers in ``by_inputs``, the original inputs (count, m): they take little
+    more memory, and their product with W is left to a later run that needs it. ``inputs`` are the original
+    inputs at every ``every``-th of these positions. ``shapes`` are those of the layers' inputs in the example
+    of the samples, by tensor.
+
+    A later run with the same ``samples``, ``batch``, ``seed`` and ``quotas`` sees the same positions.
+    ``left_out`` counts the rows that were not finite, where there were any, and ``silent`` those that were
+    zero throughout. With ``scratch`` rows and moments lie in such a file, and are read layer by layer.
     """
 
     layers: tuple[Layer, ...]
@@ -89,122 +93,6 @@ class Calibration:
     scratch: Scratch | None = None
 
 
-@dataclass(frozen=True)
-class Quota:
-    """How many rows of a layer are ``wanted``, how samples share in them, and what they are scaled by.
-
-    ``ends`` (samples + 1,) are sums of the shares of all samples before. ``scale`` is a power of two, 1 but
-    for inputs so large or small that their squares would leave the range of float32.
-    """
-
-    wanted: int
-    ends: npt.NDArray[np.int64]
-    scale: float = 1.0
-
-    def share(self, first: int, count: int) -> int:
-        """Rows of the samples first..first+count-1, at most."""
-        before, after, whole = (int(self.ends[index]) for index in (first, first + count, -1))
-        return after * self.wanted // whole - before * self.wanted // whole
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Which rows are taken of which layers, in batches of so many samples: the same in one run and in shards.
-
-    ``layers`` know their positions; rows are taken of those that are ``watched``. ``shapes`` are those of the
-    layers' inputs in the example of the samples.
-    """
-
-    layers: tuple[Layer, ...]
-    watched: tuple[Layer, ...]
-    samples: Samples
-    batch: int
-    quotas: Mapping[str, Quota]
-    shapes: Mapping[str, tuple[int, ...]]
-    seed: int
-
-    @property
-    def fetched(self) -> frozenset[str]:
-        """The layers whose outputs are fetched beside their inputs."""
-        return frozenset(
-            layer.output
-            for layer in self.watched
-            if not _keeps_inputs(layer) and operator_of(layer).FETCHES_OUTPUTS
-        )
-
-
-def sampling_of(
-    model: Model, layers: Sequence[Layer], samples: Samples, asked: Callable[[Layer], bool], seed: int
-) -> Sampling:
-    """What a calibration of the layers that are ``asked`` for takes; a few samples are run for it."""
-    watch = _watcher(model, layers, samples)
-    samples = as_fed(samples, watch)
-    probes = [_probe(watch(feed), feed, samples) for feed in (samples.example(), *samples.extremes())]
-    shapes = probes[0].shapes
-    bytes_each = max(sum(4 * prod(shape) for shape in probe.shapes.values()) for probe in probes)
-    located = locate(layers, shapes, samples)
-    watched = tuple(layer for layer in located if asked(layer))
-    return Sampling(
-        layers=located,
-        watched=watched,
-        samples=samples,
-        batch=samples.batch_size(bytes_each // samples.smallest_batch, _FETCHED_BYTES),
-        quotas={layer.output: _quota(layer, samples, probes) for layer in watched},
-        shapes=shapes,
-        seed=seed,
-    )
-
-
-class GatheredRows(NamedTuple):
-    """Sampled rows (count, m) of a layer's input, and of its outputs (count, n) where they are fetched."""
-
-    layer: Layer
-    inputs: Rows
-    outputs: Rows | None
-
-
-def gather(
-    model: Model, sampling: Sampling, shard: int, of: int, progress: Progress | None = None
-) -> list[GatheredRows]:
-    """The rows that shard ``shard`` (1 to ``of``) of a calibration takes: those of its share of the batches.
-
-    Rows of all shards, one after the other, are those of a calibration in one run.
-    """
-    samples, batch = sampling.samples, sampling.batch
-    counts = [samples.size_of(feed) for feed in samples.batches(batch)]
-    start, stop = (len(counts) * end // of for end in (shard - 1, shard))
-    first, last = sum(counts[:start]), sum(counts[:stop])
-    most = {name: quota.share(first, last - first) for name, quota in sampling.quotas.items()}
-    into = {la.output: np.empty((most[la.output], la.m), np.float32) for la in sampling.watched}
-    fetched = sampling.fetched
-    outputs = {
-        la.output: np.empty((most[la.output], la.n), np.float32)
-        for la in sampling.watched
-        if la.output in fetched
-    }
-    done = dict.fromkeys(into, 0)
-    watched, seed, quotas = sampling.watched, sampling.seed, sampling.quotas
-    runs = _runs(model, watched, samples, batch, outputs, Relay(), (), range(start, stop))
-    observed = _observe(runs, watched, samples, seed, quotas, into, outputs, progress, (first, last))
-    for layer, rows in observed:
-        done[layer.output] += len(rows)
-    return [
-        GatheredRows(
-            layer,
-            into[layer.output][: done[layer.output]],
-            outputs[layer.output][: done[layer.output]] if layer.output in fetched else None,
-        )
-        for layer in sampling.watched
-    ]
-
-
-class LeftOut(NamedTuple):
-    """Rows of a layer that were not finite, of how many."""
-
-    rows: int
-    of: int
-
-
 def calibrate(
     model: Model,
     layers: Sequence[Layer],
@@ -214,17 +102,17 @@ def calibrate(
     asked: Callable[[Layer], bool] = lambda layer: True,
     seed: int = 0,
     progress: Progress | None = None,
-    gathered: Callable[[Sampling], Iterator[GatheredRows]] | None = None,
+    gathered: Gathered | None = None,
     scratch_for: Callable[[Sampling], Scratch | None] = lambda sampling: None,
 ) -> Calibration:
     """Moments of the inputs of ``layers`` over ``samples``, and what tells the outputs they give.
 
-    ``weight_of`` gives W (n, m) and b (n,) of a layer. Outputs of a Conv are fetched, which undoes a
-    fusion but costs less than computing them; those of other operators, whose bias another node may
-    add, are computed from the sampled rows. ``asked`` says for which layers
-    (located) there shall be moments; the inputs of the others are not even fetched. Memory
-    is bounded by the layers: rows, not samples, are kept, in the file that ``scratch_for`` gives if it does.
-    Rows that were ``gathered`` before, in shards, stand in for a run.
+    ``weight_of`` gives W (n, m) and b (n,) of a layer. Outputs of a Conv are fetched, which undoes a fusion
+    but costs less than computing them; those of other operators, whose bias another node may add, are
+    computed from the sampled rows. ``asked`` says for which layers (located) there shall be moments; the
+    inputs of the others are not even fetched. Memory is bounded by the layers, since rows are kept and not
+    samples; they lie in the file that ``scratch_for`` gives, if it gives one. Rows that were ``gathered``
+    before, in shards, stand in for a run.
 
     >>> from functools import partial
     >>> import numpy as np, onnx, onnx_lrsd
@@ -245,60 +133,103 @@ def calibrate(
     scratch = scratch_for(sampling)
     if scratch is not None:
         return _calibrate_aside(model, sampling, scratch, weight_of, progress, gathered)
-    samples, watched, quotas = sampling.samples, sampling.watched, sampling.quotas
-    accumulators, kept, inputs, weights, strides = {}, {}, {}, {}, {}
-    every = _every(watched, quotas)
-    for layer in watched:
-        wanted, scale = quotas[layer.output].wanted, quotas[layer.output].scale
-        if not _keeps_inputs(layer):
-            inputs[layer.output] = np.empty((ceil(wanted / every), layer.m), np.float32)
-        strides[layer.output] = _stride(layer, wanted, samples)
-        expected = ceil(wanted / strides[layer.output])
-        accumulators[layer.output] = MomentAccumulator(layer, expected, _beside(model))
-        kept[layer.output] = np.empty((wanted, layer.m if _keeps_inputs(layer) else layer.n), np.float32)
-        if not _keeps_inputs(layer) and not operator_of(layer).FETCHES_OUTPUTS:
-            weights[layer.output] = _single(weight_of(layer), scale)
-    bad, silent = dict.fromkeys(accumulators, 0), dict.fromkeys(accumulators, 0)
-    done = dict.fromkeys(accumulators, 0)
-    into = {layer.output: kept[layer.output] for layer in watched if _keeps_inputs(layer)}
-    outputs = {name: rows for name, rows in kept.items() if name not in into and name not in weights}
+    return _calibrate_in_memory(model, sampling, weight_of, progress, gathered)
+
+
+def _calibrate_in_memory(
+    model: Model,
+    sampling: Sampling,
+    weight_of: WeightOf,
+    progress: Progress | None,
+    gathered: Gathered | None,
+) -> Calibration:
+    quotas, every = sampling.quotas, _every(sampling)
+    taken: dict[str, _LayerRows] = {}
+    for layer in sampling.watched:
+        quota = quotas[layer.output]
+        stride = _stride(layer, quota.wanted, sampling.samples)
+        rows = taken[layer.output] = _LayerRows(layer, quota.wanted, stride, every, _sums_on(model))
+        if not keeps_inputs(layer) and not operator_of(layer).FETCHES_OUTPUTS:
+            rows.affine = _single(weight_of(layer), quota.scale)
+    by_inputs = frozenset(layer.output for layer in sampling.watched if keeps_inputs(layer))
+    into = {name: taken[name].kept for name in by_inputs}
+    outputs = {name: taken[name].kept for name in sampling.fetched}
     if gathered is None:
-        runs = _runs(model, watched, samples, sampling.batch, outputs, Relay(), ())
-        stream = _observe(runs, watched, samples, seed, quotas, into, outputs, progress)
+        batches = run_batches(model, sampling, outputs=outputs)
+        stream = sampled_rows(batches, sampling, into, outputs, progress=progress)
     else:
-        stream = _taken(gathered(sampling), into, outputs)
-    for layer, rows in stream:
-        start, stop = done[layer.output], done[layer.output] + len(rows)
-        if layer.output in weights:
-            _outputs(rows, weights[layer.output], kept[layer.output][start:stop])
-        if layer.output in inputs:
-            inputs[layer.output][_places(start, stop, every)] = _every_nth(rows, start, every)
-        usable = _usable(rows)
-        bad[layer.output] += len(rows) - int(np.count_nonzero(usable))
-        silent[layer.output] += len(rows) - int(np.count_nonzero(rows.any(axis=1)))
-        stride = strides[layer.output]
-        accumulators[layer.output].add(
-            _only(_every_nth(rows, start, stride), _every_nth(usable, start, stride))
-        )
-        done[layer.output] = stop
-    kept = {name: values[: done[name]] for name, values in kept.items()}
-    inputs |= {name: kept[name][::every] for name in into}
-    moments = _results(accumulators, samples, quotas, silent)
+        stream = _copied(gathered(sampling), into, outputs)
+    for layer, some in stream:
+        taken[layer.output].take(some)
+    silent = {name: rows.silent for name, rows in taken.items()}
+    accumulators = {name: rows.accumulator for name, rows in taken.items()}
     return Calibration(
         layers=sampling.layers,
-        moments=moments,
-        kept=kept,
-        by_inputs=frozenset(into),
-        inputs=inputs,
+        moments=_results(accumulators, sampling.samples, quotas, silent),
+        kept={name: rows.kept[: rows.done] for name, rows in taken.items()},
+        by_inputs=by_inputs,
+        inputs={name: rows.original_inputs() for name, rows in taken.items()},
         every=every,
         shapes=sampling.shapes,
-        samples=samples,
+        samples=sampling.samples,
         batch=sampling.batch,
-        seed=seed,
+        seed=sampling.seed,
         quotas=quotas,
-        left_out={name: LeftOut(rows, done[name]) for name, rows in bad.items() if rows},
+        left_out={name: LeftOut(rows.bad, rows.done) for name, rows in taken.items() if rows.bad},
         silent=silent,
     )
+
+
+class _LayerRows:
+    """What is kept of the sampled rows of one layer, which come some thousand at a time.
+
+    ``kept`` are the inputs (wanted, m) where these are kept, else the outputs (wanted, n). These are computed
+    where ``affine`` has W and b; otherwise whoever runs the network puts them there. The moments take every
+    ``stride``-th row. Rows are counted: those ``done``, ``bad`` ones that are not finite, ``silent`` ones
+    that are zero throughout.
+    """
+
+    def __init__(self, layer: Layer, wanted: int, stride: int, every: int, device: str) -> None:
+        by_inputs = keeps_inputs(layer)
+        self.affine: tuple[Rows, Rows] | None = None
+        self.accumulator = MomentAccumulator(layer, ceil(wanted / stride), device)
+        self.kept = np.empty((wanted, layer.m if by_inputs else layer.n), np.float32)
+        self.done = self.bad = self.silent = 0
+        self._stride, self._every = stride, every
+        self._inputs = None if by_inputs else np.empty((ceil(wanted / every), layer.m), np.float32)
+
+    def take(self, rows: Rows) -> None:
+        """Take some more rows (count, m)."""
+        start, stop = self.done, self.done + len(rows)
+        if self.affine is not None:
+            _outputs(rows, self.affine, self.kept[start:stop])
+        if self._inputs is not None:
+            self._inputs[_places(start, stop, self._every)] = _every_nth(rows, start, self._every)
+        usable = _usable(rows)
+        self.bad += len(rows) - int(np.count_nonzero(usable))
+        self.silent += len(rows) - int(np.count_nonzero(rows.any(axis=1)))
+        of_moments = _every_nth(rows, start, self._stride)
+        self.accumulator.add(_only(of_moments, _every_nth(usable, start, self._stride)))
+        self.done = stop
+
+    def original_inputs(self) -> Rows:
+        """Every ``every``-th of the rows."""
+        return self.kept[: self.done : self._every] if self._inputs is None else self._inputs
+
+
+def _copied(
+    gathered: Iterable[GatheredRows], into: Mapping[str, Rows], outputs: Mapping[str, Rows]
+) -> Iterator[tuple[Layer, Rows]]:
+    """What ``sampled_rows`` gives, of rows that were gathered before."""
+    taken: dict[str, int] = {}
+    for layer, rows, given in gathered:
+        start = taken.get(layer.output, 0)
+        taken[layer.output] = stop = start + len(rows)
+        if layer.output in into:
+            into[layer.output][start:stop] = rows
+        if layer.output in outputs:
+            outputs[layer.output][start:stop] = given
+        yield layer, rows
 
 
 def _calibrate_aside(
@@ -307,42 +238,37 @@ def _calibrate_aside(
     scratch: Scratch,
     weight_of: WeightOf,
     progress: Progress | None,
-    gathered: Callable[[Sampling], Iterator[GatheredRows]] | None,
+    gathered: Gathered | None,
 ) -> Calibration:
-    """What ``calibrate`` gives, with the rows in ``scratch`` and what follows from them made on demand."""
-    samples, quotas = sampling.samples, sampling.quotas
+    """What ``_calibrate_in_memory`` gives, with the rows in ``scratch`` and the rest made on demand."""
+    samples, quotas, every = sampling.samples, sampling.quotas, _every(sampling)
     by_name = {layer.output: layer for layer in sampling.watched}
-    aside = _Aside(sampling, scratch, sampling.fetched)
+    by_inputs = frozenset(layer.output for layer in sampling.watched if keeps_inputs(layer))
+    stored = _StoredRows(sampling, scratch, sampling.fetched)
     if gathered is None:
-        aside.observe(model, progress)
+        stored.observe(model, progress)
     else:
         for layer, rows, given in gathered(sampling):
-            aside.take(layer, rows, given)
-    by_inputs = frozenset(layer.output for layer in sampling.watched if _keeps_inputs(layer))
-    every = _every(sampling.watched, quotas)
+            stored.take(layer, rows, given)
+            stored.end_chunk(layer)
     made: dict[str, Moments] = {}
 
     def kept_of(name: str) -> Rows:
-        if name in by_inputs or name in aside.outputs:
-            return aside.rows(name, aside.inputs if name in by_inputs else aside.outputs)
-        rows, layer = aside.rows(name, aside.inputs), by_name[name]
-        affine, found = (
-            _single(weight_of(layer), quotas[name].scale),
-            np.empty((len(rows), layer.n), np.float32),
-        )
-        for start, stop in pairwise(aside.ends[name]):
+        if name in by_inputs:
+            return stored.inputs_of(name)
+        if name in stored.outputs:
+            return stored.outputs_of(name)
+        rows, layer = stored.inputs_of(name), by_name[name]
+        affine = _single(weight_of(layer), quotas[name].scale)
+        found = np.empty((len(rows), layer.n), np.float32)
+        for start, stop in pairwise(stored.ends[name]):
             _outputs(rows[start:stop], affine, found[start:stop])
         return found
 
     def moments_of(name: str) -> Moments:
         if name not in made:
-            layer, rows = by_name[name], aside.rows(name, aside.inputs)
-            stride = _stride(layer, quotas[name].wanted, samples)
-            accumulator = MomentAccumulator(layer, ceil(quotas[name].wanted / stride), _beside(model))
-            for start, stop in pairwise(aside.ends[name]):
-                here = _every_nth(rows[start:stop], start, stride)
-                accumulator.add(_only(here, _usable(here)) if len(here) else here)
-            found = _results({name: accumulator}, samples, quotas, aside.silent)[name]
+            accumulator = _accumulated(stored, by_name[name], _sums_on(model))
+            found = _results({name: accumulator}, samples, quotas, stored.silent)[name]
             made[name] = replace(
                 found,
                 second=None if found.second is None else scratch.put(found.second),
@@ -350,25 +276,37 @@ def _calibrate_aside(
             )
         return _read(made[name])
 
-    def inputs_of(name: str) -> Rows:
-        return np.ascontiguousarray(aside.rows(name, aside.inputs)[::every])
+    def every_nth_input(name: str) -> Rows:
+        return np.ascontiguousarray(stored.inputs_of(name)[::every])
 
     return Calibration(
         layers=sampling.layers,
         moments=OnDemand(by_name, moments_of),
         kept=OnDemand(by_name, kept_of),
         by_inputs=by_inputs,
-        inputs=OnDemand(by_name, inputs_of),
+        inputs=OnDemand(by_name, every_nth_input),
         every=every,
         shapes=sampling.shapes,
         samples=samples,
         batch=sampling.batch,
         seed=sampling.seed,
         quotas=quotas,
-        left_out={name: LeftOut(rows, aside.done[name]) for name, rows in aside.bad.items() if rows},
-        silent=aside.silent,
+        left_out={name: LeftOut(rows, stored.done[name]) for name, rows in stored.bad.items() if rows},
+        silent=stored.silent,
         scratch=scratch,
     )
+
+
+def _accumulated(stored: _StoredRows, layer: Layer, device: str) -> MomentAccumulator:
+    """The stored rows of ``layer`` that its moments are taken of, chunk by chunk."""
+    wanted = stored.sampling.quotas[layer.output].wanted
+    stride = _stride(layer, wanted, stored.sampling.samples)
+    accumulator = MomentAccumulator(layer, ceil(wanted / stride), device)
+    rows = stored.inputs_of(layer.output)
+    for start, stop in pairwise(stored.ends[layer.output]):
+        here = _every_nth(rows[start:stop], start, stride)
+        accumulator.add(_only(here, _usable(here)) if len(here) else here)
+    return accumulator
 
 
 def _read(moments: Moments) -> Moments:
@@ -381,18 +319,19 @@ def _read(moments: Moments) -> Moments:
     return replace(moments, **read)
 
 
-class _Aside:
+class _StoredRows:
     """Sampled rows of layers in a scratch file: of all inputs, and of the outputs ``fetched``.
 
-    ``ends`` are the numbers of the rows at which those that are worked on at once begin and end. ``bad`` ones
-    are not finite, ``silent`` ones zero throughout.
+    Rows are worked on in chunks, later on too: ``ends`` are the numbers of rows at which these begin and end.
+    Rows are counted by layer: those ``done``, ``bad`` ones that are not finite, ``silent`` ones that are zero
+    throughout.
     """
 
     def __init__(self, sampling: Sampling, scratch: Scratch, fetched: Collection[str] = ()) -> None:
-        self.sampling, quotas = sampling, sampling.quotas
+        self.sampling = sampling
         self.inputs, self.outputs = dict[str, ScratchArray](), dict[str, ScratchArray]()
         for layer in sampling.watched:
-            name, wanted = layer.output, quotas[layer.output].wanted
+            name, wanted = layer.output, sampling.quotas[layer.output].wanted
             self.inputs[name] = scratch.reserve((wanted, layer.m), np.float32)
             if name in fetched:
                 self.outputs[name] = scratch.reserve((wanted, layer.n), np.float32)
@@ -401,26 +340,18 @@ class _Aside:
 
     def observe(self, model: Model, progress: Progress | None) -> None:
         """Take the rows of a run of all samples, batch by batch."""
-        of = self.sampling
         outputs = {name: np.empty((0, stored.shape[1]), np.float32) for name, stored in self.outputs.items()}
-        runs = _runs(model, of.watched, of.samples, of.batch, outputs, Relay(0), ())
-        last = dict.fromkeys(self.inputs, 0)
-        observed = _observe(
-            runs, of.watched, of.samples, of.seed, of.quotas, {}, outputs, progress, chunk=0, passing=True
-        )
-        for layer, rows in observed:
-            given = outputs.get(layer.output)
-            self.take(layer, rows, given, ends=False)
-            done, name = self.done[layer.output], layer.output
-            if done - last[name] >= CHUNK:
-                self.ends[name].append(done)
-                last[name] = done
-        for name, done in self.done.items():
-            if self.ends[name][-1] < done:
-                self.ends[name].append(done)
+        batches = run_batches(model, self.sampling, outputs=outputs)
+        for layer, rows in sampled_rows(batches, self.sampling, {}, outputs, progress=progress, held=False):
+            self.take(layer, rows, outputs.get(layer.output))
+            if self.done[layer.output] - self.ends[layer.output][-1] >= CHUNK:
+                self.end_chunk(layer)
+        for layer in self.sampling.watched:
+            if self.ends[layer.output][-1] < self.done[layer.output]:
+                self.end_chunk(layer)
 
-    def take(self, layer: Layer, rows: Rows, outputs: Rows | None, *, ends: bool = True) -> None:
-        """Take some more rows of a layer."""
+    def take(self, layer: Layer, rows: Rows, outputs: Rows | None) -> None:
+        """Take some more rows of a layer: inputs (count, m), and outputs (count, n) if they are fetched."""
         name, start = layer.output, self.done[layer.output]
         self.inputs[name].write(start, rows)
         if outputs is not None:
@@ -429,12 +360,18 @@ class _Aside:
             self.bad[name] += len(rows) - int(np.count_nonzero(_usable(rows)))
             self.silent[name] += len(rows) - int(np.count_nonzero(rows.any(axis=1)))
         self.done[name] = start + len(rows)
-        if ends:
-            self.ends[name].append(self.done[name])
 
-    def rows(self, name: str, stored: Mapping[str, ScratchArray]) -> Rows:
-        """Those of one layer, mapped."""
-        return stored[name].first(self.done[name]).read()
+    def end_chunk(self, layer: Layer) -> None:
+        """A chunk of rows ends with those taken last."""
+        self.ends[layer.output].append(self.done[layer.output])
+
+    def inputs_of(self, name: str) -> Rows:
+        """The inputs (count, m) of one layer, mapped."""
+        return self.inputs[name].first(self.done[name]).read()
+
+    def outputs_of(self, name: str) -> Rows:
+        """The outputs (count, n) of one layer, mapped."""
+        return self.outputs[name].first(self.done[name]).read()
 
 
 def kept_calibration(
@@ -486,76 +423,78 @@ def recalibrate(
     ``reference.every``-th row is the original input: the errors of the layers before are smaller on the
     samples these were fitted to than on others, and a fit to them alone corrects too much.
 
-    With ``relay`` the run starts where an earlier one left off, and leaves there what is settled as long as
-    ``layers`` and ``later`` ones may change.
+    With ``relay`` the run starts where an earlier one left off, and leaves there what no longer changes,
+    however ``layers`` and ``later`` ones are rewritten.
     """
-    changing = {name for layer in (*layers, *later) for name in (layer.output, layer.weight)}
-    handed = [] if relay is None else frontier(model.proto, changing)
+    handed: Sequence[str] = ()
+    if relay is not None:
+        changing = {name for layer in (*layers, *later) for name in (layer.output, layer.weight)}
+        handed = frontier(model.proto, changing)
+    sampling = Sampling(
+        layers=tuple(layers),
+        watched=tuple(layers),
+        samples=reference.samples,
+        batch=reference.batch,
+        quotas=reference.quotas,
+        shapes=reference.shapes,
+        seed=reference.seed,
+    )
+    batches = run_batches(model, sampling, relay=relay, handed=handed)
     if reference.scratch is not None:
-        return _recalibrate_aside(model, layers, reference, weight_of, paired, relay or Relay(), handed)
-    samples, kept, every = reference.samples, dict(reference.kept), reference.every
-    quotas = reference.quotas
-    done = dict.fromkeys((layer.output for layer in layers), 0)
-    for layer in layers:
-        if layer.output in reference.by_inputs:
-            kept[layer.output] = original_outputs(layer, reference, weight_of)
+        scratch, device = reference.scratch.new(), _sums_on(model)
+        return _recalibrate_aside(batches, sampling, reference, scratch, device, weight_of, paired)
+    samples, quotas, every = reference.samples, reference.quotas, reference.every
+    targets = {layer.output: original_outputs(layer, reference, weight_of) for layer in layers}
+    done = dict.fromkeys(targets, 0)
     accumulators = {
-        layer.output: MomentAccumulator(layer, quotas[layer.output].wanted, _beside(model))
+        layer.output: MomentAccumulator(layer, quotas[layer.output].wanted, _sums_on(model))
         for layer in layers
     }
-    fine = {layer.output: np.ones(len(kept[layer.output]), bool) for layer in layers}
+    usable = {name: np.ones(len(rows), bool) for name, rows in targets.items()}
     into = {
-        la.output: np.empty((len(kept[la.output]), la.m), np.float32) for la in layers if la.output in paired
+        layer.output: np.empty((len(targets[layer.output]), layer.m), np.float32)
+        for layer in layers
+        if layer.output in paired
     }
-    runs = _runs(model, layers, samples, reference.batch, (), relay or Relay(), handed)
-    for layer, rows in _observe(runs, layers, samples, reference.seed, quotas, into, {}):
-        start, stop = done[layer.output], done[layer.output] + len(rows)
-        _every_nth(rows, start, every)[:] = reference.inputs[layer.output][_places(start, stop, every)]
-        targets = kept[layer.output][start:stop]
-        usable = fine[layer.output][start:stop] = _usable(rows) & _usable(targets)
-        accumulators[layer.output].add(_only(rows, usable), _only(targets, usable))
-        done[layer.output] = stop
-    pairs = {name: (_only(rows, fine[name]), _only(kept[name], fine[name])) for name, rows in into.items()}
+    for layer, rows in sampled_rows(batches, sampling, into, {}):
+        name = layer.output
+        start, stop = done[name], done[name] + len(rows)
+        _every_nth(rows, start, every)[:] = reference.inputs[name][_places(start, stop, every)]
+        wanted = targets[name][start:stop]
+        fine = usable[name][start:stop] = _usable(rows) & _usable(wanted)
+        accumulators[name].add(_only(rows, fine), _only(wanted, fine))
+        done[name] = stop
+    pairs = {
+        name: (_only(rows, usable[name]), _only(targets[name], usable[name])) for name, rows in into.items()
+    }
     return _results(accumulators, samples, quotas, reference.silent), pairs
 
 
 def _recalibrate_aside(
-    model: Model,
-    layers: Sequence[Layer],
+    batches: Iterator[RunBatch],
+    sampling: Sampling,
     reference: Calibration,
+    scratch: Scratch,
+    device: str,
     weight_of: WeightOf,
     paired: Collection[str],
-    relay: Relay,
-    handed: Sequence[str],
 ) -> tuple[Mapping[str, Moments], Mapping[str, tuple[Rows, Rows]]]:
-    """What ``recalibrate`` gives, with rows in a scratch file of their own and the rest made on demand."""
-    assert reference.scratch is not None
-    samples, quotas, every = reference.samples, reference.quotas, reference.every
-    sampling = Sampling(
-        layers=tuple(layers),
-        watched=tuple(layers),
-        samples=samples,
-        batch=reference.batch,
-        quotas=quotas,
-        shapes=reference.shapes,
-        seed=reference.seed,
-    )
-    aside, by_name = _Aside(sampling, reference.scratch.new()), {layer.output: layer for layer in layers}
-    runs = _runs(model, layers, samples, reference.batch, (), relay, handed)
-    for layer, rows in _observe(runs, layers, samples, reference.seed, quotas, {}, {}, chunk=0):
-        aside.take(layer, rows, None)
+    """What ``recalibrate`` gives: rows of ``batches`` lie in ``scratch``, the rest is made on demand."""
+    stored, by_name = _StoredRows(sampling, scratch), {layer.output: layer for layer in sampling.watched}
+    for layer, rows in sampled_rows(batches, sampling, {}, {}, held=False):
+        stored.take(layer, rows, None)
 
     def rows_of(name: str) -> tuple[Rows, Rows]:
-        rows, layer = np.array(aside.rows(name, aside.inputs)), by_name[name]
-        rows[::every] = reference.inputs[name][_places(0, len(rows), every)]
-        targets = original_outputs(layer, reference, weight_of)[: len(rows)]
+        rows = np.array(stored.inputs_of(name))
+        rows[:: reference.every] = reference.inputs[name][_places(0, len(rows), reference.every)]
+        targets = original_outputs(by_name[name], reference, weight_of)[: len(rows)]
         usable = _usable(rows) & _usable(targets)
         return _only(rows, usable), _only(targets, usable)
 
     def moments_of(name: str) -> Moments:
-        accumulator = MomentAccumulator(by_name[name], quotas[name].wanted, _beside(model))
+        accumulator = MomentAccumulator(by_name[name], reference.quotas[name].wanted, device)
         accumulator.add(*rows_of(name))
-        return _results({name: accumulator}, samples, quotas, reference.silent)[name]
+        return _results({name: accumulator}, reference.samples, reference.quotas, reference.silent)[name]
 
     return OnDemand(by_name, moments_of), OnDemand([name for name in by_name if name in paired], rows_of)
 
@@ -576,53 +515,6 @@ def original_inputs(layer: Layer, reference: Calibration) -> Rows | None:
     return None if rows is None else _only(rows, _usable(rows))
 
 
-class _Probe(NamedTuple):
-    """What one smallest batch tells: entries of a sample, and shape and size of the layers' inputs."""
-
-    entries: float
-    shapes: Mapping[str, tuple[int, ...]]
-    peaks: Mapping[str, float]
-
-
-def _probe(activations: Feed, feed: Feed, samples: Samples) -> _Probe:
-    entries = sum(feed[name].size for name in samples.inputs) / samples.size_of(feed)
-    return _Probe(entries, _shapes(activations), {name: _peak(value) for name, value in activations.items()})
-
-
-def _peak(values: Values) -> float:
-    """The greatest finite magnitude; 0 where there is none."""
-    if values.dtype.kind != "f" or not values.size:
-        return 0.0
-    low, high = float(values.min()), float(values.max())
-    if not (isfinite(low) and isfinite(high)):
-        finite = values[np.isfinite(values)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    return max(-low, high)
-
-
-def _quota(layer: Layer, samples: Samples, probes: Sequence[_Probe]) -> Quota:
-    """Rows to gather for a layer: never more than the samples hold, and from each as it has positions.
-
-    Where samples differ in shape, positions are estimated: they are taken to grow with the entries of a
-    sample, as between the ``probes``.
-    """
-    most = min(max(ROWS_PER_INPUT * layer.m, FEWEST_ROWS), MOST_ROWS)
-    peak = max(probe.peaks[layer.input] for probe in probes)
-    scale = 1.0 if not peak or 1 / ORDINARY <= peak <= ORDINARY else 2.0 ** -frexp(peak)[1]
-    if not samples.ragged:
-        wanted = min(most, layer.positions * samples.count) if layer.positions else most
-        return Quota(wanted, np.arange(samples.count + 1), scale)
-    counts = [
-        operator_of(layer).count_rows(layer, probe.shapes[layer.input]) / samples.smallest_batch
-        for probe in probes
-    ]
-    entries = np.array([[1.0, probe.entries] for probe in probes])
-    start, slope = np.linalg.lstsq(entries, np.array(counts), rcond=None)[0]
-    each = np.maximum(np.ceil(_SPARE * (start + slope * samples.sizes)), 1).astype(np.int64)
-    ends = np.concatenate([[0], np.cumsum(each)])
-    return Quota(min(most, int(ends[-1])), ends, scale)
-
-
 def _usable(rows: Rows) -> npt.NDArray[np.bool_]:
     """Which rows (count, m) are finite, and not so large that their squares overflow."""
     usable: npt.NDArray[np.bool_] = (rows.max(axis=1) < _LARGEST) & (rows.min(axis=1) > -_LARGEST)
@@ -633,9 +525,10 @@ def _only(rows: Rows, usable: npt.NDArray[np.bool_]) -> Rows:
     return rows if usable.all() else rows[usable]
 
 
-def _every(layers: Sequence[Layer], quotas: Mapping[str, Quota]) -> int:
+def _every(sampling: Sampling) -> int:
     """Of how many rows one original input is kept beside the outputs."""
-    whole = sum(4 * layer.m * quotas[layer.output].wanted for layer in layers if not _keeps_inputs(layer))
+    outputs_kept = [layer for layer in sampling.watched if not keeps_inputs(layer)]
+    whole = sum(4 * layer.m * sampling.quotas[layer.output].wanted for layer in outputs_kept)
     return max(EVERY_ORIGINAL, ceil(whole / ORIGINAL_BYTES))
 
 
@@ -658,10 +551,6 @@ def _stride(layer: Layer, wanted: int, samples: Samples) -> int:
     return min(max(int(min(wanted, real)) // FEWEST_ROWS, 1), SURVEY)
 
 
-def _keeps_inputs(layer: Layer) -> bool:
-    return layer.m <= MOST_INPUTS * layer.n
-
-
 def _single(
     affine: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]], scale: float
 ) -> tuple[Rows, Rows]:
@@ -677,8 +566,8 @@ def _outputs(rows: Rows, affine: tuple[Rows, Rows], out: Rows) -> Rows:
     return out
 
 
-def _beside(model: Model) -> str:
-    """Where moments are accumulated: on the GPU if ``model`` runs there and CuPy finds it."""
+def _sums_on(model: Model) -> str:
+    """The device on which moments are summed: a GPU if ``model`` runs there and CuPy finds it."""
     return "cpu" if model.device == "cpu" else "auto"
 
 
@@ -694,163 +583,3 @@ def _results(
         )
         for name, accumulator in accumulators.items()
     }
-
-
-def _runs(
-    model: Model,
-    layers: Sequence[Layer],
-    samples: Samples,
-    batch: int,
-    also: Collection[str],
-    relay: Relay,
-    handed: Sequence[str],
-    part: range | None = None,
-) -> Iterator[tuple[int, Values | None, Feed]]:
-    """Of each batch its size, where it is no padding, the inputs of ``layers`` and tensors ``also``.
-
-    Those ``handed`` go to ``relay``. Of the batches those in ``part`` are run, all if it is None.
-    """
-    watch = _watcher(model, layers, samples, {*also, *handed}, relay.types)
-    batches = samples.batch_count(batch)
-    for index, feed in enumerate(samples.batches(batch)):
-        if part is not None and index not in part:
-            continue
-        values = watch({**feed, **relay.feed(index)})
-        relay.offer(index, batches, values, handed, samples.sizes.max() / samples.sizes[0])
-        yield samples.size_of(feed), samples.real(feed), values
-
-
-def _observe(
-    runs: Iterator[tuple[int, Values | None, Feed]],
-    layers: Sequence[Layer],
-    samples: Samples,
-    seed: int,
-    quotas: Mapping[str, Quota],
-    into: Mapping[str, Rows],
-    outputs: dict[str, Rows],
-    progress: Progress | None = None,
-    part: tuple[int, int] | None = None,
-    chunk: int = CHUNK,
-    passing: bool = False,
-) -> Iterator[tuple[Layer, Rows]]:
-    """Each layer with its sampled rows in ``runs``, some thousand at a time; the same for one seed and batch.
-
-    Rows of the layers in ``into`` are gathered there, one after the other; those of others are
-    overwritten by the next ones. Outputs of the convolutions in ``outputs`` are gathered there. ``part`` are
-    the first of the samples that ``runs`` are of and the one behind the last; None for all. Of a layer that
-    is not gathered rows come when there are ``chunk``, and none are held then; where outputs are ``passing``
-    each batch of them replaces the one before.
-    """
-    seen = dict.fromkeys(outputs, 0)
-    buffers = {layer.output: into.get(layer.output, np.empty((0, layer.m), np.float32)) for layer in layers}
-    given = dict.fromkeys(buffers, 0)
-    filled = dict.fromkeys(buffers, 0)
-    first, end = part or (0, samples.count)
-    for count, real, activations in one_ahead(runs):
-        last = first + count == end
-        for layer in layers:
-            name, values = layer.output, activations[layer.input]
-            quota = quotas[name]
-            positions = _positions(layer, values.shape, real, first, quota.share(first, count), seed)
-            start, stop = filled[name], filled[name] + len(positions)
-            if stop > len(buffers[name]):  # batches but the last are alike: once, as a rule
-                room = np.empty((chunk + 2 * len(positions), layer.m), np.float32)
-                room[:start] = buffers[name][:start]
-                buffers[name] = room
-            rows = buffers[name][start:stop]
-            with np.errstate(over="ignore"):  # of double precision, to infinity
-                operator_of(layer).input_rows(layer, values, positions, rows)
-                if name in outputs:
-                    if passing:
-                        outputs[name], seen[name] = np.empty((len(positions), layer.n), np.float32), 0
-                    there = slice(seen[name], seen[name] + len(positions))
-                    outputs[name][there] = pixel_rows(activations[name], positions)
-                    seen[name] += len(positions)
-                    if quota.scale != 1:
-                        outputs[name][there] *= quota.scale
-            if quota.scale != 1:
-                rows *= quota.scale
-            filled[name] = stop
-            if last or stop - given[name] >= chunk:
-                yield layer, buffers[name][given[name] : stop]
-                given[name] = filled[name] = stop if name in into else 0
-                if not chunk:
-                    buffers[name] = buffers[name][:0].copy()
-        first += count
-        if progress is not None:
-            progress("calibrate", first, samples.count)
-
-
-def _taken(
-    gathered: Iterable[GatheredRows], into: Mapping[str, Rows], outputs: Mapping[str, Rows]
-) -> Iterator[tuple[Layer, Rows]]:
-    """What ``_observe`` gives, of rows that were gathered before."""
-    taken: dict[str, int] = {}
-    for layer, rows, given in gathered:
-        start = taken.get(layer.output, 0)
-        taken[layer.output] = stop = start + len(rows)
-        if layer.output in into:
-            into[layer.output][start:stop] = rows
-        if layer.output in outputs:
-            outputs[layer.output][start:stop] = given
-        yield layer, rows
-
-
-def _positions(
-    layer: Layer, shape: tuple[int, ...], real: Values | None, first: int, share: int, seed: int
-) -> npt.NDArray[np.int64]:
-    """``share`` positions in the batch that begins with sample ``first``, all if fewer, no padding."""
-    rng = np.random.default_rng((seed, first, *(layer.full or (layer.n, layer.m))))
-    if real is None or layer.channels_first or not _of_tokens(shape, layer.axis, real):
-        return sample_positions(operator_of(layer).count_rows(layer, shape), share, rng)
-    positions = np.flatnonzero(real)
-    return positions[sample_positions(len(positions), share, rng)]
-
-
-def _of_tokens(shape: tuple[int, ...], axis: int, real: Values) -> bool:
-    """Whether a tensor with features along ``axis`` has a row for each position, by samples or flat."""
-    return np.delete(shape, axis).tolist() in ([*real.shape], [real.size])
-
-
-def locate(
-    layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]], samples: Samples
-) -> tuple[Layer, ...]:
-    """``layers`` with positions and size, from the shapes of their inputs in the smallest batch."""
-    return tuple(
-        replace(
-            layer,
-            positions=operator_of(layer).count_rows(layer, shapes[layer.input]) // samples.smallest_batch,
-            size=shapes[layer.input][2:] if layer.channels_first else (),
-        )
-        for layer in layers
-    )
-
-
-def input_shapes(model: Model, layers: Sequence[Layer], samples: Samples) -> dict[str, tuple[int, ...]]:
-    """Shapes of the inputs of ``layers``, by tensor, in the smallest batch the model takes."""
-    return _shapes(_watcher(model, layers, samples)(samples.example()))
-
-
-def _shapes(activations: Feed) -> dict[str, tuple[int, ...]]:
-    return {name: value.shape for name, value in activations.items()}
-
-
-def _watcher(
-    model: Model,
-    layers: Sequence[Layer],
-    samples: Samples,
-    also: Collection[str] = (),
-    given: Mapping[str, npt.DTypeLike] | None = None,
-) -> Callable[[Feed], Feed]:
-    """A function from a feed to the inputs of ``layers``; what is fed or ``given`` needs no run."""
-    names = {layer.input for layer in layers} | {*also}
-    fed = names & {*samples.inputs, *samples.constants, *(given or ())}
-    computed = sorted(names - fed)
-    session = None
-    if computed:
-        session = open_model(model, outputs=computed, given=given)
-
-    def watch(feed: Feed) -> Feed:
-        return {name: feed[name] for name in fed} | (session.run(feed) if session is not None else {})
-
-    return watch

@@ -18,7 +18,7 @@ import numpy as np
 from onnx_lrsd.data.readers import DAMAGE
 from onnx_lrsd.data.samples import run_on
 from onnx_lrsd.errors import DataError, OptionError
-from onnx_lrsd.fit.calibrate import GatheredRows, Sampling
+from onnx_lrsd.fit.sampling import GatheredRows, Sampling
 from onnx_lrsd.graph.external_data import content_hash
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.types import Layer, Values
