@@ -1,4 +1,4 @@
-"""BatchNormalization into the layer before it.
+"""Fold a BatchNormalization into the layer before it.
 
 With g = gamma / sqrt(var + epsilon), one value for each output channel, the pair is one layer: its
 weight is g W and its bias g (b - mean) + beta. The fold happens only in layers that are split, so

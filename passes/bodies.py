@@ -8,10 +8,11 @@ import onnx
 
 from onnx_lrsd.graph.external_data import subgraphs
 from onnx_lrsd.graph.subgraph import reads
-from onnx_lrsd.passes.products import Shape, attribute
+from onnx_lrsd.passes.nodes import attribute
+from onnx_lrsd.passes.products import Shape
 
 SMALL = 64
-"""Numbers of a constant up to which its values may say a shape."""
+"""Constants of at most so many numbers are handed on with their values, which may be a shape."""
 
 
 def repetitions(node: onnx.NodeProto, shapes: Mapping[str, Shape], proto: onnx.ModelProto) -> int | None:
@@ -22,10 +23,8 @@ def repetitions(node: onnx.NodeProto, shapes: Mapping[str, Shape], proto: onnx.M
     if body is None or node.op_type not in ("Loop", "Scan") or len(node.input) != len(body.input):
         return None  # a Scan of opset 8 has one more input, and sequences of their own length
     if node.op_type == "Scan":
-        count = attribute(node, "num_scan_inputs")
-        axes = next((list(a.ints) for a in node.attribute if a.name == "scan_input_axes"), [0] * count)
-        first = node.input[len(node.input) - count]
-        return shapes[first][axes[0]] if first in shapes else None
+        first = node.input[len(node.input) - attribute(node, "num_scan_inputs")]
+        return shapes[first][_scan_axes(node)[0]] if first in shapes else None
     states = len(body.input) - 2
     stacked = [name for name in node.output[states:] if name in shapes]
     if stacked:
@@ -41,6 +40,12 @@ def repetitions(node: onnx.NodeProto, shapes: Mapping[str, Shape], proto: onnx.M
     if node.input[0] not in constants or not _goes_on(body):
         return None
     return int(onnx.numpy_helper.to_array(constants[node.input[0]]).reshape(-1)[0])
+
+
+def _scan_axes(node: onnx.NodeProto) -> list[int]:
+    """The axis along which a Scan takes each of its scanned inputs apart."""
+    given = next((list(a.ints) for a in node.attribute if a.name == "scan_input_axes"), None)
+    return [0] * attribute(node, "num_scan_inputs") if given is None else given
 
 
 def _goes_on(body: onnx.GraphProto) -> bool:
@@ -72,16 +77,13 @@ def body_shapes(
     outside = {name for inner in body.node for name in reads(inner)} - {t.name for t in body.initializer}
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
     for name in sorted(outside & (shapes.keys() | given.keys() | stored.keys())):
-        if (
-            name in stored
-            and stored[name].data_type == onnx.TensorProto.INT64
-            and _count(stored[name]) <= SMALL
-        ):
-            graph.initializer.append(stored[name])
+        tensor = stored.get(name)
+        if tensor is not None and tensor.data_type == onnx.TensorProto.INT64 and _count(tensor) <= SMALL:
+            graph.initializer.append(tensor)
             continue
         shape = given[name] if name in given else shapes.get(name)
-        if shape is None and name in stored:
-            shape = tuple(stored[name].dims)
+        if shape is None and tensor is not None:
+            shape = tuple(tensor.dims)
         kind = own.get(name) or types.get(name) or onnx.TensorProto.FLOAT
         graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     graph.output.extend(onnx.ValueInfoProto(name=value.name) for value in body.output)
@@ -101,25 +103,26 @@ def body_shapes(
 def _handed_in(
     node: onnx.NodeProto, body: onnx.GraphProto, shapes: Mapping[str, Shape]
 ) -> Sequence[Shape | None]:
-    """Shapes of the inputs of ``body``, None where they are not known."""
+    """Shapes of the inputs of ``body``, None where they are not known.
+
+    A Scan hands in its states, and of each scanned input a slice along its axis.
+    """
     if node.op_type == "Loop":
         return [(), (), *(shapes.get(name) for name in node.input[2:])]
     if node.op_type != "Scan":
         return [None] * len(body.input)
-    count = attribute(node, "num_scan_inputs")
-    axes = next((list(a.ints) for a in node.attribute if a.name == "scan_input_axes"), [0] * count)
-    states = node.input[: len(node.input) - count]
+    states = node.input[: len(node.input) - attribute(node, "num_scan_inputs")]
     slices = list[Shape | None]()
-    for name, axis in zip(node.input[len(states) :], axes, strict=True):
+    for name, axis in zip(node.input[len(states) :], _scan_axes(node), strict=True):
         shape = shapes.get(name)
-        kept = (
-            None
-            if shape is None
-            else [size for index, size in enumerate(shape) if index != axis % len(shape)]
-        )
-        slices.append(None if kept is None else tuple(kept))
+        if shape is None:
+            slices.append(None)
+        else:
+            scanned = axis % len(shape)
+            slices.append((*shape[:scanned], *shape[scanned + 1 :]))
     return [*(shapes.get(name) for name in states), *slices]
 
 
 def _count(tensor: onnx.TensorProto) -> int:
+    """How many numbers ``tensor`` has; more than SMALL where they are stored in another file."""
     return int(onnx.numpy_helper.to_array(tensor).size) if not tensor.external_data else SMALL + 1

@@ -33,9 +33,10 @@ BROADCAST = {
     "Xor",
 }
 LINEAR = ("Add", "Identity", "Dropout")
-"""Channels may be turned in front of these: the value that an Add has for each of them is turned as well."""
+"""Linear operators, in front of which channels may be turned (see ``Carried``). Where an Add has a value for
+each channel, these values are turned as well."""
 KEEP_HEADS = ("Reshape", "Transpose")
-"""These say themselves where the heads are."""
+"""Handlers of these say themselves on which axis heads lie behind them; behind others none may be turned."""
 POOLS = ("MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool")
 REDUCTIONS = {
     *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"),
@@ -47,10 +48,12 @@ DOMAINS = (DOMAIN, "com.microsoft")
 class Carried(NamedTuple):
     """The channels of a tensor: ``owner`` (length,) has the channel of each position of ``axis``, -1: none.
 
-    ``axis`` counts from the end, so that broadcasting does not move it; ``rank`` is None if not known.
-    ``heads`` is the axis of the heads that share the channels, from the end too, or 0 while all are on one
-    axis in their order. It is None where they may not be turned: what lies between is not linear in them, or
-    heads may be out of order.
+    ``axis`` counts from the end, so broadcasting does not move it; ``rank`` is None if not known.
+
+    Channels are *turned* when as many linear combinations of them take their place, in each head of attention
+    by itself. ``heads`` is the axis of the heads, from the end too, or 0 while the channels of all heads are
+    on one axis in their order. It is None where channels may not be turned: what lies between is not linear
+    in them, or heads may be out of order.
     """
 
     axis: int
@@ -107,7 +110,7 @@ class Flow:
         return None if found is None else tuple(found)
 
     def take(self, node: gs.Node, index: int, axis: int, owner: Owner) -> str:
-        """Note that a constant input is cut along ``axis``; why it cannot be, or nothing."""
+        """Note that a constant input is cut along ``axis``; returns why it cannot be, '' where it can."""
         if overridable(node.inputs[index], self.overridable):
             return f"{node.op} {label(node)} reads a constant that a caller may override"
         if (owner >= 0).any():
@@ -179,6 +182,7 @@ def _weighted(flow: Flow, node: gs.Node, given: Given) -> Handed:
 
 
 def _mixed(node: gs.Node) -> str:
+    """Why channels can no longer be told apart behind ``node``."""
     return f"{node.op} {label(node)} may mix them"
 
 
@@ -449,24 +453,33 @@ def _aligned(before: Sequence[int | str | None], after: Sequence[int | str | Non
             blocks.append(_Block([i], [j]))
             i, j = i + 1, j + 1
             continue
-        own = _Block([], [])
-        sizes = [1, 1]
-        while not own[0] or sizes[0] != sizes[1]:
-            side = 0 if not own[0] or (own[1] and sizes[0] < sizes[1]) else 1
-            shape, at = (before, i) if side == 0 else (after, j)
-            size = shape[at] if at < len(shape) else None
-            if not isinstance(size, int):
+        # Axes are added one by one, to the side with fewer entries, until both sides hold as many.
+        block, held_before, held_after = _Block([], []), 1, 1
+        while not block.before or held_before != held_after:
+            fewer_before = held_before < held_after and bool(block.after)
+            if fewer_before or not block.before:
+                size = _known_size(before, i)
+                block.before.append(i)
+                held_before, i = held_before * (size or 0), i + 1
+            else:
+                size = _known_size(after, j)
+                block.after.append(j)
+                held_after, j = held_after * (size or 0), j + 1
+            if size is None:
                 return []
-            own[side].append(at)
-            sizes[side] *= size
-            i, j = (i + 1, j) if side == 0 else (i, j + 1)
-        blocks.append(own)
+        blocks.append(block)
     rest = _Block([*range(i, len(before))], [*range(j, len(after))])
     if any(before[a] != 1 for a in rest.before) or any(after[a] != 1 for a in rest.after) or not blocks:
         return []
     last = blocks[-1]
     blocks[-1] = _Block(last.before + rest.before, last.after + rest.after)
     return blocks
+
+
+def _known_size(shape: Sequence[int | str | None], axis: int) -> int | None:
+    """The size of an axis; None where it is open, or where there is no such axis."""
+    size = shape[axis] if axis < len(shape) else None
+    return size if isinstance(size, int) else None
 
 
 def _on_one_axis(flow: Flow, owners: Owner) -> tuple[int, Owner] | None:
@@ -490,7 +503,7 @@ def _on_one_axis(flow: Flow, owners: Owner) -> tuple[int, Owner] | None:
 
 
 def _count_entry(flow: Flow, node: gs.Node, axis: int, before: int, owner: Owner) -> str:
-    """Note the entry of a Reshape's shape that counts the channels; why that cannot be, or nothing."""
+    """Note the entry of a Reshape's shape that counts the channels; why that cannot be, '' where it can."""
     unknown = f"the shape of {node.op} {label(node)} is computed at run time"
     if len(node.inputs) < 2:
         flow.count(node, "shape", axis, owner)

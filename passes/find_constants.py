@@ -1,6 +1,6 @@
 """Constants that are the weight of no layer but can be stored in codes: tables, recurrent weights and others.
 
-A runtime decodes them as it opens the model, so that the nodes that read them run as before. Whatever reads a
+A runtime decodes them as it opens the model, so the nodes that read them run as before. Whatever reads a
 constant, it is stored once: a layer that shares its weight with another kind of node is no layer of its own.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import onnx_graphsurgeon as gs
 
 DOMAIN = ""
@@ -16,6 +17,11 @@ def domain_of(written: str | None) -> str:
 def is_op(node: gs.Node, *ops: str) -> bool:
     """Whether ``node`` is one of these operators of ONNX; one of another domain may mean anything."""
     return node.op in ops and domain_of(node.domain) == DOMAIN
+
+
+def attribute(node: onnx.NodeProto, name: str, default: int = 0) -> int:
+    """The integer attribute ``name`` of ``node``."""
+    return next((int(a.i) for a in node.attribute if a.name == name), default)
 
 
 def label(node: gs.Node) -> str:

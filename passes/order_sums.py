@@ -15,9 +15,10 @@ from onnx_lrsd.passes.tidy import captured_names, remove_node
 def order_sums(working: WorkingGraph, names: Iterable[str]) -> int:
     """Turn (L + S) + skip into (L + skip) + S for the convolutions that give ``names``; returns how many.
 
-    A convolution takes one sum with what is there before it: L that with the skip, S that with both. As
-    L + S is formed first, only one of three is fused and neither is the activation behind them. The tensor
-    that L + S had is gone then, so that only a block's sum may read it, and this comes after all fits.
+    ONNX Runtime fuses into a convolution one sum with a tensor that is computed before it, and the activation
+    behind that sum. Of (L + S) + skip it fuses the first sum alone. Of (L + skip) + S it fuses both: the
+    first into the convolution of L, the second, with the activation, into that of S. The tensor L + S is gone
+    then: nothing but the second sum may read it, and all fits must be done.
     """
     tensors = working.tensors()
     kept = {output.name for output in working.outputs} | captured_names(working.graph)

@@ -1,4 +1,4 @@
-"""What the outputs of a model are joined of, and what makes them probabilities."""
+"""What the outputs of a model are concatenated from, and what makes them probabilities."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from math import prod
 from typing import NamedTuple
 
 import onnx
+
+from onnx_lrsd.passes.nodes import DOMAIN, attribute, domain_of
 
 SIGMOID, SOFTMAX = "Sigmoid", "Softmax"
 
@@ -35,10 +37,10 @@ class Slices(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """How an output comes about.
+    """The last nodes on the way to an output.
 
-    ``parts`` are the operands of the last Concat on the way to it, along ``axis``, or the output itself
-    where there is none. ``path`` are the nodes behind that Concat, first one first.
+    ``parts`` are the operands of the last Concat, along ``axis``, or the output itself where there is none.
+    ``path`` is that Concat and the nodes behind it, in the order in which they run; empty without a Concat.
     """
 
     output: str
@@ -58,22 +60,24 @@ class Ending(NamedTuple):
         if not self.path:
             return None
         here = shapes[self.path[0].output[0]]
-        axis: int | None = self.axis % len(here)
-        sizes = [shapes[part.tensor][self.axis % len(here)] for part in self.parts]
+        axis = self.axis % len(here)
+        bounds = [0]
+        for part in self.parts:
+            bounds.append(bounds[-1] + shapes[part.tensor][axis])
         for node in self.path[1:]:
             after = shapes[node.output[0]]
-            axis = _moved(node, axis, here, after)
-            if axis is None:
+            moved = _moved(node, axis, here, after)
+            if moved is None:
                 return None
-            here = after
-        bounds = [0]
-        for size in sizes:
-            bounds.append(bounds[-1] + size)
-        return Slices(axis, tuple(bounds)) if axis and bounds[-1] == here[axis] else None
+            axis, here = moved, after
+        # The first axis is that of the samples.
+        if axis == 0 or bounds[-1] != here[axis]:
+            return None
+        return Slices(axis, tuple(bounds))
 
 
 def endings(proto: onnx.ModelProto) -> dict[str, Ending]:
-    """How each output of the main graph comes about, by its name."""
+    """The ``Ending`` of each output of the main graph, by its name."""
     makers = {name: node for node in proto.graph.node for name in node.output if name}
     constants = {tensor.name for tensor in proto.graph.initializer}
     constants |= {name for name, node in makers.items() if node.op_type == "Constant"}
@@ -81,15 +85,19 @@ def endings(proto: onnx.ModelProto) -> dict[str, Ending]:
 
 
 def _ending(output: str, makers: Mapping[str, onnx.NodeProto], constants: set[str]) -> Ending:
+    """Go from ``output`` up to the last Concat, through nodes that keep channels apart.
+
+    An activation behind the Concat counts for all parts. Probabilities that are rescaled behind it are none.
+    """
     path: list[onnx.NodeProto] = []
     tensor, activation, scaled = output, "", False
-    while (node := makers.get(tensor)) is not None and node.domain in ("", "ai.onnx"):
+    while (node := makers.get(tensor)) is not None and domain_of(node.domain) == DOMAIN:
         if node.op_type == "Concat":
-            parts = (
-                _Part(name, "" if scaled else activation or _activation(name, makers)) for name in node.input
-            )
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-            return Ending(output, tuple(parts), axis, (node, *reversed(path)))
+            parts = list[_Part]()
+            for name in node.input:
+                own = activation or _activation(name, makers)
+                parts.append(_Part(name, "" if scaled else own))
+            return Ending(output, tuple(parts), attribute(node, "axis", 1), (node, *reversed(path)))
         if node.op_type in (SIGMOID, SOFTMAX) and not scaled:
             activation = activation or node.op_type
         following = _operand(node, constants)
@@ -113,7 +121,7 @@ def _operand(node: onnx.NodeProto, constants: set[str]) -> str | None:
 
 def _activation(tensor: str, makers: Mapping[str, onnx.NodeProto]) -> str:
     """Sigmoid or Softmax, where ``tensor`` is what one gave, perhaps moved or cast."""
-    while (node := makers.get(tensor)) is not None and node.domain in ("", "ai.onnx"):
+    while (node := makers.get(tensor)) is not None and domain_of(node.domain) == DOMAIN:
         if node.op_type in (SIGMOID, SOFTMAX):
             return str(node.op_type)
         if node.op_type not in KEEPING and node.op_type not in MOVING:
@@ -122,12 +130,8 @@ def _activation(tensor: str, makers: Mapping[str, onnx.NodeProto]) -> str:
     return ""
 
 
-def _moved(
-    node: onnx.NodeProto, axis: int | None, before: tuple[int, ...], after: tuple[int, ...]
-) -> int | None:
+def _moved(node: onnx.NodeProto, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> int | None:
     """Where ``axis`` of ``before`` is behind ``node``; None where it was merged or cut."""
-    if axis is None:
-        return None
     if node.op_type == "Transpose":
         order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
         return (order or list(reversed(range(len(before))))).index(axis)

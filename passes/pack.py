@@ -1,7 +1,7 @@
 """A weight in codes in place of a dense one: standard operators that a runtime folds when it starts.
 
 Codes come out of bytes by division, all in float32, where whole numbers below 2^24 are exact. Every node
-reads constants alone, so that ONNX Runtime computes the dense weight once, as it opens the model, and
+reads constants alone, so ONNX Runtime computes the dense weight once, as it opens the model, and
 runs the very layer that stood there before.
 """
 

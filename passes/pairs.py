@@ -1,11 +1,12 @@
 """Pairs of layers with only channel-wise work between them, and fewer channels for both.
 
-What one layer gives and only others read need not be computed in full: a channel may go with its row of the
-one, its columns of the others, and its value in every constant between. Nothing is added, and what is left is
-as an exporter would have written a narrower network: smaller constants, no mask, no Gather.
+Channels that one layer gives and only others read need not all be computed. A channel goes with its row of
+the layer that gives it, its columns of the layers that read it, and its value in every constant between.
+Nothing is added, and what is left is as an exporter would have written a narrower network: smaller constants,
+no mask, no Gather.
 
-Of the heads of attention one channel each goes at a time. Where all that lies between is linear in them, the
-channels of a head may be turned first: into another basis, in which fewer of them matter.
+In attention each head loses a channel at a time. Where all that lies between is linear, the channels of a
+head may be turned first: into another basis, in which fewer of them matter.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ class _Given:
     n: int
     reason: str = ""
     node: str = ""
+
+    @property
+    def channels(self) -> slice:
+        """Its channels among those of the whole graph."""
+        return slice(self.first, self.first + self.n)
 
 
 @dataclass
@@ -190,7 +196,7 @@ def _pass_layer(
 
 
 def _heads(pair: Pair, straight: Set[str]) -> int:
-    """Of a pair the heads, each of whose channels may be turned; 0 where they may not, or there is one."""
+    """How many heads a pair has whose channels may be turned; 0 where they may not, or for one head."""
     heads = pair.consumers[0].positions.shape[1]
     known = all(end.output in straight for end in pair.consumers)
     ends = (*pair.producers, *pair.consumers)
@@ -200,7 +206,7 @@ def _heads(pair: Pair, straight: Set[str]) -> int:
 
 
 def _sides(flow: Flow, node: gs.Node) -> _Sides | None:
-    """How ``node`` reads and gives channels, if it is a layer: one of groups hands channels on instead."""
+    """How ``node`` reads and gives channels; None if it is no layer, as one of groups is not."""
     operator = operator_at(node)
     if operator is None:
         return None
@@ -218,7 +224,7 @@ def _sides(flow: Flow, node: gs.Node) -> _Sides | None:
 
 
 def _read(flow: Flow, node: gs.Node, sides: _Sides, carried: Sequence[Carried | None]) -> str:
-    """Note what a cut changes where ``node`` reads channels; why they must stay, or nothing."""
+    """Note what a cut changes where ``node`` reads channels; why they must stay, '' where they need not."""
     own = carried[sides.reads]
     if any(other is not None for index, other in enumerate(carried) if index != sides.reads):
         return f"{node.op} {label(node)} adds them to others"
@@ -231,7 +237,7 @@ def _read(flow: Flow, node: gs.Node, sides: _Sides, carried: Sequence[Carried | 
 
 
 def _give(flow: Flow, node: gs.Node, sides: _Sides, owner: Owner) -> str:
-    """Note what a cut changes where ``node`` gives channels; why they must stay, or nothing."""
+    """Note what a cut changes where ``node`` gives channels; why they must stay, '' where they need not."""
     reason = flow.take(node, sides.weight, sides.axes.outputs, owner)
     heads = 0 if is_op(node, "MatMul", "Gemm") else None
     if len(node.inputs) > 2 and node.inputs[2].name and not reason:
@@ -254,7 +260,7 @@ def _pairs(flow: Flow, seen: _Seen) -> tuple[tuple[Pair, ...], tuple[Declined, .
     first_of: dict[int, int] = {}  # the first set that holds a channel tied to this one
     links = []
     for index, own in enumerate(seen.given):
-        for channel in np.unique(root[own.first : own.first + own.n]).tolist():
+        for channel in np.unique(root[own.channels]).tolist():
             links.append((first_of.setdefault(channel, index), index))
     together = _joined(len(seen.given), links)
     pairs, declined = list[Pair](), list[Declined]()
@@ -272,36 +278,44 @@ def _pairs_of(
     flow: Flow, sets: Sequence[_Given], read: Sequence[tuple[str, Owner]], root: Owner
 ) -> list[Pair]:
     """The pairs of sets that are tied: one, or one for each part of the channels that is read alike."""
+    groups = np.concatenate([root[own.channels] for own in sets])  # channels of one root go together
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    ranks = np.argsort(np.argsort(first))  # groups are numbered in the order in which they are given
     number = np.full(len(root) + 1, -1)  # by channel; the last entry is that of position -1
-    of_sets = np.concatenate([root[own.first : own.first + own.n] for own in sets])
-    _, first, inverse = np.unique(of_sets, return_index=True, return_inverse=True)
-    ranks = np.argsort(np.argsort(first))  # in the order in which they are given
-    for own, numbers in zip(sets, np.split(ranks[inverse], np.cumsum([s.n for s in sets])[:-1]), strict=True):
-        number[own.first : own.first + own.n] = numbers
-    givers = [(own.name, own.output, number[own.first : own.first + own.n]) for own in sets]
-    readers = [("", name, number[owner]) for name, owner in read if (number[owner] >= 0).any()]
-    uses = np.array([np.bincount(o[o >= 0], minlength=len(first)) for _, _, o in (*givers, *readers)])
-    _, kind = np.unique(uses, axis=1, return_inverse=True)
+    ends_of_sets = np.cumsum([own.n for own in sets])[:-1]
+    for own, numbers in zip(sets, np.split(ranks[inverse], ends_of_sets), strict=True):
+        number[own.channels] = numbers
+    givers = [_Member(own.name, own.output, number[own.channels]) for own in sets]
+    readers = [_Member("", output, number[owner]) for output, owner in read if (number[owner] >= 0).any()]
+    # A pair has the channels that are given and read alike: by the same layers, at as many positions.
+    uses = [np.bincount(end.owner[end.owner >= 0], minlength=len(first)) for end in (*givers, *readers)]
+    _, kind = np.unique(np.array(uses), axis=1, return_inverse=True)
     found = []
     for index in np.unique(kind):
         part = np.full(len(first) + 1, -1)
         part[:-1][kind == index] = np.arange(np.count_nonzero(kind == index))
-        giving, reading = (
-            [(name, output, part[o]) for name, output, o in ends if (part[o] >= 0).any()]
-            for ends in (givers, readers)
-        )
+        giving, reading = _renumbered(givers, part), _renumbered(readers, part)
         if giving and reading:
             found.append(_pair(flow, giving, reading, part[number]))
     return found
 
 
-def _pair(
-    flow: Flow,
-    giving: Sequence[tuple[str, str, Owner]],
-    reading: Sequence[tuple[str, str, Owner]],
-    number: Owner,
-) -> Pair:
-    """The pair of these ends, each (name, output, owner of each position); ``number`` is by channel."""
+class _Member(NamedTuple):
+    """A layer that gives or reads channels, with the number of the channel at each position; -1: none."""
+
+    name: str
+    output: str
+    owner: Owner
+
+
+def _renumbered(members: Iterable[_Member], numbers: Owner) -> list[_Member]:
+    """Those of ``members`` that have any of the channels whose new ``numbers`` are not -1."""
+    found = [member._replace(owner=numbers[member.owner]) for member in members]
+    return [member for member in found if (member.owner >= 0).any()]
+
+
+def _pair(flow: Flow, giving: Sequence[_Member], reading: Sequence[_Member], number: Owner) -> Pair:
+    """The pair of these layers; ``number`` is by channel of the whole graph."""
 
     def end(output: str, owner: Owner) -> End:
         order = np.argsort(owner, kind="stable")[np.count_nonzero(owner < 0) :]
@@ -310,10 +324,10 @@ def _pair(
     channels = int(number.max()) + 1
     owned = {name: number[c.owner] for name, c in flow.carried.items()}
     return Pair(
-        name=giving[0][0],
+        name=giving[0].name,
         channels=channels,
-        producers=tuple(end(output, owner) for _, output, owner in giving),
-        consumers=tuple(end(output, owner) for _, output, owner in reading),
+        producers=tuple(end(member.output, member.owner) for member in giving),
+        consumers=tuple(end(member.output, member.owner) for member in reading),
         parts=tuple(p._replace(owner=number[p.owner]) for p in flow.parts if (number[p.owner] >= 0).any()),
         counts=tuple(c._replace(owner=number[c.owner]) for c in flow.counts if (number[c.owner] >= 0).any()),
         carried={
@@ -325,50 +339,63 @@ def _pair(
 
 
 def _joined(count: int, links: Iterable[tuple[int, int]]) -> Owner:
-    """For each of ``count`` things the least one that ``links`` join it with."""
+    """Connected components (union-find): for each of ``count`` numbers the least one in its component."""
     parent = list(range(count))
 
-    def root(thing: int) -> int:
-        while parent[thing] != thing:
-            parent[thing] = parent[parent[thing]]
-            thing = parent[thing]
-        return thing
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
 
     for one, two in links:
         low, high = sorted((root(one), root(two)))
         parent[high] = low
-    return np.array([root(thing) for thing in range(count)], dtype=np.int64)
+    return np.array([root(number) for number in range(count)], dtype=np.int64)
 
 
-def cut(working: WorkingGraph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> None:
-    """Leave of each pair the channels given with it, for all of these at once; the pairs are stale then.
+class _Masks(NamedTuple):
+    """What stays of constants by place and axis, of counts by place and entry, of tensors' axes by name."""
 
-    Nothing that a consumer computes is made good: it loses what the other channels gave it. Constants that
-    another node reads are copied.
-    """
-    parts, counts = (
-        defaultdict[Place, dict[int, Mask]](dict),
-        defaultdict[Place, dict[int | None, Mask]](dict),
-    )
-    sizes: dict[str, tuple[int, Mask]] = {}
+    parts: Mapping[Place, Mapping[int, Mask]]
+    counts: Mapping[Place, Mapping[int | None, Mask]]
+    axes: Mapping[str, tuple[int, Mask]]
+
+
+def _masks(cuts: Iterable[tuple[Pair, Sequence[int]]]) -> _Masks:
+    """What the ``cuts``, pairs with the channels that stay, leave together."""
+    parts = defaultdict[Place, dict[int, Mask]](dict)
+    counts = defaultdict[Place, dict[int | None, Mask]](dict)
+    axes: dict[str, tuple[int, Mask]] = {}
     for pair, kept in cuts:
         stays = np.zeros(pair.channels + 1, dtype=bool)
-        stays[[*kept, -1]] = True
+        stays[[*kept, -1]] = True  # the last entry is for positions of no channel, whose owner is -1
         for place, axis, owner in pair.parts:
             parts[place][axis] = stays[owner] & parts[place].get(axis, True)
         for place, entry, owner in pair.counts:
             counts[place][entry] = stays[owner] & counts[place].get(entry, True)
-        for name, (axis, _, owner, _) in pair.carried.items():
-            sizes[name] = axis, stays[owner] & sizes.get(name, (axis, True))[1]
+        for name, carried in pair.carried.items():
+            known = axes[name][1] if name in axes else True
+            axes[name] = carried.axis, stays[carried.owner] & known
+    return _Masks(parts, counts, axes)
+
+
+def cut(working: WorkingGraph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> None:
+    """Keep the given channels of each pair and cut the others, of all pairs at once.
+
+    The pairs can no longer be used then. Consumers are not refitted: they lose what the other channels gave
+    them. Constants that another node reads are copied.
+    """
+    masks = _masks(cuts)
     nodes = {tensor.name: node for node in working.nodes for tensor in node.outputs}
     made = _Constants(working)
-    for place, masks in parts.items():
+    for place, by_axis in masks.parts.items():
         node = nodes[place.output]
         values = np.asarray(constant_value(node.inputs[place.given]))
-        for axis, mask in masks.items():
+        for axis, mask in by_axis.items():
             values = np.compress(mask, values, axis=axis)
         made.put(node, int(place.given), values)
-    for place, counted in counts.items():
+    for place, counted in masks.counts.items():
         node = nodes[place.output]
         if isinstance(place.given, str):
             renewed = _count_attribute(working, node, place.given, counted)
@@ -379,18 +406,20 @@ def cut(working: WorkingGraph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> No
             values.reshape(-1)[entry] = np.count_nonzero(mask)
         made.put(node, place.given, values)
     tensors = working.tensors()
-    for name, (axis, mask) in sizes.items():
+    for name, (axis, mask) in masks.axes.items():
         shape = tensors[name].shape
         if shape is not None and isinstance(shape[axis], int):
-            tensors[name].shape = [*shape[:axis], np.count_nonzero(mask), *shape[len(shape) + axis + 1 :]]
+            sizes = list(shape)
+            sizes[axis] = np.count_nonzero(mask)
+            tensors[name].shape = sizes
     remove_orphans(working, made.replaced)
 
 
 def turn(working: WorkingGraph, pair: Pair, bases: npt.NDArray[np.float64]) -> None:
     """Turn the channels of each head by its own of the orthogonal ``bases`` (heads, channels, channels).
 
-    All that a cut would change of constants is turned alike, so that what the consumers give is the same but
-    for rounding. The pair stays as it is.
+    Whatever constants a cut would change are turned in the same way, so the outputs of the consumers stay the
+    same but for rounding. The pair stays as it is.
     """
     nodes = {tensor.name: node for node in working.nodes for tensor in node.outputs}
     made = _Constants(working)

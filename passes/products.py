@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 import onnx
 
-from onnx_lrsd.passes.nodes import DOMAIN, domain_of
+from onnx_lrsd.passes.nodes import DOMAIN, attribute, domain_of
 from onnx_lrsd.passes.operators import OPERATORS, conv, gemm, matmul
 
 Shape: TypeAlias = tuple[int, ...]
@@ -44,7 +44,7 @@ def product_of(node: onnx.NodeProto) -> Product | None:
     """How ``node`` is counted; None where it multiplies nothing, or by no rule that is known."""
     domain = domain_of(node.domain)
     if (domain, node.op_type) in OPERATORS:
-        return _pair(OPERATORS[domain, node.op_type].macs)
+        return _two_operands(OPERATORS[domain, node.op_type].macs)
     if node.op_type == "Attention":
         return ATTENTION.get(domain)
     if node.op_type == "MultiHeadAttention" and domain == CONTRIB:
@@ -73,12 +73,7 @@ def why_not_counted(node: onnx.NodeProto) -> str:
     return ""
 
 
-def attribute(node: onnx.NodeProto, name: str, default: int = 0) -> int:
-    """The integer attribute ``name`` of ``node``."""
-    return next((int(a.i) for a in node.attribute if a.name == name), default)
-
-
-def _pair(
+def _two_operands(
     macs: Callable[[onnx.NodeProto, Sequence[int], Sequence[int], Sequence[int]], int],
     second: int = 1,
 ) -> Product:
@@ -134,17 +129,17 @@ class _Entry(NamedTuple):
 
 _ANY = (DOMAIN, CONTRIB)
 PRODUCTS: Mapping[str, _Entry] = {
-    "QLinearConv": _Entry(_ANY, _pair(conv.macs, 3)),
-    "ConvInteger": _Entry(_ANY, _pair(conv.macs)),
-    "DeformConv": _Entry(_ANY, _pair(conv.macs)),
-    "QLinearMatMul": _Entry(_ANY, _pair(matmul.macs, 3)),
-    "MatMulInteger": _Entry(_ANY, _pair(matmul.macs)),
-    "MatMulIntegerToFloat": _Entry((CONTRIB,), _pair(matmul.macs)),
-    "DynamicQuantizeMatMul": _Entry((CONTRIB,), _pair(matmul.macs)),
-    "QGemm": _Entry((CONTRIB,), _pair(gemm.macs, 3)),
+    "QLinearConv": _Entry(_ANY, _two_operands(conv.macs, 3)),
+    "ConvInteger": _Entry(_ANY, _two_operands(conv.macs)),
+    "DeformConv": _Entry(_ANY, _two_operands(conv.macs)),
+    "QLinearMatMul": _Entry(_ANY, _two_operands(matmul.macs, 3)),
+    "MatMulInteger": _Entry(_ANY, _two_operands(matmul.macs)),
+    "MatMulIntegerToFloat": _Entry((CONTRIB,), _two_operands(matmul.macs)),
+    "DynamicQuantizeMatMul": _Entry((CONTRIB,), _two_operands(matmul.macs)),
+    "QGemm": _Entry((CONTRIB,), _two_operands(gemm.macs, 3)),
     "MatMulNBits": _Entry((CONTRIB,), Product((), _few_bits)),
-    "FusedConv": _Entry((CONTRIB,), _pair(conv.macs)),
-    "FusedGemm": _Entry((CONTRIB,), _pair(gemm.macs)),
+    "FusedConv": _Entry((CONTRIB,), _two_operands(conv.macs)),
+    "FusedGemm": _Entry((CONTRIB,), _two_operands(gemm.macs)),
     "FusedMatMul": _Entry((CONTRIB,), Product((0, 1), _fused_matmul)),
     "TransposeMatMul": _Entry((CONTRIB,), Product((0, 1), _fused_matmul)),
     "LSTM": _Entry((DOMAIN,), Product((0, 1), _recurrent)),

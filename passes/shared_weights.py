@@ -1,7 +1,7 @@
 """Who reads the tensor that stores a weight: layers that share it, and whatever else needs it as it is.
 
 Costs are those of stored tensors. Layers that apply one and the same weight take one form, are fitted
-together, and it is stored once. A tensor that anything else reads as well stays, so that a smaller copy saves
+together, and it is stored once. A tensor that anything else reads as well stays, so a smaller copy saves
 nothing.
 """
 

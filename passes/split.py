@@ -44,8 +44,8 @@ def split(working: WorkingGraph, layer: Layer, factors: Factors, stored: Stored 
     target, source = tensors[layer.output], tensors[layer.input]
     last = target.inputs[0]
     write = Writer(working, layer, stored)
-    writer = operator_of(layer).write_factors if factors.packed is None else pack
-    result = writer(write, layer, source, factors)
+    write_form = operator_of(layer).write_factors if factors.packed is None else pack
+    result = write_form(write, layer, source, factors)
     place = next(i for i, other in enumerate(working.nodes) if other is last)
     replaced = [node] if last is node else [node, last]
     old_inputs = [given for gone in replaced for given in gone.inputs if given is not source]

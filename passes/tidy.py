@@ -15,9 +15,9 @@ LIFTED = ("Constant", *LAYOUTS, *ARITHMETIC)
 
 
 def remove_orphans(working: WorkingGraph, tensors: list[gs.Tensor]) -> None:
-    """Remove the nodes behind ``tensors`` that only fed a node which is gone.
+    """Remove the nodes that compute ``tensors`` where nothing reads these any more.
 
-    Dead nodes that were dead before are not ours to remove.
+    ``tensors`` are what a removed node read. Other nodes that nothing needs stay: they were dead before.
     """
     outputs = {id(output) for output in working.outputs}
     captured = captured_names(working.graph)

@@ -1,10 +1,10 @@
-"""Channels between two factors are scaled alike before int8 rounds them.
+"""Scale the channels between two factors alike, before int8 rounds them.
 
-The channels that a first factor gives have variances that fall as the spectrum of the weight does, and one
-scale of a tensor in uint8 is set by the largest: the others drown in its rounding, the more of them there are
-the more. Nothing but a product stands between two factors, so a channel may be divided by any number and the
-weights that read it multiplied by it. The root of its deviation shares what is unlike between the activations
-and the weights of the second factor, which have one scale for all channels they read.
+The variances of the channels that a first factor gives fall as the spectrum of the weight does. A uint8
+tensor has one scale, which the largest channel sets: the smaller a channel, the more of it is lost in
+rounding. As nothing stands between the two factors, a channel may be divided by any number if the weights
+that read it are multiplied by it. These have one scale for all channels, too, so each channel is divided by
+the root of its deviation: half of the differences stays in the activations, half goes to the weights.
 Source: Nagel et al., Data-free quantization through weight equalization and bias correction, ICCV 2019,
 who scale by the ranges of weights alone.
 """
@@ -22,27 +22,35 @@ from onnx import numpy_helper
 from onnx_lrsd.data.samples import Samples, batch_to_run
 from onnx_lrsd.graph.subgraph import reads
 from onnx_lrsd.passes.nodes import domain_of
-from onnx_lrsd.passes.products import attribute
+from onnx_lrsd.passes.operators import OPERATORS
+from onnx_lrsd.passes.operators.operator import WeightAxes
 from onnx_lrsd.runtime.session import open_session
 
 BALANCE_SAMPLES = 32
 """Samples that deviations are taken from."""
 POWER = 0.5
-"""Of the deviation, by which a channel is divided (results/int8.md)."""
+"""A channel is divided by this power of its deviation (results/int8.md)."""
 LEAST_DEVIATION = 1e-3
-"""Share of the largest deviation below which channels count alike: what is nearly dead is not blown up."""
+"""Least deviation that counts, as a share of the largest: a channel that hardly varies is not blown up."""
+
+
+class _Linear(NamedTuple):
+    """A node with a weight, and the axes along which channels lie."""
+
+    node: onnx.NodeProto
+    axes: WeightAxes
 
 
 class _Link(NamedTuple):
     """Two linear nodes, of which the second alone reads what the first gives."""
 
-    first: onnx.NodeProto
-    second: onnx.NodeProto
+    first: _Linear
+    second: _Linear
 
     @property
     def between(self) -> str:
         """The tensor between them."""
-        return str(self.first.output[0])
+        return str(self.first.node.output[0])
 
 
 def balanced(proto: onnx.ModelProto, samples: Samples) -> onnx.ModelProto:
@@ -63,60 +71,53 @@ def balanced(proto: onnx.ModelProto, samples: Samples) -> onnx.ModelProto:
         if not np.isfinite(scale).all() or scale.min() <= 0:
             continue
         scale /= np.exp(np.log(scale).mean())
-        _multiply(weights[link.first.input[1]], 1 / scale, _axes(link.first)[0])
-        for bias in link.first.input[2:]:
+        first, second = link
+        _multiply(weights[first.node.input[1]], 1 / scale, first.axes.outputs)
+        for bias in first.node.input[2:]:
             _multiply(weights[bias], 1 / scale, -1)
-        _multiply(weights[link.second.input[1]], scale, _axes(link.second)[1])
+        _multiply(weights[second.node.input[1]], scale, second.axes.inputs)
     return found
 
 
 def _links(proto: onnx.ModelProto) -> list[_Link]:
+    """Every two nodes with weights of their own, of which one alone reads the other."""
     graph = proto.graph
     read = Counter(name for node in graph.node for name in reads(node))
     own = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and read[t.name] == 1}
     own -= {value.name for value in (*graph.input, *graph.output)}
-    linear = [node for node in graph.node if _linear(node) and own.issuperset(node.input[1:])]
     sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    giving = {
-        node.output[0]: node
-        for node in linear
-        if all(
-            sizes[bias][-1:] == (sizes[node.input[1]][_axes(node)[0]],) for bias in node.input[2:]
-        )  # one that is the same for all channels cannot follow them
-    }
+    linear, giving = list[_Linear](), dict[str, _Linear]()
+    for node in graph.node:
+        axes = _weight_axes(node)
+        if axes is None or not own.issuperset(node.input[1:]):
+            continue
+        linear.append(_Linear(node, axes))
+        channels = sizes[node.input[1]][axes.outputs]
+        # A bias that is the same for all channels cannot follow them.
+        if all(sizes[bias][-1:] == (channels,) for bias in node.input[2:]):
+            giving[node.output[0]] = linear[-1]
     outputs = {value.name for value in graph.output}
-    return [
-        _Link(giving[node.input[0]], node)
-        for node in linear
-        if node.input[0] in giving and read[node.input[0]] == 1 and node.input[0] not in outputs
-    ]
+    links = [_Link(giving[two.node.input[0]], two) for two in linear if two.node.input[0] in giving]
+    return [link for link in links if read[link.between] == 1 and link.between not in outputs]
 
 
-def _linear(node: onnx.NodeProto) -> bool:
-    """Whether the channels of input and output of ``node`` are axes of its weight."""
-    if domain_of(node.domain) or node.op_type not in ("Conv", "Gemm", "MatMul") or not all(node.input):
-        return False
-    if node.op_type == "Conv":
-        return attribute(node, "group", 1) == 1
-    return attribute(node, "transA") == 0
-
-
-def _axes(node: onnx.NodeProto) -> tuple[int, int]:
-    """The axes of the weight that output and input channels are."""
-    if node.op_type == "Conv" or attribute(node, "transB"):
-        return 0, 1
-    return -1, -2
+def _weight_axes(node: onnx.NodeProto) -> WeightAxes | None:
+    """Where the channels of a node that int8 runs lie; None for any other, and where they are no axes."""
+    operator = OPERATORS.get((domain_of(node.domain), node.op_type))
+    if operator is None or operator.NOT_INT8 or not all(node.input):
+        return None
+    return operator.weight_axes(node)
 
 
 def _deviations(
     proto: onnx.ModelProto, links: list[_Link], samples: Samples
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Root mean square of every channel between two factors."""
+    """Root mean square of every channel (channels,) between two factors, by the tensor that holds them."""
     probe = onnx.ModelProto()
     probe.CopyFrom(proto)
     del probe.graph.output[:]
     probe.graph.output.extend(onnx.ValueInfoProto(name=link.between) for link in links)
-    axis = {link.between: 1 if link.first.op_type == "Conv" else -1 for link in links}
+    axis = {link.between: link.first.axes.given for link in links}
     session = open_session(probe)
     squares, counts = dict[str, npt.NDArray[np.float64]](), Counter[str]()
     for feed in samples.batches(batch_to_run(samples)):

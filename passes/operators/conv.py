@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil, prod
 from typing import Any
 
@@ -14,9 +14,9 @@ import onnx_graphsurgeon as gs
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.batchnorm import fold, foldable_batchnorm
 from onnx_lrsd.passes.constants import constant_float64
-from onnx_lrsd.passes.nodes import label
+from onnx_lrsd.passes.nodes import attribute, label
 from onnx_lrsd.passes.operators.bias import bias_of, why_no_bias
-from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightLayout
+from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightAxes, WeightLayout
 from onnx_lrsd.passes.operators.rows import pixel_rows
 from onnx_lrsd.passes.writer import Writer, beside_factors
 from onnx_lrsd.types import Factors, Layer, Rows, Values
@@ -27,6 +27,9 @@ FETCHES_OUTPUTS = True
 FUSES_SUM = True
 SPARSE_MATH = True
 NOT_INT8 = ""
+
+_NAMES: Mapping[int, tuple[str, ...]] = {0: (), 2: ("V", "U"), 3: ("V", "core", "U")}
+"""What factors are called, by how many there are: none beside an S that stands alone, three in Tucker-2."""
 
 
 def read(node: gs.Node, weight: Values, side: int, working: WorkingGraph) -> Layer | str:
@@ -73,9 +76,8 @@ def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Facto
     bias = write.constant("bias", factors.bias)
     tensor: gs.Tensor | None = None
     count = len(factors.kernels)
-    names = ["V", *["core"] * (count - 2), "U"] if count > 1 else ["V"] * count
     taken = [False] * len(layer.kernel)
-    for index, (name, kernel) in enumerate(zip(names, factors.kernels, strict=True)):
+    for index, (name, kernel) in enumerate(zip(_NAMES[count], factors.kernels, strict=True)):
         last = index == count - 1
         mine = _axes_of(kernel.shape[2:], taken, index == 0, layer)
         inputs = [source if tensor is None else tensor, write.constant(name, kernel)]
@@ -94,9 +96,10 @@ def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Facto
 
 
 def _axes_of(extent: tuple[int, ...], taken: list[bool], first: bool, layer: Layer) -> list[bool]:
-    """Which axes' stride, padding and dilation this factor takes: those it spans first.
+    """Which axes' stride, padding and dilation this factor takes over; these are marked in ``taken``.
 
-    An axis of extent 1 in the whole kernel goes to the first factor, which then runs less often.
+    It is the first factor that spans the axis. An axis of extent 1 in the whole kernel goes to the first
+    factor of all, so the others run less often.
     """
     mine = []
     for axis, length in enumerate(extent):
@@ -212,6 +215,11 @@ def macs(node: onnx.NodeProto, first: Sequence[int], second: Sequence[int], outp
 def sparse_axis(node: gs.Node) -> int | None:
     """Axis 1 of a convolution without groups."""
     return 1 if node.attrs.get("group", 1) == 1 else None
+
+
+def weight_axes(node: onnx.NodeProto) -> WeightAxes | None:
+    """(output channels, input channels, *kernel); channels are the second axis of an image."""
+    return WeightAxes(outputs=0, inputs=1, given=1) if attribute(node, "group", 1) == 1 else None
 
 
 def channel_axes(node: gs.Node, weight: Values, side: int) -> ChannelAxes | None:

@@ -6,8 +6,8 @@ strides equal the kernel nothing overlaps: outputs are the rows of all products,
 metric of the inputs is the error of the outputs. Elsewhere it leaves out how errors of neighbouring
 positions add up, and is an approximation; what the model as a whole loses is measured in any case.
 
-The bias belongs to an output channel, so that the rows of a channel share one. An output gets the sum of
-``taps / prod(strides)`` rows on average, borders aside, so that each row carries that part of the bias.
+The bias belongs to an output channel, so the rows of a channel share one. An output gets the sum of
+``taps / prod(strides)`` rows on average, borders aside, so each row carries that part of the bias.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import onnx_graphsurgeon as gs
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.batchnorm import fold, foldable_batchnorm
 from onnx_lrsd.passes.constants import constant_float64
-from onnx_lrsd.passes.nodes import label
+from onnx_lrsd.passes.nodes import attribute, label
 from onnx_lrsd.passes.operators.bias import bias_of, why_no_bias
-from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightLayout
+from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightAxes, WeightLayout
 from onnx_lrsd.passes.operators.rows import pixel_rows
 from onnx_lrsd.passes.writer import Writer, beside_factors
 from onnx_lrsd.types import Factors, Layer, Rows, Values
@@ -157,6 +157,11 @@ def macs(node: onnx.NodeProto, first: Sequence[int], second: Sequence[int], outp
 def sparse_axis(node: gs.Node) -> int | None:
     """None: TensorRT takes no 2:4 weight of a transposed convolution."""
     return None
+
+
+def weight_axes(node: onnx.NodeProto) -> WeightAxes | None:
+    """(input channels, output channels, *kernel); channels are the second axis of an image."""
+    return WeightAxes(outputs=1, inputs=0, given=1) if attribute(node, "group", 1) == 1 else None
 
 
 def channel_axes(node: gs.Node, weight: Values, side: int) -> ChannelAxes | None:

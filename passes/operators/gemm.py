@@ -12,9 +12,9 @@ import onnx_graphsurgeon as gs
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.batchnorm import fold, foldable_batchnorm
 from onnx_lrsd.passes.constants import constant_float64
-from onnx_lrsd.passes.nodes import label
+from onnx_lrsd.passes.nodes import attribute, label
 from onnx_lrsd.passes.operators.bias import bias_of, why_no_bias
-from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightLayout
+from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightAxes, WeightLayout
 from onnx_lrsd.passes.operators.rows import feature_rows
 from onnx_lrsd.passes.writer import Writer, beside_factors
 from onnx_lrsd.types import Factors, Layer, Rows, Values
@@ -63,7 +63,7 @@ def weight_and_bias(layer: Layer, node: gs.Node, last: gs.Node) -> tuple[Matrix,
 
 
 def write_factors(write: Writer, layer: Layer, source: gs.Tensor, factors: Factors) -> gs.Tensor:
-    """A chain of Gemms; the sparse branch is the C of the last one, so that no Add is left over."""
+    """A chain of Gemms; the sparse branch is the C of the last one, so no Add is left over."""
     transposed = layer.axis == 0
     addend = write.constant("bias", factors.bias)
     if factors.sparse is not None:
@@ -107,13 +107,20 @@ def input_rows(layer: Layer, x: Values, positions: Positions, out: Rows) -> None
 
 def macs(node: onnx.NodeProto, first: Sequence[int], second: Sequence[int], output: Sequence[int]) -> int:
     """Each output value takes one weight for each column of A."""
-    transposed = any(a.name == "transA" and a.i for a in node.attribute)
-    return prod(output) * first[0 if transposed else 1]
+    return prod(output) * first[0 if attribute(node, "transA") else 1]
 
 
 def sparse_axis(node: gs.Node) -> int | None:
     """The rows of B, or its columns with transB."""
     return 1 if node.attrs.get("transB", 0) else 0
+
+
+def weight_axes(node: onnx.NodeProto) -> WeightAxes | None:
+    """B is (inputs, outputs), or (outputs, inputs) with transB; None with transA, which reads columns."""
+    if attribute(node, "transA"):
+        return None
+    outputs, inputs = (0, 1) if attribute(node, "transB") else (-1, -2)
+    return WeightAxes(outputs=outputs, inputs=inputs, given=-1)
 
 
 def channel_axes(node: gs.Node, weight: Values, side: int) -> ChannelAxes | None:

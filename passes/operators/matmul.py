@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.constants import constant_bias, constant_float64, overridable
 from onnx_lrsd.passes.nodes import is_op, label
-from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightLayout
+from onnx_lrsd.passes.operators.operator import ChannelAxes, Matrix, Positions, WeightAxes, WeightLayout
 from onnx_lrsd.passes.operators.rows import feature_rows
 from onnx_lrsd.passes.writer import Writer, beside_factors
 from onnx_lrsd.types import Factors, Layer, Rows, Values
@@ -34,7 +34,7 @@ def read(node: gs.Node, weight: Values, side: int, working: WorkingGraph) -> Lay
     rank = None if activation.shape is None else len(activation.shape)
     if left and rank == 1:
         return "its input has one axis, not rows and columns"
-    n, m = weight.shape[-2:] if left else weight.shape[:-3:-1]
+    n, m = weight.shape[-2:] if left else weight.shape[-2:][::-1]
     # The product has the axes of both; what is not known of the activation leaves those of the weight.
     axes = max(rank or 1, weight.ndim if weight.ndim > 2 else 1)
     add = _absorbed_add(node, n, left, axes, working)
@@ -157,6 +157,11 @@ def macs(node: onnx.NodeProto, first: Sequence[int], second: Sequence[int], outp
 def sparse_axis(node: gs.Node) -> int | None:
     """None: TensorRT takes no 2:4 weight of a MatMul."""
     return None
+
+
+def weight_axes(node: onnx.NodeProto) -> WeightAxes | None:
+    """The last two axes, (inputs, outputs); features are the last axis of what it gives."""
+    return WeightAxes(outputs=-1, inputs=-2, given=-1)
 
 
 def channel_axes(node: gs.Node, weight: Values, side: int) -> ChannelAxes | None:

@@ -40,6 +40,17 @@ class ChannelAxes(NamedTuple):
     rank: int | None
 
 
+class WeightAxes(NamedTuple):
+    """The axes along which the channels of a node lie: ``outputs`` and ``inputs`` are those of its weight.
+
+    ``given`` is the axis of what the node gives. Axes below 0 are counted from the end.
+    """
+
+    outputs: int
+    inputs: int
+    given: int
+
+
 class Operator(Protocol):
     """One operator; each module that ``OPERATORS`` lists has all of this."""
 
@@ -49,7 +60,7 @@ class Operator(Protocol):
 
     @property
     def HAS_BIAS_INPUT(self) -> bool:
-        """Whether the node itself adds a bias, so that one costs no node of its own."""
+        """Whether the node itself adds a bias, so one costs no node of its own."""
 
     @property
     def FETCHES_OUTPUTS(self) -> bool:
@@ -100,6 +111,12 @@ class Operator(Protocol):
 
     def channel_axes(self, node: gs.Node, weight: Values, side: int) -> ChannelAxes | None:
         """Where ``node`` reads and gives channels, None in groups. ``weight`` is input ``side``."""
+
+    def weight_axes(self, node: onnx.NodeProto) -> WeightAxes | None:
+        """Where the channels of ``node``, whose second input is the weight, lie.
+
+        None in groups, and where the channels it reads are not where an operator in front of it gives them.
+        """
 
     def sparse_axis(self, node: gs.Node) -> int | None:
         """The axis of its weight along which TensorRT takes 2:4; None where it takes none."""
