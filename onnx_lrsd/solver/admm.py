@@ -1,11 +1,11 @@
 """W ~ L + S for a given low-rank part and pattern: the least output error, support and factors jointly.
 
-Minimise tr(D H D^T), D = W - L - S, over L of some form and S of a pattern. ADMM splits S into a dense
-copy Z and the patterned S. With S and the dual fixed, Z *and* L have a joint closed form: eliminating Z
-leaves a fit of L in the metric M = rho H (H + rho I)^-1, and Z follows. The scheme thus has two blocks,
-not three, and one (n, m, m) product an iteration; L is kept current by one step of its own at a time.
-On the support that comes out, conjugate gradients refit S; where L is U V they do so with the right
-factor eliminated (variable projection).
+Minimise tr(D H D^T), D = W - L - S, over L of some form and S of a pattern. ADMM splits S into a dense copy Z
+and the patterned S. With S and the dual variable fixed, Z *and* L have a joint closed form: eliminating Z
+leaves a fit of L in the metric M = rho H (H + rho I)^-1, and Z follows. The scheme thus has two blocks, not
+three, and one (n, m, m) product an iteration; of the fit of L each iteration takes one step. On the support
+that comes out, conjugate gradients refit S; where L is U V they do so with the right factor eliminated
+(variable projection).
 
 Sources: Boyd et al., Foundations and Trends in Machine Learning 3 (2011), section 9.1 (ADMM for
 cardinality); Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973) (variable projection). Peers: Meng et
@@ -30,7 +30,7 @@ from onnx_lrsd.types import NONE, Array, Pattern
 FIRST_RHO, DAMPED_RHO, LAST_RHO = 0.015, 0.3, 0.25
 """rho rises geometrically from max(FIRST_RHO, DAMPED_RHO x damping) to LAST_RHO / share of entries kept."""
 _POLISHES, _S_STEPS = 2, 4
-"""Polishes at the end: each refits L, then takes this many conjugate gradient steps on S."""
+"""Polishes at the end, each of which refits L and then takes _S_STEPS conjugate gradient steps on S."""
 RESTED = 0.01
 """A search has converged if its last step moved at most this share of the support."""
 
@@ -40,8 +40,8 @@ class LowRankPlusSparse:
     """``left`` (n, r), ``right`` (r, m) and ``sparse`` (n, m), float64.
 
     ``error`` is tr(D C D^T) / tr(W C W^T) with the undamped C; columns of ``left`` are orthonormal and
-    sorted, so that the first r' of them are a good fit of rank r'. ``converged``: the support had come
-    to rest.
+    sorted, so the first r' of them are a good fit of rank r'. ``converged``: the support had all but stopped
+    to change.
     """
 
     left: Array
@@ -98,9 +98,9 @@ def low_rank_plus_sparse(
 def fit_sparse(
     w: Array, h: Resolvent, part: Part, pattern: Pattern, taps: int, effort: Effort
 ) -> tuple[Array, bool]:
-    """S (n, m), fitted together with ``part``, and whether its support had come to rest.
+    """S (n, m), fitted together with ``part``, and whether the search for its support converged.
 
-    ``w`` and S are float32 and in the columns of ``h``; the pattern keeps some entries but not all.
+    ``w`` and S are float32 and in the scaled columns of ``h``; the pattern keeps some entries but not all.
     """
     s, mask, rested = _search(w, h, part, pattern, taps, effort)
     for _ in range(_POLISHES):

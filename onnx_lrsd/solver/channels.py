@@ -1,6 +1,6 @@
 """The channel-structured sparse part, chosen jointly with the factors.
 
-S is free on the input channels J. For any factors the best S regresses them out, so that the
+S is free on the input channels J. For any factors the best S regresses them out, so the
 factors are left with the complement c of J and the *conditional* metric
 H_cc - H_cJ H_JJ^-1 H_Jc, and S = W_J + (W - UV)_c H_cJ H_JJ^-1: a closed form, no alternation.
 """

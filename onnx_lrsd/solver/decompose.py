@@ -38,6 +38,7 @@ from onnx_lrsd.types import (
 )
 
 CODED_KINDS = (DENSE, CHANNEL, SPATIAL)
+"""The kinds that can be stored in codes."""
 RECTIFIED_FROM = 0.002
 """Relative error from which refining for the rectifier behind the layer is worth its time."""
 
@@ -45,8 +46,8 @@ RECTIFIED_FROM = 0.002
 class _Parts(NamedTuple):
     """Factors V (r, A) and H (B, n, r), and S (n, m); each may be None.
 
-    ``converged`` says whether the search for S came to rest. ``shift`` (n,), if not None, is added to the
-    bias that is best for the moments: a fit refined for a rectifier aims at something else.
+    ``converged`` says whether the search for S did. ``shift`` (n,), if not None, is added to the bias that is
+    best for the moments: a fit refined for a rectifier has another one.
     """
 
     v: Array | None
@@ -126,6 +127,7 @@ def _decomposed(
     resolvent: Resolvent | None,
     rectified: Rectified | None,
 ) -> _Decomposed:
+    """Fit factors and S in floating point, or in codes, and the bias to both."""
     layer, weight = problem.layer, problem.weight
     check_form(layer, form)
     xp = namespace(weight)
@@ -192,9 +194,9 @@ def _coded(
     resolvent: Resolvent | None,
     rectified: Rectified | None,
 ) -> _Decomposed:
-    """A fit in floating point, then its codes.
+    """A fit in floating point, which is then rounded to codes.
 
-    Codes aim at the original weight; behind a refinement for the rectifier, at the refined one.
+    Codes aim at the original weight, or at the refined one where the fit was refined for a rectifier.
     """
     weight, shift = problem.weight, None
     if form.kind == DENSE:

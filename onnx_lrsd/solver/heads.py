@@ -1,10 +1,11 @@
-"""Channels of attention heads in another basis: one of which the last channels are worth least to the reader.
+"""Attention heads in another basis of their channels, whose last channels the reader needs least.
 
-A head hands on values weighted over positions, each channel alike. Values in another basis are therefore
-weighted values in that basis, and for the reader y = W_h c of one head with E[c c^T] = H = L L^T the best
-readers of r combinations of its channels read the span of the first r rows of V^T L^-1, where
-W_h L = U S V^T. An orthogonal basis of these spans, one within the other, makes of fewer combinations fewer
-channels, and leaves the norm of weights and the damping as they are.
+A head sums values over positions, with one weight for all channels of a position. So a change of basis may be
+made before that sum as well as behind it. Let c be the channels of one head, E[c c^T] = H = L L^T, and
+y = W_h c what the reader makes of them, W_h L = U S V^T. The r linear combinations of c that tell y best are
+the first r rows of V^T L^-1. The spans of these rows for r = 1, 2, ... lie within each other. In an
+orthogonal basis whose first r vectors span the r-th of them, for every r, the best r combinations are simply
+the first r channels; and as it is orthogonal, neither the norms of weights nor the damping change.
 Source: Lin et al., MoDeGPT, ICLR 2025 (value and output projections as one factorisation).
 """
 
@@ -26,9 +27,10 @@ Bases = npt.NDArray[np.float64]
 
 
 def head_bases(readers: Sequence[Problem], columns: Sequence[Columns]) -> Bases:
-    """The basis of each head of which the ``readers`` together need the first channels most.
+    """For each head the basis whose first channels tell the ``readers`` most, all of these together.
 
-    ``columns[r]`` (channels, heads) are the inputs of reader r, which all read the same channels.
+    The readers read the same channels: ``columns[r]`` (channels, heads) are their places among the inputs of
+    reader r.
     """
     found = []
     for head in range(columns[0].shape[1]):
@@ -47,15 +49,15 @@ def head_bases(readers: Sequence[Problem], columns: Sequence[Columns]) -> Bases:
 
 
 def _second(problem: Problem, columns: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """The damped second moment of some inputs."""
+    """The damped second moment of the inputs ``columns`` (k,): (k, k)."""
     at = indices(columns, problem.weight)
     return to_numpy(restricted(problem.metric, at).matrix(identity(len(columns), problem.weight)))
 
 
 def turned(values: Array, columns: Columns, bases: Bases, *, back: bool = False) -> Array:
-    """Rows ``values`` (N, m) whose entries at ``columns`` (channels, heads) are turned by the bases.
+    """``values`` (N, m) with the entries at ``columns`` (channels, heads) in the new bases.
 
-    ``back``: from the new channels to the old ones.
+    With ``back`` they come from the new bases and go to the old ones.
     """
     xp = namespace(values)
     channels, heads = columns.shape

@@ -79,7 +79,7 @@ def expand(layer: Layer, factors: Factors) -> Array:
     if factors.kernels:
         product, *others = factors.kernels
         for kernel in others:
-            # On every axis one of the two has extent 1, so that their product broadcasts.
+            # On every axis one of the two has extent 1, so their product broadcasts.
             product = np.einsum("or...,rc...->oc...", kernel, product)
         weight += product
     if factors.sparse is not None:

@@ -16,7 +16,11 @@ from onnx_lrsd.types import Array
 
 @dataclass(frozen=True)
 class LowRank:
-    """Factors of every rank r: ``left[:, :r] @ right[:r]``; ``errors[r]`` is relative to tr(W H W^T)."""
+    """Factors of every rank r up to k = min(n, m): ``left[:, :r] @ right[:r]``.
+
+    ``left`` is (n, k), ``right`` (k, m); ``errors`` (k + 1,), that of rank r at r, are relative to
+    tr(W H W^T).
+    """
 
     left: Array
     right: Array
@@ -54,7 +58,7 @@ def low_rank_errors(weight: Array, metric: Metric, image: Array | None = None) -
 
 
 def _tail(values: Array) -> Array:
-    """What each rank misses, from none on, of descending eigenvalues (k,): (k + 1,), the first one 1."""
+    """The share of the sum of descending eigenvalues (k,) that each rank misses: (k + 1,), from 1 on."""
     xp = namespace(values)
     values = xp.maximum(values, 0.0)
     tail = xp.flip(xp.cumulative_sum(xp.flip(values)))

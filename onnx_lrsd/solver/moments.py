@@ -26,19 +26,19 @@ def sample_positions(total: int, wanted: int, rng: np.random.Generator) -> npt.N
 
 
 class MomentAccumulator:
-    """Streams rows into the moments of one layer; of ``expected`` rows, more may come only if not ``thin``.
+    """Streams rows into the moments of one layer.
 
-    All are centred on the mean of the first chunk, so that the moment never is a difference of two large
-    numbers and float32 products are exact enough. Where there are fewer rows than half the inputs
-    (``thin``) the rows themselves are kept and no (m, m) matrix is formed.
+    Rows are centred on the mean of the first chunk: the moment then is no difference of two large numbers,
+    and float32 products are exact enough. Where fewer rows are ``expected`` than half the inputs (``thin``)
+    the rows themselves are kept and no (m, m) matrix is formed; no more than expected may come then.
 
     With ``targets`` (rows of the original outputs) the cross moment is streamed as well. Rows are gathered in
-    host memory; all sums are taken and held on the ``device``, and what comes back is the result.
+    host memory, all sums are taken and held on the ``device``, and the result is in host memory again.
     Source: shifted data algorithm; Chan, Golub, LeVeque, The American Statistician 37 (1983).
     """
 
     CHUNK = 6144
-    """Rows of one product: each costs a pass over the (m, m) sum, too."""
+    """Rows that are multiplied at once: adding each product to the (m, m) sum takes time as well."""
 
     def __init__(self, layer: Layer, expected: int, device: str = "cpu") -> None:
         self.layer, self.device = layer, device
@@ -110,7 +110,7 @@ class MomentAccumulator:
 
 
 class _Sums:
-    """Sums of inputs and targets, and of their products, about fixed origins, where the first rows are."""
+    """Sums of inputs (m,) and targets (n,), and of their products, about the means of the first rows."""
 
     def __init__(self, rows: Array, targets: Array | None) -> None:
         xp = namespace(rows)
@@ -142,6 +142,7 @@ class _Sums:
             self.energy += _energy(targets)
 
     def moments(self, name: str) -> Moments:
+        """The moments of all rows; the sums are overwritten."""
         second = self.second  # in place: these are the largest arrays there are
         assert second is not None
         xp, count = namespace(second), float(self.count)

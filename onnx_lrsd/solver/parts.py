@@ -1,4 +1,4 @@
-"""The low-rank part of U V + S while S is being searched: it follows S by one cheap step at a time.
+"""The low-rank part of U V + S while S is searched: each time S changes, it takes one cheap step.
 
 A part approximates A (n, m) in a metric M that changes from step to step. ``FreeFactors`` is the
 channel form, L = P P^T A; ``SharedFactors`` is any form whose first factor serves several groups of
@@ -19,7 +19,7 @@ from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.types import Array
 
 START_STEPS = 4
-"""Subspace iterations of the first step, which starts from nothing."""
+"""Subspace iterations of the first step, which starts from a random basis."""
 _V_STEPS = 2
 """Conjugate gradient steps on V in one step of shared factors."""
 

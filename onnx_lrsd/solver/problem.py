@@ -1,13 +1,13 @@
 """The least-squares problem of one layer: what to reproduce, and in which metric.
 
-With C = E[(x - mu)(x - mu)^T] the bias takes up the mean exactly, and what is left of the error of
-W~ is tr((W - W~) C (W - W~)^T). Solvers work in the damped metric H = C + lambda I.
+Let D = W - W~ and C = E[(x - mu)(x - mu)^T]. The bias makes up for the mean of the error, D mu, exactly, so
+the error that remains is tr(D C D^T). Solvers work in the damped metric H = C + lambda I.
 
-Where k consecutive outputs share one bias (the kernel positions of a transposed convolution) it takes up
-the mean of D mu over them, D = W - W~, and |Q D mu|^2 is left as well, Q = I - P P^T projecting on what
-differs within each k outputs. Solvers then work in C + (1 - 1/k) mu mu^T: Q treats rows unlike, for which
-no metric of the inputs has a place, and 1 - 1/k is its mean over all directions. The bias and the error
-that are reported are exact.
+Where k consecutive outputs share one bias (the kernel positions of a transposed convolution) it makes up only
+for the mean of D mu over them. The error |Q D mu|^2 remains as well, where Q takes from each output the mean
+of its k outputs. As Q acts on outputs, no metric of the inputs can express it: solvers work in
+C + (1 - 1/k) mu mu^T, for 1 - 1/k is the share of a vector's energy that Q keeps on average over all
+directions. The bias and the error that are reported are exact.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OF_SAMPLES = 6.0
 OF_ENTRIES = 6.0
 """Factor on OF_SAMPLES for an S of free entries, whose positions are fitted to the samples as well."""
 PARTS = 8
-"""Consecutive parts that few rows are divided into: every second one fits, the others judge."""
+"""Consecutive parts that few rows are divided into: parts 0, 2, 4 and 6 fit, the others judge."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Metric:
     """H = C + damping I, the damped second moment of a layer's inputs.
 
     C (m, m) is ``second``, or rows^T rows / N for ``rows`` (N, m). If both are None, nothing is known of the
-    inputs and C is the identity. ``factorised`` holds what was made of it once, by the number of groups of
-    inputs and that of inputs.
+    inputs and C is the identity. ``factorised`` caches the metric factorised for groups of inputs
+    (``separable.GroupedMetric``), by the numbers of groups and of inputs.
     """
 
     second: Array | None
@@ -91,12 +91,12 @@ class Problem:
     """Reproduce y = W x + b: ``weight`` (n, m) is what to aim at, float64.
 
     For unchanged inputs that is W. For the inputs that a compressed network feeds, it is the ridge
-    regression of the original outputs on them. ``mean`` (m,) and ``output_mean`` (n,) carry the
-    bias, ``energy`` is E|y - E y|^2, and ``cross`` (n, m), where outputs and inputs come from
+    regression of the original outputs on them. ``mean`` (m,) is E x and ``output_mean`` (n,) E y, from which
+    the bias follows. ``energy`` is E|y - E y|^2, and ``cross`` (n, m), where outputs and inputs come from
     different networks, E[(y - E y)(x - E x)^T]. With ``outputs`` None, errors of all outputs count alike.
-    ``entries_damping`` is the damping for an S of free entries. ``offset`` (n,) is the bias beside W, where
-    several outputs share one. Inputs and outputs are those of the network times ``scale``. A layer that
-    ``keeps_zero`` has no bias and gets none; moments are taken about zero then.
+    ``entries_damping`` is the damping for an S of free entries. ``offset`` (n,) is the bias of W where
+    several outputs share one, else None. Inputs and outputs are those of the network times ``scale``. A layer
+    that ``keeps_zero`` has no bias and gets none; moments are taken about zero then.
     """
 
     layer: Layer
@@ -130,14 +130,14 @@ class Problem:
     def expected(self, weight: Array) -> float:
         """The relative error of ``weight`` (n, m) expected on other samples: that in the damped metric.
 
-        For unchanged inputs.
+        The inputs must be those of the original network.
         """
         difference = self.weight - weight
         missed = float(namespace(weight).sum(self.metric.apply(difference) * difference))
         return missed / self.energy if self.energy > 0 else 0.0
 
     def for_entries(self) -> Problem:
-        """The problem with the damping for an S of free entries; for unchanged inputs."""
+        """The problem with the damping for an S of free entries; for the inputs of the original network."""
         return replace(self, metric=replace(self.metric, damping=self.entries_damping))
 
     def halves(self) -> tuple[Problem, Problem]:
@@ -149,7 +149,8 @@ class Problem:
         if rows is None:
             raise ValueError("the metric has no rows to divide")
         xp = namespace(rows)
-        part = np.arange(rows.shape[0]) * PARTS // rows.shape[0] % 2
+        part_of_row = np.arange(rows.shape[0]) * PARTS // rows.shape[0]
+        judging = part_of_row % 2 == 1
 
         def of(chosen: np.ndarray) -> Problem:
             kept = xp.take(rows, indices(np.flatnonzero(chosen), rows), axis=0)
@@ -157,7 +158,7 @@ class Problem:
             energy = float(xp.sum(metric.undamped(self.weight) * self.weight))
             return replace(self, metric=metric, energy=energy)
 
-        return of(part == 0), of(part == 1)
+        return of(~judging), of(judging)
 
     def weigh(self, right: Array) -> Array:
         """G^(1/2) times ``right`` (n, ...); ``right`` itself where outputs count alike."""
@@ -173,12 +174,15 @@ class Problem:
         return missed if self.offset is None else _group_means(missed, self.layer.rows_per_bias)
 
     def _mean_missed(self, missed: Array) -> float:
-        """What shared biases leave of ``missed`` (n,), a mean, beyond what the metric counts of it."""
+        """The error that shared biases leave where outputs miss ``missed`` (n,) on average.
+
+        What the metric counts of it already, by ``_mean_share``, is taken off.
+        """
         if self.offset is None:
             return 0.0
         xp, shared = namespace(missed), self.layer.rows_per_bias
         left = xp.sum(xp.square(missed - _group_means(missed, shared)))
-        return float(left - _in_metric(shared) * xp.sum(xp.square(missed - self.offset)))
+        return float(left - _mean_share(shared) * xp.sum(xp.square(missed - self.offset)))
 
 
 def relative_damping(inputs: int, rows: int, samples: int, entries: bool = False) -> float:
@@ -196,8 +200,9 @@ def output_metric(read: Sequence[np.ndarray]) -> np.ndarray:
     """G (n, n), trace n, for outputs that are read with weights (outputs, places, n) each.
 
     An error e of the outputs gives a reader the error sum_p R_p e_p; with e alike at all places and
-    independent between them its energy is e^T (sum_p R_p^T R_p) e. Readers count alike, and beside them
-    the error itself. One reader ahead is enough: errors further on are refitted by the layers between.
+    independent between them its energy is e^T (sum_p R_p^T R_p) e. Readers count alike, and the error itself
+    counts beside them (OWN). Only direct readers count: for errors further on the layers between are
+    refitted.
     """
     n = read[0].shape[2]
     metric: np.ndarray = OWN * np.eye(n)
@@ -225,12 +230,12 @@ def pose(
     ``outputs`` is the metric (n, n) of the outputs, positive definite, or None for that of all alike;
     ``entries`` asks for the damping of an S of free entries.
 
-    With ``moments.cross`` the weight to aim at is (cross + lambda W)(C + lambda I)^-1, which gives
-    the original outputs on the new inputs (Zhang, Zou, He, Sun, TPAMI 2016, asymmetric
-    reconstruction, with ridge towards W, ``pull`` times as strong as the damping); W itself stands where it
-    is not to be ``regressed``, for errors and biases do not depend on it. Without moments weights alone
-    decide. A layer without a bias whose inputs were zero in some rows still gives zeros there.
-    Raises ValueError where shapes do not fit.
+    With ``moments.cross`` the weight to aim at is (cross + lambda W)(C + lambda I)^-1, which gives the
+    original outputs on the new inputs (Zhang, Zou, He, Sun, TPAMI 2016, asymmetric reconstruction, with ridge
+    towards W, ``pull`` times as strong as the damping). That regression is left out, and W is the aim, if
+    ``regressed`` is False: errors and biases of a given weight are the same. Without moments weights alone
+    decide. A layer without a bias whose inputs were zero in some rows gets none, so it still gives zeros
+    there. Raises ValueError where shapes do not fit.
     """
     if weight.shape != (layer.n, layer.m) or bias.shape != (layer.n,):
         raise ValueError(
@@ -243,40 +248,28 @@ def pose(
     weighed = None if outputs is None else _roots(to_device(outputs, device))
     offset = b if layer.rows_per_bias > 1 else None
     if moments is None or moments.count == 0:
-        metric = Metric(None, None, 0.0)
-        energy, mean = float(xp.sum(w * w)), xp.zeros(layer.m, dtype=w.dtype)
         return Problem(
             layer=layer,
             weight=w,
-            mean=mean,
+            mean=xp.zeros(layer.m, dtype=w.dtype),
             output_mean=b,
-            metric=metric,
-            energy=energy,
+            metric=Metric(None, None, 0.0),
+            energy=float(xp.sum(w * w)),
             outputs=weighed,
             offset=offset,
             scale=scale,
         )
     if keeps_zero:
         moments = about_zero(moments)
-    second = None if moments.second is None else cast(to_device(moments.second, device), xp.float64)
-    rows = None if moments.rows is None else cast(to_device(moments.rows, device), xp.float64)
     mean = to_device(moments.mean, device)
-    total = trace(second) if rows is None else float(xp.sum(xp.square(rows))) / moments.count
-    relative = partial(relative_damping, layer.m, moments.count, moments.samples or moments.count)
-    diagonal = total / layer.m
-    part = _in_metric(layer.rows_per_bias)
-    if part and second is not None:
-        second = second + part * mean[:, None] * mean[None, :]
-    if part and rows is not None:
-        rows = rows + part**0.5 * mean  # they are centred: their second moment grows by part mu mu^T
-    metric = Metric(second, rows, max(relative(entries) * diagonal, 1e-30))
+    metric, entries_damping = _damped_metric(layer, moments, mean, device, entries)
     posed = partial(
         Problem,
         layer=layer,
         mean=mean,
         metric=metric,
         outputs=weighed,
-        entries_damping=max(relative(True) * diagonal, 1e-30),
+        entries_damping=entries_damping,
         offset=offset,
         scale=scale,
         keeps_zero=keeps_zero,
@@ -289,17 +282,40 @@ def pose(
     cross = cast(to_device(moments.cross, device), xp.float64)
     middle = to_device(moments.output_mean, device)
     energy = float(moments.output_energy or 0.0)
-    if part:
-        cross = cross + part * (middle - b)[:, None] * mean[None, :]
-        energy += part * float(xp.sum(xp.square(middle - b)))
+    share = _mean_share(layer.rows_per_bias)
+    if share:
+        cross = cross + share * (middle - b)[:, None] * mean[None, :]
+        energy += share * float(xp.sum(xp.square(middle - b)))
     ridge = replace(metric, damping=pull * metric.damping)
     best = regress(cross + ridge.damping * w, ridge) if regressed else w
     found = posed(weight=best, output_mean=middle, energy=energy, cross=cross)
     return replace(found, energy=energy + found._mean_missed(middle))
 
 
+def _damped_metric(
+    layer: Layer, moments: Moments, mean: Array, device: str, entries: bool
+) -> tuple[Metric, float]:
+    """The damped metric of a layer's inputs of that ``mean`` (m,), and the damping for an S of free entries.
+
+    ``entries`` asks for the latter in the metric.
+    """
+    xp = namespace(mean)
+    second = None if moments.second is None else cast(to_device(moments.second, device), xp.float64)
+    rows = None if moments.rows is None else cast(to_device(moments.rows, device), xp.float64)
+    total = trace(second) if rows is None else float(xp.sum(xp.square(rows))) / moments.count
+    relative = partial(relative_damping, layer.m, moments.count, moments.samples or moments.count)
+    diagonal = total / layer.m
+    share = _mean_share(layer.rows_per_bias)
+    if share and second is not None:
+        second = second + share * mean[:, None] * mean[None, :]
+    if share and rows is not None:
+        rows = rows + share**0.5 * mean  # they are centred: their second moment grows by share mu mu^T
+    metric = Metric(second, rows, max(relative(entries) * diagonal, 1e-30))
+    return metric, max(relative(True) * diagonal, 1e-30)
+
+
 def add_moments(parts: Sequence[Moments], *, biased: bool) -> Moments | None:
-    """The moments of one weight that several layers apply, each of which takes up its own mean by its bias.
+    """The moments for one weight that several layers apply; each layer's own bias makes up for its own mean.
 
     Layers count alike, however many rows they have. Where they are not ``biased`` and some rows were zeros,
     moments are about zero. None where nothing is known of any.
@@ -371,8 +387,8 @@ def about_zero(moments: Moments) -> Moments:
     )
 
 
-def _in_metric(shared: int) -> float:
-    """The part of mu mu^T that the metric counts where so many outputs share a bias."""
+def _mean_share(shared: int) -> float:
+    """The share of mu mu^T that the metric counts where so many outputs share a bias; 0 for one."""
     return 1 - 1 / shared
 
 
@@ -384,11 +400,13 @@ def _group_means(values: Array, size: int) -> Array:
 
 
 def _times(left: Array, right: Array) -> Array:
+    """The product of two matrices, in the precision of the right one."""
     xp = namespace(right)
     return xp.matmul(cast(left, right.dtype), right)
 
 
 def _roots(metric: Array) -> Outputs:
+    """The square root of ``metric`` (n, n) and its inverse, float64."""
     xp = namespace(metric)
     values, vectors = xp.linalg.eigh(cast(metric, xp.float64))
     root = xp.sqrt(xp.maximum(values, values[-1] * 1e-12))
@@ -396,9 +414,9 @@ def _roots(metric: Array) -> Outputs:
 
 
 def regress(right: Array, metric: Metric) -> Array:
-    """The regression ``right`` H^-1 (n, m) on inputs with these cross moments.
+    """The regression ``right`` H^-1 (n, m); ``right`` (n, m) are the cross moments of outputs and inputs.
 
-    With rows F the (m, m) inverse is an (N, N) one (Woodbury).
+    With rows F (N, m) the inverse of H (m, m) takes that of an (N, N) matrix (Woodbury).
     """
     xp = namespace(right)
     if metric.rows is None:

@@ -1,4 +1,4 @@
-"""Refine a layer in front of a rectifier: only what the rectifier lets pass has to be right.
+"""Refine a layer in front of a rectifier: an error that the rectifier cuts off does not count.
 
 Minimise E|a(y) - a(y~)|^2 over the factors, a = clip(., low, high); Relu is clip(., 0, inf). Of all z
 with a(z) = a(y) take the one nearest to the present p: y itself where it passes, min(p, low) below,
@@ -39,7 +39,7 @@ _ROWS_AT_ONCE = 4096
 class Rectified:
     """``rows`` (N, m) of a layer's input, the ``outputs`` (N, n) they should give, the rectifier's limits.
 
-    Both are float32, the rows those that the moments come from.
+    Both are float32. The rows are those that the moments come from.
     """
 
     rows: np.ndarray
@@ -49,7 +49,10 @@ class Rectified:
 
 
 class Refined(NamedTuple):
-    """V (r, A), H (B, n, r) and what is added to the bias (n,), float64; the squared error of all rows."""
+    """V (r, A), H (B, n, r) and ``shift`` (n,), which is added to the bias, float64.
+
+    ``error`` is the squared error behind the rectifier, summed over all rows.
+    """
 
     v: Array
     h: Array
@@ -60,11 +63,11 @@ class Refined(NamedTuple):
 def refine(
     problem: Problem, shared: separable.Separable, v: Array, h: Array, seen: Rectified, outer: int = 0
 ) -> Refined:
-    """Refine the linear fit ``v``, ``h`` of ``shared``, which is ``problem`` grouped for its form.
+    """Refine the linear fit ``v`` (r, A), ``h`` (B, n, r) of ``shared``, ``problem`` grouped for its form.
 
-    ``shared`` and ``h`` are weighed by the metric of the outputs, if there is one; the result is not. The
-    rounds end when the error behind the rectifier does not fall: ``shared`` is fitted in the damped metric,
-    in which a step may look better than it is.
+    ``shared`` and ``h`` are weighed by the metric of the outputs, if there is one; the result is not. Rounds
+    end when the error behind the rectifier does not fall: ``shared`` is fitted in the damped metric, in which
+    a step may look better than it is.
     """
     xp, single = namespace(v), shared.weight.dtype
     groups = h.shape[0]
@@ -84,9 +87,9 @@ def refine(
 def refine_entries(
     problem: Problem, h: Resolvent, low: Array, sparse: Array, seen: Rectified
 ) -> tuple[Array, Array]:
-    """Refine ``sparse`` (n, m) beside ``low`` (n, m), on its support; and what is added to the bias (n,).
+    """Refine ``sparse`` (n, m), on its support, beside ``low`` (n, m), which stays.
 
-    ``h`` is the resolvent of the metric of ``problem``.
+    Returns S and what is added to the bias (n,). ``h`` is the resolvent of the metric of ``problem``.
     """
     xp = namespace(sparse)
     single, columns = xp.float32, h.columns
@@ -108,9 +111,9 @@ def refine_entries(
 def refine_weight(
     problem: Problem, weight: Array, fitted: Callable[[Array], Array], seen: Rectified
 ) -> tuple[Array, Array]:
-    """A least-squares fit ``weight`` (n, m) refined, and what the bias gains (n,), both float64.
+    """Refine the least-squares fit ``weight`` (n, m); returns it and what is added to the bias (n,), float64.
 
-    ``fitted`` gives the least-squares fit where E[(y - E y) x^T] moves by what it is given, (n, m).
+    ``fitted(moved)`` is the least-squares fit (n, m) for cross moments E[(y - E y) x^T] + ``moved``.
     """
     xp = namespace(weight)
 
@@ -139,21 +142,21 @@ def _rounds(
     weight_of: Callable[[Parts], Array],
     step: Callable[[Parts, Array], Parts],
 ) -> _Best[Parts]:
-    """_ROUNDS steps from ``parts``, float32, or fewer where one does not lower the error.
+    """Take up to _ROUNDS steps from ``parts``, float32, until one does not lower the error.
 
-    ``step`` is given E[(z - y) x^T] (n, m), by which the target of the least squares moves.
+    ``step(parts, moved)`` is given E[(z - y) x^T] (n, m), by which the target of the least squares moves.
     """
     weight = weight_of(parts)
     xp = namespace(weight)
     rows, outputs = from_numpy(seen.rows, weight), from_numpy(seen.outputs, weight)
     origin, mean = cast(problem.mean, weight.dtype), cast(problem.output_mean, weight.dtype)
     shift, best = xp.zeros_like(mean), None
-    for left in reversed(range(_ROUNDS + 1)):
+    for number in range(_ROUNDS + 1):
         error, moved, next_shift = _targets(problem, rows, origin, outputs, weight, mean + shift, seen)
         if best is not None and error >= best.error:
             break
         best = _Best(parts, shift, error)
-        if left:
+        if number < _ROUNDS:
             parts, shift = step(parts, moved), next_shift
             weight = weight_of(parts)
     assert best is not None
@@ -169,7 +172,11 @@ def _targets(
     mean: Array,
     seen: Rectified,
 ) -> tuple[float, Array, Array]:
-    """Sum of |a(y) - a(p)|^2 (in the metric of the outputs), E[(z - y) x^T] (n, m) and E[z - y] (n,)."""
+    """The error of ``weight`` (n, m) behind the rectifier, and how its targets z differ from y.
+
+    Returns the sum of |a(y) - a(p)|^2 over all rows (in the metric of the outputs), E[(z - y) x^T] (n, m) and
+    E[z - y] (n,). ``origin`` (m,) is taken from the ``rows`` (N, m) and ``mean`` (n,) is the output there.
+    """
     xp = namespace(rows)
     error, moved, shift = 0.0, xp.zeros_like(weight), xp.zeros_like(mean)
     for start in range(0, rows.shape[0], _ROWS_AT_ONCE):

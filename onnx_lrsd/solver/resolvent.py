@@ -28,7 +28,7 @@ _Map = Callable[[Array], Array]
 class Resolvent:
     """The scaled metric of a layer: ``matrix`` (m, m), float32, or None where there are few rows.
 
-    ``columns`` (m,), float64, is s, ``damping`` the relative damping.
+    ``columns`` (m,), float64, is s, and ``damping`` is in units of the mean diagonal.
 
     Eigenvectors are float32: they are off by about 1e-7 of the largest eigenvalue, at most m in these
     units, which the damping of .01 and more outweighs.
@@ -62,7 +62,7 @@ class Resolvent:
         return (x @ self._rows.T) @ self._rows + self.damping * x
 
     def shifted_inverse(self, rho: float) -> _Map:
-        """x (n, m) -> x (H + rho I)^-1."""
+        """A function from x (n, m) to x (H + rho I)^-1."""
         rows, shift = self._rows, rho + (self.damping if self._rows is not None else 0.0)
         vectors, values = self._vectors, self._values + shift
         if rows is None and self._thin:

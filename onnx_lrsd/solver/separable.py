@@ -1,6 +1,6 @@
 """Two factors of which the first is shared by several kernel positions.
 
-Split the inputs of a layer into groups b = 0..B-1 that the first factor treats alike, so that
+Split the inputs of a layer into groups b = 0..B-1 that the first factor treats alike, so
 x = (x_0, ..., x_{B-1}) with x_b of length A, m = A B. The weight becomes
 
     W_b ~ H_b V,    V (r, A), H (B, n, r):    y = sum_b H_b (V x_b).
@@ -38,7 +38,7 @@ from onnx_lrsd.arrays import (
 from onnx_lrsd.types import Array
 
 _RIDGE = 1e-6
-"""Relative to the mean diagonal; float32 normal equations stay positive definite with it."""
+"""Ridge of normal equations, relative to their mean diagonal: they stay positive definite in float32."""
 RESTS = 0.01
 """Sweeps end when one lowers the error by less than this share of it (results/time.md)."""
 OVERSAMPLED, POWERS, LEADING_FROM = 16, 3, 256
@@ -50,7 +50,8 @@ more than asked for, and POWERS of the matrix. Source: Halko, Martinsson, Tropp,
 class GroupedMetric:
     """The damped second moment of grouped inputs: ``blocks`` (B, B, A, A), C_bd = E[x_b x_d^T], float32.
 
-    ``mean`` (A, A) is that of the C_bb, ``inverse`` its inverse and ``root`` its Cholesky factor, float64.
+    ``mean`` (A, A) is the mean of the C_bb, ``inverse`` its inverse and ``root`` its Cholesky factor,
+    float64.
     """
 
     blocks: Array
@@ -73,14 +74,14 @@ class Separable:
 
 
 class RankErrors(NamedTuple):
-    """Errors: ``by_rank`` (top + 1,) of every rank; ``by_outer``, by rank, of every outer rank (n + 1,)."""
+    """Relative errors: ``by_rank`` (top + 1,), and by outer rank ``by_outer[rank]`` (n + 1,)."""
 
     by_rank: Array
     by_outer: dict[int, Array]
 
 
 def grouped_metric(blocks: Array) -> GroupedMetric:
-    """Factorise ``blocks`` (B, B, A, A); they are copied to the order of their axes, for long products."""
+    """Factorise ``blocks`` (B, B, A, A). They are copied to lie in memory as the axes do."""
     xp = namespace(blocks)
     groups = blocks.shape[0]
     blocks = xp.reshape(xp.reshape(blocks, (-1,)), blocks.shape)
@@ -154,7 +155,7 @@ def alternate(
 
 
 def curve(problem: Separable, top: int, outer_at: Sequence[int] = ()) -> RankErrors:
-    """Errors of every rank up to ``top``, and of every outer rank beside the ranks ``outer_at``, unswept.
+    """Errors of all ranks up to ``top``, and of all outer ranks beside those ``outer_at``, without sweeps.
 
     V of rank r is the first r leading directions, so the normal equations of all ranks are leading blocks of
     one matrix G. In the Cholesky factor of [[G, R^T], [R, *]] the lower left block Z = R L^-T holds what each
@@ -178,7 +179,7 @@ def curve(problem: Separable, top: int, outer_at: Sequence[int] = ()) -> RankErr
 
 
 def _missed(gains: Array) -> Array:
-    """What is left of 1 after none, one, two ... of ``gains`` (k,): (k + 1,)."""
+    """1 minus the sum of the first 0, 1, ..., k of ``gains`` (k,), at least 0: (k + 1,)."""
     xp = namespace(gains)
     return xp.maximum(1 - xp.concat([xp.zeros_like(gains[:1]), xp.cumulative_sum(gains)]), 0.0)
 
@@ -204,8 +205,8 @@ def _normal_equations(problem: Separable, v: Array, *, by_rank: bool = False) ->
 def _outer(problem: Separable, v: Array, outer: int = 0) -> tuple[Array, float]:
     """H (B, n, r) for a fixed V, and the error it leaves.
 
-    With features z = V x_b of Gram matrix G and R = E[y z^T] the regression is R G^-1. Of ``outer``
-    outputs at most (Tucker-2) the best is its projection on the top eigenvectors of R G^-1 R^T, the
+    With features z = V x_b of Gram matrix G and R = E[y z^T] the regression is R G^-1. The best one of at
+    most ``outer`` output directions (Tucker-2) is its projection on the top eigenvectors of R G^-1 R^T, the
     covariance of what it explains (reduced-rank regression; Izenman, J. Multivariate Anal. 5, 1975).
     """
     xp = namespace(v)
@@ -236,7 +237,7 @@ def _inner(problem: Separable, v: Array, h: Array, steps: int) -> Array:
     beside = [xp.reshape(by_row[d, ...], (rank * groups, rank)) for d in range(groups)]
 
     def apply(x: Array) -> Array:
-        # sum_bd H_b^T H_d x C_db: two long products for each d.
+        # sum_bd H_b^T H_d x C_db, by two large products for each d.
         total = xp.zeros_like(x)
         for d in range(groups):
             wide = xp.reshape(beside[d] @ x, (rank, groups * width))

@@ -1,11 +1,11 @@
-"""Fewer inner channels between two layers: which ones the readers can do without, and what is left of these.
+"""Fewer channels between layers: which ones their readers need least, and the readers refitted to the others.
 
 A reader y = W x + b that is fitted to the channels J alone has B_J = (W H)_J (H_JJ)^-1. Dropping one more
 channel, with the columns I, costs tr(B_I ((H^-1)_II)^-1 B_I^T) exactly, and then
 
     B <- B - B_I ((H^-1)_II)^-1 (H^-1)_I,    H^-1 <- H^-1 - (H^-1)_:I ((H^-1)_II)^-1 (H^-1)_I:
 
-so that dropping the cheapest one until none is left gives the error of every width in one pass. Updates are
+so dropping the cheapest channel until none is left gives the error of every width in one pass. Updates are
 gathered and carried out for many channels at once; meanwhile only the columns of the channels that may be
 next are kept up to date. All widths together cost about as much as the inverse.
 Sources: Hassibi and Stork, NeurIPS 5 (1993); He, Zhang, Sun, ICCV 2017 (channels and the refit).
@@ -36,13 +36,14 @@ from onnx_lrsd.solver.rectified import Rectified, refine_weight
 from onnx_lrsd.types import DENSE, Array, Factors, Form, Layer, whole_channels
 
 PENDING, PENDING_PART = 64, 16
-"""Columns that are dropped before their updates are carried out, or a sixteenth of all if these are more:
-each time the whole matrix is read and written."""
+"""Updates are carried out once 64 columns are dropped, or one in 16 of all if these are more: each time the
+whole matrix is read and written."""
 SINGLE = 1024
-"""Inputs from which that is in float32: damping keeps H^-1 within 1e5 of its least entries, and the order of
-channels, whose errors rows kept apart judge, bears it (results/time.md)."""
+"""With so many inputs or more the pass is computed in float32. Damping keeps the condition number of H near
+1e5, and of the result only the order of the channels counts: rows kept apart judge the errors
+(results/time.md)."""
 UPCOMING = 3
-"""Times as many columns are held ready, of the channels that are cheapest to drop."""
+"""So many times as many columns are kept up to date as will be dropped, those of the cheapest channels."""
 
 Columns = npt.NDArray[np.int64]
 
@@ -59,7 +60,7 @@ class Widths:
     errors: npt.NDArray[np.float64]
 
     def kept(self, width: int) -> tuple[int, ...]:
-        """The channels of that width, ascending."""
+        """The channels that a ``width`` keeps, ascending. Raises ValueError for a width below ``least``."""
         total = self.errors.shape[1] - 1
         gone = self.dropped[: total - width]
         if len(gone) < total - width:
@@ -87,49 +88,67 @@ def widths(
             raise ValueError(
                 f"columns {own.shape} of {problem.layer.name} are not {total} times distinct inputs"
             )
-    share = [1.0] * len(readers) if weights is None else [float(weight) for weight in weights]
+    counting = [1.0] * len(readers) if weights is None else [float(weight) for weight in weights]
     pending = max(PENDING, *(problem.weight.shape[1] // PENDING_PART for problem in readers))
     states = [_Reader(problem, own, pending) for problem, own in zip(readers, columns, strict=True)]
     left = np.arange(total)
     dropped: list[int] = []
-    missed: list[list[Array]] = [[] for _ in readers]
+    added: list[list[Array]] = [[] for _ in readers]
     steps = max(1, pending // max(state.taps for state in states))
-    xp = namespace(readers[0].weight)
     while len(left) > least:
-        gone = from_numpy(np.zeros(len(left)), like=readers[0].weight)
-        costs = sum((state.costs() * weight for state, weight in zip(states, share, strict=True)), start=gone)
-        ready = xp.argsort(costs, stable=True)
-        place = xp.argsort(ready)
-        ready = ready[: min(UPCOMING * steps, len(left))]
-        for state in states:
-            state.prepare(ready)
-        taken: list[int] = []
-        while len(taken) < steps and len(left) - len(taken) > least:
-            added = [state.costs() for state in states]
-            costs = sum((cost * weight for cost, weight in zip(added, share, strict=True)), start=gone)
-            cheapest = int(xp.argmin(costs))
-            held = int(place[cheapest])
-            if held >= ready.shape[0]:
-                break  # never at first: the cheapest of all is ready
-            for state, cost, reader in zip(states, added, missed, strict=True):
-                reader.append(cost[cheapest, ...])
-                state.drop(cheapest, held)
-            gone[cheapest] = float("inf")
-            taken.append(cheapest)
+        none = from_numpy(np.zeros(len(left)), like=readers[0].weight)
+        upcoming = min(UPCOMING * steps, len(left))
+        taken = _drop_cheapest(states, counting, added, none, upcoming, min(steps, len(left) - least))
         dropped += left[taken].tolist()
         stay = np.setdiff1d(np.arange(len(left)), taken)
         left = left[stay]
-        for state in states if len(left) > least else ():
-            state.settle(stay)
+        if len(left) > least:
+            for state in states:
+                state.settle(stay)
     errors = np.full((len(readers), total + 1), np.inf)
-    for row, reader in zip(errors, missed, strict=True):
-        steps_up = np.array([0.0] + [max(float(cost), 0.0) for cost in reader])
-        row[total - len(reader) :] = np.cumsum(steps_up)[::-1]
+    for row, of_reader in zip(errors, added, strict=True):
+        rises = np.array([0.0] + [max(float(cost), 0.0) for cost in of_reader])
+        row[total - len(of_reader) :] = np.cumsum(rises)[::-1]
     return Widths(tuple(dropped), errors)
 
 
+def _drop_cheapest(
+    states: Sequence[_Reader],
+    weights: Sequence[float],
+    added: Sequence[list[Array]],
+    barred: Array,
+    upcoming: int,
+    most: int,
+) -> list[int]:
+    """Drop up to ``most`` channels, one by one the cheapest, and return them as the readers number them now.
+
+    Only the ``upcoming`` channels that are cheapest at first are kept up to date: it ends where another one
+    has become cheaper. What each drop adds to the error of a reader is appended to its list in ``added``.
+    ``barred`` (channels,) is zero, and becomes inf for what is dropped.
+    """
+    xp = namespace(barred)
+    total = sum((state.costs() * weight for state, weight in zip(states, weights, strict=True)), start=barred)
+    order = xp.argsort(total, stable=True)
+    place = xp.argsort(order)  # of each channel in that order
+    for state in states:
+        state.prepare(order[:upcoming])
+    taken: list[int] = []
+    while len(taken) < most:
+        costs = [state.costs() for state in states]
+        total = sum((cost * weight for cost, weight in zip(costs, weights, strict=True)), start=barred)
+        cheapest = int(xp.argmin(total))
+        if int(place[cheapest]) >= upcoming:
+            break  # never at first: the cheapest of all is among them
+        for state, cost, of_reader in zip(states, costs, added, strict=True):
+            of_reader.append(cost[cheapest, ...])
+            state.drop(cheapest, int(place[cheapest]))
+        barred[cheapest] = float("inf")
+        taken.append(cheapest)
+    return taken
+
+
 class _Reader:
-    """B (n, m) and H^-1 of one reader on the channels that are left; its columns are ordered by channel.
+    """B (n, m) and H^-1 (m, m) of one reader on the channels that are left; columns are ordered by channel.
 
     Between two calls of ``settle`` they are B - C L^T and H^-1 - L L^T, with the columns of C and L that the
     dropped channels gave; ``inverses`` and ``grams`` (channels, k, k), the blocks of H^-1 and of B^T B on
@@ -152,7 +171,7 @@ class _Reader:
         self._start(len(columns))
 
     def _start(self, channels: int) -> None:
-        """Blocks on the diagonals of ``channels``, and nothing pending."""
+        """Compute the blocks on the diagonals anew for ``channels``; no update is pending then."""
         xp, taps = namespace(self.weight), self.taps
         b = xp.reshape(self.weight[:, : channels * taps], (-1, channels, taps))
         b = xp.permute_dims(b, (1, 0, 2))
@@ -179,7 +198,7 @@ class _Reader:
         self.ready_gram = xp.reshape(xp.take(self.weight, at, axis=1).T @ self.weight, shape)
 
     def drop(self, channel: int, place: int) -> None:
-        """Drop ``channel``, which is number ``place`` of those that are ready."""
+        """Drop ``channel``, which is number ``place`` of those that ``prepare`` was given."""
         xp, taps, t = namespace(self.weight), self.taps, self.pending
         own = slice(channel * taps, (channel + 1) * taps)
         lower, product, left = self.lower[:t, :], self.product[:t, :], self.left[:t, :]
@@ -198,7 +217,10 @@ class _Reader:
         self.pending = until
 
     def _moved(self, row: Array, gram: Array, own: Array) -> tuple[Array, Array]:
-        """Diagonal blocks of H^-1 - l l^T and of (B - c l^T)^T (B - c l^T), with l^T, (B^T c)^T and c^T c."""
+        """Diagonal blocks (channels, k, k) of H^-1 - l l^T and of (B - c l^T)^T (B - c l^T).
+
+        ``row`` (k, m) is l^T, ``gram`` (k, m) is (B^T c)^T and ``own`` (k, k) is c^T c.
+        """
         xp, taps, channels = namespace(row), self.taps, self.grams.shape[0]
         if taps == 1:
             lo, g = row[0, :channels, None, None], gram[0, :channels, None, None]
@@ -212,7 +234,7 @@ class _Reader:
         return self.inverses - xp.matmul(lo, back), grams
 
     def settle(self, stay: Columns) -> None:
-        """Carry out what is pending and go on with the channels ``stay``."""
+        """Carry out the pending updates and keep the channels ``stay`` alone."""
         xp, taps, t = namespace(self.weight), self.taps, self.pending
         columns = (stay[:, None] * taps + np.arange(taps)).ravel()
         beside = np.arange(self.grams.shape[0] * taps, self.weight.shape[1])
@@ -232,6 +254,7 @@ class _Full:
     matrix: Array
 
     def rows(self, at: Array) -> Array:
+        """The rows ``at`` (k,): (k, m)."""
         return namespace(self.matrix).take(self.matrix, at, axis=0)
 
     def blocks(self, channels: int, taps: int) -> Array:
@@ -244,7 +267,7 @@ class _Full:
         return xp.permute_dims(diagonal(xp.permute_dims(wide, (1, 3, 0, 2))), (2, 0, 1))
 
     def without(self, gone: Array, at: Array, lower: Array) -> _Full:
-        """On the columns ``at``; ``lower`` (t, m) is what dropping those ``gone`` takes off."""
+        """H^-1 on the inputs ``at``, those ``gone`` dropped: ``lower`` (t, m) is L^T of these drops."""
         xp = namespace(self.matrix)
         kept = xp.take(xp.take(self.matrix, at, axis=0), at, axis=1)
         return _Full(kept - lower.T @ lower)
@@ -258,6 +281,7 @@ class _Thin:
     damping: float
 
     def rows(self, at: Array) -> Array:
+        """The rows ``at`` (k,): (k, m)."""
         xp, z = namespace(self.root), self.root
         some = xp.take(z, at, axis=1)
         unit = cast(at[:, None] == indices(np.arange(z.shape[1]), z)[None, :], z.dtype)
@@ -270,7 +294,7 @@ class _Thin:
         return (identity(taps, z) - xp.matmul(xp.permute_dims(z, (0, 2, 1)), z)) / self.damping
 
     def without(self, gone: Array, at: Array, lower: Array) -> _Thin:
-        """On the columns ``at``, without those ``gone``."""
+        """H^-1 on the inputs ``at``, those ``gone`` dropped."""
         xp, z = namespace(self.root), self.root
         lost = xp.take(z, gone, axis=1)
         kept = xp.take(z, at, axis=1)
@@ -291,7 +315,7 @@ def _inverse(metric: Metric, like: Array) -> _Full | _Thin:
 
 
 def restricted(metric: Metric, columns: Array) -> Metric:
-    """The metric of some of the inputs."""
+    """The metric of the inputs ``columns`` (k,) alone."""
     if metric.second is not None:
         xp = namespace(metric.second)
         return replace(metric, second=xp.take(xp.take(metric.second, columns, axis=0), columns, axis=1))
@@ -301,10 +325,10 @@ def restricted(metric: Metric, columns: Array) -> Metric:
 
 
 def narrowed(problem: Problem, layer: Layer, outputs: Columns | None, inputs: Columns | None) -> Problem:
-    """The problem of ``layer``, which keeps these outputs and inputs (None: all), fitted to the latter.
+    """The problem of a narrower ``layer``: it keeps these outputs, and is fitted to these inputs (None: all).
 
-    Errors stay relative to the energy of all outputs, so that they add up with what the width itself loses.
-    For unchanged inputs.
+    Errors stay relative to the energy of all outputs, so they add up with what the width itself loses. The
+    inputs must be those of the original network.
     """
     xp = namespace(problem.weight)
     weight, mean, metric, middle = problem.weight, problem.mean, problem.metric, problem.output_mean
@@ -331,7 +355,7 @@ def narrowed(problem: Problem, layer: Layer, outputs: Columns | None, inputs: Co
 
 
 def _spread(weight: Array, columns: Columns, inputs: int) -> Array:
-    """``weight`` (n, columns) with zeros at the other ones of all ``inputs``, (n, inputs)."""
+    """A weight of all ``inputs`` (n, inputs): ``weight`` (n, k) at ``columns`` (k,), zeros elsewhere."""
     xp = namespace(weight)
     beside = np.setdiff1d(np.arange(inputs), columns)
     empty = zeros((weight.shape[0], len(beside)), weight)
@@ -342,11 +366,11 @@ def _spread(weight: Array, columns: Columns, inputs: int) -> Array:
 def fit_width(
     problem: Problem, columns: Columns, kept: Sequence[int], rectified: Rectified | None = None
 ) -> Factors:
-    """The reader on the channels ``kept`` alone, in float64: a dense weight of these inputs, and its bias.
+    """Fit a reader to the channels ``kept`` alone: a dense weight of the inputs that are left, and its bias.
 
-    ``columns`` (channels, k) are the inputs that come from each channel. In the result ``sparse``
-    (n, inputs of J) has them in their order in W and ``channels`` names them. With ``rectified``,
-    what the rectifier behind the reader cuts off need not be right.
+    ``columns`` (channels, k) are the inputs that come from each channel. In the result ``channels`` are the
+    inputs that are left, in their order in W, and ``sparse`` (n, len(channels)) is their weight, float64.
+    With ``rectified`` it is refined for what the rectifier behind the reader lets pass.
     """
     gone = np.setdiff1d(np.arange(len(columns)), np.asarray(kept))
     at = np.setdiff1d(np.arange(problem.weight.shape[1]), columns[gone])

@@ -27,43 +27,48 @@ from onnx_lrsd.storage import FP16, INT2, INT3, INT4, INT6, STORAGES, TERNARY, U
 from onnx_lrsd.types import CHANNEL, DENSE, SPATIAL, UNSTRUCTURED, Form, Pattern
 
 MEASURED = (INT4, INT3, INT2, TERNARY)
-"""Storages of a dense weight whose error is measured; with more levels it falls with their noise."""
+"""Storages whose error is measured for a dense weight; that of finer ones follows from INT4's by noise."""
 OF_RANKS = (UINT8, INT6, INT4, INT3, INT2)
+"""Storages that the ranks of factors may have."""
 V_SHARE = 0.3
 """Noise of V relative to that of H: V's errors are fed back within a row, and H is refitted to the rest."""
 PRICES = 16
+"""Prices of a bit that are tried, each of which gives one form of factors."""
 MOST_OF_DENSE = 0.6
 """Ranks whose factors hold more numbers than this share of the weight are not tried."""
 DENSITIES = (0.12, 0.05, 0.25)
-"""Of an S alone. The first decides whether the others are tried."""
+"""Densities of an S alone; others than the first are tried if that one is not hopeless."""
 HOPELESS = 1.5
-"""An S alone that loses so many times as much as another form of at most its bits is not tried further."""
+"""An S alone is hopeless if it loses so many times as much as another form of at most as many bits."""
 BESIDE = (0.7,)
-"""Bits a weight for factors, beside an S of about as many bytes."""
+"""Bits for each entry of the weight that factors take beside an S of about as many bytes."""
 _KEPT = (0.02, 0.045, 0.1, 0.22, 0.5)
-"""Shares of a weight's numbers that are kept where bits do not count; errors between them follow a power."""
+"""Shares of a weight's numbers at which fp16 is fitted; between them the logarithm of the error is
+interpolated over that of the share."""
 OF_FACTORS = 0.3
 """Share of the kept numbers that is factors beside an S: found on convolutions of VGG-16
 (results/parameters.md)."""
 OFFERED = 17
 """How many shares, from the first to the last of _KEPT, are offered."""
 GAP_BITS = 4.3
-"""Of the distance to the next entry, with what bridges the long ones."""
+"""Bits that the distance to the next entry takes, entries that bridge long ones included."""
 SAMPLED = 4096
 """Rows of a constant that the errors of its storages are measured on."""
 MOST_WORK = 3e9
-"""n m^2 up to which an S is tried where bits do not count: its search takes forty products of that size."""
+"""n m^2 up to which an S in fp16 is tried: its search takes forty products of that size."""
 FEWEST_OUTPUTS, WORK, WORK_BESIDE = 64, 1e9, 4e8
-"""Where n m^2 is above WORK, a sample of at least FEWEST_OUTPUTS outputs stands for the weight, which has no
-factors. Up to WORK_BESIDE an S is also tried beside factors where bits do not count: with larger weights that
-takes longer and gains less."""
+"""Where n m^2 is above WORK, a sample of at least FEWEST_OUTPUTS outputs stands for the weight. Up to
+WORK_BESIDE an S in fp16 is also tried beside factors: with larger weights that is slow and gains little."""
 CODED_WORK, CODED_BESIDE = 4e8, 1e8
 """n m^2 up to which an S in codes is tried, and beside factors: of 53 layers of a residual network none above
 256 x 64 had one in its best form at 4 to 24 times fewer bytes (results/time.md)."""
 
 
 def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) -> dict[Form, float]:
-    """Relative output error of forms in codes, of the given kinds; ``weights`` names their one storage."""
+    """Relative output error of forms in codes, of the given kinds.
+
+    ``weights`` names the storage that all of them have; None for whichever are best.
+    """
     if problem.layer.constant:
         return _of_rows(problem, weights) if DENSE in kinds else {}
     found: dict[Form, float] = {}
@@ -84,14 +89,16 @@ def coded_errors(problem: Problem, kinds: Sequence[str], weights: str | None) ->
 
 
 def _fits(problem: Problem, kind: str) -> bool:
-    """Whether a kind is tried: spatial for kernels over two axes, if rows are many; channel otherwise."""
+    """Whether a kind is tried: spatial for kernels over two axes, if rows are many; channel for others."""
     kernel = problem.layer.kernel
-    square = len(kernel) == 2 and min(kernel) > 1
-    return square and problem.metric.rows is None if kind == SPATIAL else not square
+    two_axes = len(kernel) == 2 and min(kernel) > 1
+    if kind == SPATIAL:
+        return two_axes and problem.metric.rows is None
+    return not two_axes
 
 
 def _dense(problem: Problem, weights: str | None) -> dict[Form, float]:
-    """A dense weight in each storage; outputs are rounded one by one, so that some of many tell it."""
+    """A dense weight in each storage. Outputs are rounded one by one, so a sample of them tells the error."""
     n, m = problem.weight.shape
     asked = list(STORAGES.values()) if weights is None else [STORAGES[weights]]
     measured: dict[str, float] = {}
@@ -115,7 +122,7 @@ def _dense(problem: Problem, weights: str | None) -> dict[Form, float]:
 
 
 def _of_rows(problem: Problem, weights: str | None) -> dict[Form, float]:
-    """Of a constant, which has no inputs: the error of its rows, measured on SAMPLED of them at most."""
+    """The relative error of a constant in each storage, measured on SAMPLED rows at most."""
     n = problem.layer.n
     sampled = _some_rows(problem, min(n, SAMPLED))
     offered = list(STORAGES) if weights is None else [weights]
@@ -132,7 +139,7 @@ def _dense_form(n: int, storage: Storage) -> Form:
 
 
 def _factors(problem: Problem, kind: str, weights: str | None) -> Iterator[tuple[Form, float, float]]:
-    """Factors that some price of bits makes best: form, what their rank misses, what coding adds."""
+    """Forms of factors that are best at some price of a bit: each with the errors of rank and of coding."""
     energies, missed = _energies(problem, kind)
     offered = OF_RANKS if weights is None else (STORAGES[weights],)
     for rank in np.unique(np.geomspace(1, len(energies), PRICES).round().astype(int)):
@@ -144,7 +151,7 @@ def _factors(problem: Problem, kind: str, weights: str | None) -> Iterator[tuple
 
 
 def _energies(problem: Problem, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """What each rank explains (top,) and what is missed up to each (top + 1,), relative, damped."""
+    """The energy that each rank adds (top,) and the error of each (top + 1,), relative and damped."""
     weight, metric = problem.weight, problem.metric
     n, m = weight.shape
     groups = shared_groups(problem.layer.kernel, kind)
@@ -158,9 +165,9 @@ def _energies(problem: Problem, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mix(energies: np.ndarray, last: int, offered: Sequence[Storage]) -> list[int]:
-    """How many ranks take which storage when that of number ``last`` is just worth keeping.
+    """How many ranks take each of the ``offered`` storages, at the price at which rank ``last`` is just kept.
 
-    Energies fall but for noise; they are taken as falling, so that the first ranks get most levels.
+    ``energies`` fall but for rounding errors. They are made to fall, so the first ranks get most levels.
     """
     falling = np.minimum.accumulate(energies)
     cheapest = offered[-1]
@@ -172,11 +179,11 @@ def _mix(energies: np.ndarray, last: int, offered: Sequence[Storage]) -> list[in
 
 
 def _in_numbers(problem: Problem, kinds: Sequence[str]) -> dict[Form, float]:
-    """S as fp16, alone and beside factors, over the numbers that are left."""
+    """The errors of S in fp16, alone and beside factors, by how many numbers of the weight are kept."""
     n, m = problem.weight.shape
-    each = m * (m if problem.metric.rows is None else len(problem.metric.rows))
-    rows = min(max(int(WORK / each), FEWEST_OUTPUTS), n)
-    if rows * each > MOST_WORK:
+    work_of_row = m * (m if problem.metric.rows is None else len(problem.metric.rows))
+    rows = min(max(int(WORK / work_of_row), FEWEST_OUTPUTS), n)
+    if rows * work_of_row > MOST_WORK:
         return {}
     sampled = problem if rows == n else _some_rows(problem, rows)
     held = None
@@ -191,17 +198,20 @@ def _in_numbers(problem: Problem, kinds: Sequence[str]) -> dict[Form, float]:
         return _expected(sampled, of_rows, resolvent, held)
 
     kind = next((kind for kind in (SPATIAL, CHANNEL) if kind in kinds and _fits(problem, kind)), None)
+    parts = [0.0]
+    if kind is not None and n * work_of_row <= WORK_BESIDE:
+        parts.append(OF_FACTORS)
     found = {}
-    for part in (0.0, OF_FACTORS) if kind is not None and n * each <= WORK_BESIDE else (0.0,):
-        errors = [max(error(_numbers_left(problem, kind or CHANNEL, x, part)), 1e-12) for x in _KEPT]
+    for part in parts:
+        errors = [max(error(_kept_numbers(problem, kind or CHANNEL, x, part)), 1e-12) for x in _KEPT]
         for share in np.geomspace(_KEPT[0], _KEPT[-1], OFFERED):
-            form = _numbers_left(problem, kind or CHANNEL, float(share), part)
+            form = _kept_numbers(problem, kind or CHANNEL, float(share), part)
             found[form] = float(np.exp(np.interp(np.log(share), np.log(_KEPT), np.log(errors))))
     return found
 
 
-def _numbers_left(problem: Problem, kind: str, share: float, part: float) -> Form:
-    """Factors and S that hold ``share`` of the weight's numbers, factors ``part`` of them."""
+def _kept_numbers(problem: Problem, kind: str, share: float, part: float) -> Form:
+    """Factors and S in fp16 that hold ``share`` of the weight's numbers, of which factors hold ``part``."""
     n, m = problem.weight.shape
     each = rank_size(problem.layer, kind)
     rank = round(part * share * n * m / each)
@@ -211,7 +221,7 @@ def _numbers_left(problem: Problem, kind: str, share: float, part: float) -> For
 
 
 def _some_rows(problem: Problem, rows: int) -> Problem:
-    """The problem of so many outputs, evenly over all as their energies have it."""
+    """The problem of so many ``rows`` of the weight, taken evenly from all in the order of their energies."""
     xp = namespace(problem.weight)
     energies = xp.sum(problem.metric.undamped(problem.weight) * problem.weight, axis=1)
     order = np.argsort(to_numpy(energies))
@@ -229,9 +239,9 @@ def _some_rows(problem: Problem, rows: int) -> Problem:
 def _with_entries(
     problem: Problem, errors: Mapping[Form, float], noises: Mapping[Form, float], weights: str | None
 ) -> dict[Form, float]:
-    """S alone at a few densities, and beside some of the factors: brief fits, plus what coding will lose.
+    """The errors of S in codes, alone and beside factors: those of brief fits, plus what coding loses.
 
-    ``noises`` is what it loses in each form of factors, ``errors`` the whole of it.
+    ``noises`` is what coding loses in each form of factors, ``errors`` the whole error of forms without S.
     """
     n, m = problem.weight.shape
     storage = INT4 if weights is None else STORAGES[weights]
@@ -250,7 +260,9 @@ def _with_entries(
         rivals = [errors[other] for other in errors if _bits(problem, other) <= bits]
         if error > HOPELESS * min(rivals, default=inf):
             break
-    for bits in BESIDE if noises and n * m**2 <= CODED_BESIDE else ():
+    if not noises or n * m**2 > CODED_BESIDE:
+        return found
+    for bits in BESIDE:
         factors = min(noises, key=lambda form: abs(np.log(_bits(problem, form) / bits)))
         entries = min(round(_bits(problem, factors) * n * m / (storage.bits + GAP_BITS)), n * m // 2)
         if entries:
@@ -262,10 +274,10 @@ def _with_entries(
 
 
 def _expected(problem: Problem, form: Form, resolvent: Resolvent, held: Problem | None = None) -> float:
-    """The relative error expected of a brief fit on other samples.
+    """The relative error that a brief fit is expected to have on other samples.
 
-    ``held``, a problem of other rows, measures it; without it the damped metric does. On its own samples an S
-    of free entries looks several times better.
+    It is measured on ``held``, a problem of other rows, or without one in the damped metric. On the samples
+    it was fitted to, an S of free entries looks several times better.
     """
     factors = decompose(problem, form, effort=BRIEF, resolvent=resolvent)
     weight = from_numpy(expand(problem.layer, factors), problem.weight)

@@ -1,8 +1,9 @@
-"""A weight in codes: factors, a dense weight and S rounded one after the other, what is free refitted.
+"""A weight in codes: its parts are rounded one after the other, and each is refitted before it is rounded.
 
-V is coded first, in the metric of what its errors do to the output; H is then the regression of the
-outputs on the features of the coded V, and coded in their Gram matrix; S comes last and aims at what both
-leave. The bias takes up the mean. Each step thus compensates, as far as it can, the error of the one before.
+V is coded first, in the metric of what its errors do to the output. H is then the regression of the outputs
+on the features of the coded V, and is coded in the metric of their Gram matrix. S comes last and aims at what
+both leave. So each step compensates, as far as it can, for the error of the one before. The bias makes up for
+the mean.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ TIES = 1e-6
 """Ridge of a Gram matrix of features, relative to its mean diagonal."""
 
 PIECE = 1 << 26
-"""Numbers decoded at once: 1.5 times as many are computed on the way, and ONNX Runtime folds up to a GiB."""
+"""Numbers in a block of codes, at most. Decoding computes 1.5 times as many values on the way, and ONNX
+Runtime folds constants up to a GiB."""
 
 
 class Coded(NamedTuple):
@@ -46,7 +48,7 @@ class Coded(NamedTuple):
 
 
 def feedback_of(problem: Problem) -> Feedback | None:
-    """How ``code_dense`` carries errors on, for many storages; None where nothing or few rows are known."""
+    """What ``code_dense`` may share between storages; None where nothing or few rows are known."""
     metric = problem.metric
     return None if metric.second is None else Feedback.of(metric.matrix(problem.weight))
 
@@ -102,7 +104,10 @@ def _centred(storage: Storage, codes: np.ndarray) -> np.ndarray:
 def _code_rows(
     weight: Array, metric: Metric | Array, weights: Mix, feedback: Feedback | None = None
 ) -> tuple[Codes, Array]:
-    """Rows of ``weight`` (rows, m) in their storages, and what they decode to, float64."""
+    """Rows of ``weight`` (rows, m) in their storages, and what they decode to, float64.
+
+    ``metric`` (m, m) may be an array; ``feedback`` is that of a ``Metric``, if it is known.
+    """
     xp = namespace(weight)
     if not isinstance(metric, Metric):
         feedback = Feedback.of(metric)
@@ -138,9 +143,9 @@ def _halved(rows: Array) -> tuple[Codes, Array]:
 def _rounded(
     weight: Array, metric: Metric | Array, storage: Storage, feedback: Feedback | None
 ) -> tuple[Array, Array]:
-    """Centred codes of rows in a metric, and their steps (rows, 1).
+    """Centred codes (n, m) of ``weight`` in a metric, and their steps (n, 1).
 
-    A metric of few rows stands for an (m, m) matrix that is never formed: its diagonal alone decides.
+    Of a metric of few rows only the diagonal counts: the (m, m) matrix is never formed.
     """
     xp = namespace(weight)
     levels = xp.full_like(weight[:, :1], float(storage.levels))
@@ -161,12 +166,13 @@ def _rounded(
 
 
 def _stored(centred: Array, storage: Storage) -> np.ndarray:
+    """Centred codes as whole numbers from 0 on, uint8."""
     whole: np.ndarray = np.rint(to_numpy(centred) + (storage.levels - 1) / 2).astype(np.uint8)
     return whole
 
 
 def _code_pair(problem: Problem, form: Form, v: Array, h: Array, aim: Array) -> tuple[Codes, Array]:
-    """Feature rows of V and H, and the product (n, m) they decode to; ``aim`` is what it should be."""
+    """V and H in codes, a row a rank, and the product (n, m) they decode to; ``aim`` is what it should be."""
     xp = namespace(aim)
     metric, groups = problem.metric, shared_groups(problem.layer.kernel, form.kind)
     blocks = None if groups == 1 else group_metric(metric.matrix(aim), groups)
@@ -221,7 +227,7 @@ def _principal(v: Array, h: Array, metric: Metric, blocks: Array | None) -> tupl
 
 
 def _metric_of_v(h: Array, blocks: Array) -> Array:
-    """What an error of V's rows does to the output, the same for all rows: sum_bd tr(H_b^T H_d) C_bd."""
+    """The metric (A, A) of an error in a row of V: sum_bd tr(H_b^T H_d) C_bd, the same for all rows."""
     xp = namespace(h)
     groups = blocks.shape[0]
     flat = xp.reshape(h, (groups, -1))
@@ -232,14 +238,14 @@ def _metric_of_v(h: Array, blocks: Array) -> Array:
 
 
 def _features(v: Array, groups: int) -> Array:
-    """(B r, m): row (b, q) is V's row q on the inputs of group b, so that a weight is (n, B r) times it."""
+    """(B r, m): row (b, q) is V's row q on the inputs of group b, so a weight is (n, B r) times it."""
     xp = namespace(v)
     each = identity(groups, v)[:, None, None, :] * v[None, :, :, None]
     return xp.reshape(each, (groups * v.shape[0], -1))
 
 
 def _code_entries(metric: Metric, aim: Array, sparse: Array, storage: Storage) -> tuple[Entries, Array]:
-    """S in codes for ``aim`` (n, m), on the support of ``sparse`` and what bridges its gaps; decoded too."""
+    """S in codes for ``aim`` (n, m), and decoded; entries that bridge gaps are added to its support."""
     xp = namespace(aim)
     n, m = aim.shape
     chosen = np.flatnonzero(to_numpy(sparse))
@@ -269,7 +275,10 @@ def _code_entries(metric: Metric, aim: Array, sparse: Array, storage: Storage) -
 
 
 def bridged(chosen: np.ndarray, reach: int) -> np.ndarray:
-    """``chosen`` (ascending) and the fewest others with which no gap, from -1 on, exceeds ``reach``."""
+    """The positions ``chosen`` (k,), ascending, and the fewest others that leave no gap above ``reach``.
+
+    The first gap begins at -1.
+    """
     before = np.concatenate([[-1], chosen[:-1]])
     missing = (chosen - before - 1) // reach
     starts = np.repeat(before, missing)

@@ -1,11 +1,11 @@
 """Weights as whole numbers, rounded for the least error of the output.
 
 Codes k of L levels stand for (k - (L - 1) / 2) s. Rounding W to Q costs tr(E H E^T), E = W - Q. With
-H = R R^T and R upper triangular, |E R|^2 is settled column by column: the error of a column is carried
-into what the later ones aim at, as far as the inputs are correlated. This is Babai's nearest-plane
-algorithm, in one pass what optimal brain surgeon does with an inverse (Frantar et al., GPTQ, ICLR 2023;
-equivalence: Chen et al., The Geometry of LLM Quantization, 2025). Columns of large inputs go first,
-while there are others to mend them. ``settle`` is coordinate descent on the codes, a mask allowed.
+H = R R^T and R upper triangular, |E R|^2 is settled column by column: the error of a column moves the targets
+of the later ones, as far as the inputs are correlated. This is Babai's nearest-plane algorithm; it does in
+one pass what optimal brain surgeon does with an inverse (Frantar et al., GPTQ, ICLR 2023; equivalence: Chen
+et al., The Geometry of LLM Quantization, 2025). Columns of large inputs go first, while there are others left
+that can compensate for them. ``settle`` is coordinate descent on the codes, which may have a mask.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from onnx_lrsd.arrays import cast, diagonal, namespace
 from onnx_lrsd.types import Array
 
 _COLUMNS = 64
-"""Columns whose errors are fed back one by one, before one product carries them to all later ones."""
+"""Columns in a block: errors are carried on one by one within it, and by one product to all behind it."""
 CLIPS = np.linspace(0.28, 1.0, 13)
 """Steps tried, as shares of the one that reaches the largest number."""
 _AT_ONCE, _TURNS = 1 << 18, 3
-"""Numbers rounded at a time, and rounds of codes and steps."""
+"""Numbers that ``round_rows`` rounds at a time, and how often it finds codes and steps in turn."""
 TINY = 1e-30
+"""Stands for the largest number of a row of zeros, whose step may be any."""
 
 
 def steps_of(weight: Array, importance: Array, levels: Array) -> Array:
-    """The step of every row (n, 1) that costs least where columns count by ``importance`` (m,).
+    """The step (n, 1) of every row of ``weight`` (n, m) of least squared error, rounded to the nearest.
 
-    ``levels`` is (n, 1); ``importance`` may be (n, m). Rounding is to the nearest, without feedback.
+    Columns are weighted by ``importance``, (m,) or (n, m). ``levels`` is (n, 1).
     """
     xp = namespace(weight)
     top = (levels - 1) / 2
@@ -55,10 +56,10 @@ def nearest(weight: Array, steps: Array, levels: Array) -> Array:
 
 
 def round_rows(weight: Array, levels: int) -> tuple[Array, Array]:
-    """Centred codes (n, m) and steps (n, 1) of rows (n, m) of which nothing is known but their values.
+    """Centred codes (n, m) and steps (n, 1), float32, of ``weight`` (n, m) where no metric is known.
 
-    Each row has the step of least squared error, found by turns with its codes from the best one of
-    ``steps_of``: Lloyd's method for levels equally far apart. A few rows at a time stay in the cache.
+    Codes and the step of least squared error are found in turn, from the step of ``steps_of`` on: Lloyd's
+    method for equally spaced levels. Rows are taken a few at a time, so they stay in the cache.
     """
     xp = namespace(weight)
     rows = max(_AT_ONCE // weight.shape[1], 1)
@@ -82,9 +83,10 @@ def round_rows(weight: Array, levels: int) -> tuple[Array, Array]:
 class Feedback:
     """How errors of columns are carried into later ones in a metric H (m, m), positive definite.
 
-    Columns are taken in ``order``. ``root`` (m, m), float32, is R in that order, column j in units of what is
-    left of input j once those before it have mended what they can; ``left`` (m,), float64, is the square of
-    that, in the order of H.
+    Columns are rounded in ``order`` (m,), and H = R R^T in that order. ``root`` (m, m), float32, is R with
+    column j divided by R_jj: an error e of column i moves the target of a later column j by e R_ij / R_jj.
+    ``left`` (m,), float64, is R_jj^2, in the order of H: what a unit error of column j costs once the columns
+    behind it have compensated for what they can.
     """
 
     order: Array
@@ -103,7 +105,7 @@ class Feedback:
 
 
 def round_columns(weight: Array, feedback: Feedback, steps: Array, levels: Array) -> Array:
-    """Centred codes (n, m) of ``weight``, the errors of columns fed back into those that follow.
+    """Centred codes (n, m), float32, of ``weight`` (n, m), errors of columns carried into those that follow.
 
     ``steps`` and ``levels`` broadcast against (n, m).
     """
@@ -162,7 +164,10 @@ def settle(
 
 
 def best_scale(weight: Array, metric: Array, codes: Array, steps: Array) -> Array:
-    """The step of every row (n, 1) that is best for its centred ``codes`` (n, m); else that of ``steps``."""
+    """The step (n, 1) of every row of least error tr(E H E^T) for its centred ``codes`` (n, m).
+
+    A row whose best step is not positive keeps that of ``steps`` (n, 1).
+    """
     xp = namespace(weight)
     codes = cast(codes, xp.float64)
     image = codes @ metric
