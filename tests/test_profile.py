@@ -26,7 +26,7 @@ from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.speedup import speedups_within
 from onnx_lrsd.passes.kernel_owners import kernel_owners
 from onnx_lrsd.plan import planner
-from onnx_lrsd.plan.planner import LAVISH, SPARE, Planner, _without
+from onnx_lrsd.plan.planner import LAVISH, SPARE, Planner, _stays
 from onnx_lrsd.plan.units import Curves
 from onnx_lrsd.run import Options, start
 from onnx_lrsd.runtime.kernel_times import kernels
@@ -332,7 +332,7 @@ def test_a_slow_form_takes_no_form_of_another_kind_with_it() -> None:
     layer = image_conv()
     forms = [Form(SPATIAL, 16), Form(SPATIAL, 64), Form(TUCKER, 16, outer=16), Form(TUCKER, 64, outer=64)]
     points = tuple(Point(form, 0.1, price(layer, form)) for form in (Form(DENSE), *forms))
-    left = [point.form for point in _without(ErrorCurve(layer, points), Form(TUCKER, 48, outer=48))]
+    left = [point.form for point in points if _stays([layer], Form(TUCKER, 48, outer=48))(point)]
     assert left == [Form(DENSE), Form(SPATIAL, 16), Form(SPATIAL, 64), Form(TUCKER, 16, outer=16)]
 
 

@@ -20,10 +20,10 @@ from onnx_lrsd.work_dir import KEEP_NOTHING, Keep
 from onnx_lrsd.workers import IN_PROCESS, Workers
 
 ORIGINAL, LOW_RANK, INT8, BOTH = "original", "low rank", "int8", "both"
-"""What was done to a model."""
+"""What was done to a model: the steps of a ``Fitted``."""
 
 MODELS_KEPT = 3
-"""Fitted models that are kept: a search takes one of the last that it tried."""
+"""Fitted models that are kept: a search ends with one of those it tried last."""
 
 CLASSES = (onnx.ModelProto, Codes, Entries, Factors, Form, Packed, Pattern)
 """What a fit is made of, to be kept between runs."""
@@ -36,10 +36,10 @@ Clock: TypeAlias = Callable[[str], AbstractContextManager[None]]
 class Fitted:
     """A fitted model and its factors by layer.
 
-    ``step`` says what was done to it. ``alternatives`` makes the models with one of two steps, among which
-    the fastest is to be found; there are none where one step was taken. ``nodes`` counts those in int8;
-    ``left`` are those in float, with the relative error of the outputs that each would cause in int8.
-    ``notes`` go to the user if the model is kept.
+    ``step`` says what was done to it. Where that is BOTH, ``alternatives`` makes the models with either step
+    alone, as one of these may be the fastest. ``nodes`` counts the nodes in int8; ``left`` are those that
+    stayed in float, with the relative error of the outputs that each alone causes in int8. ``notes`` go to
+    the user if the model is kept.
     """
 
     step: str
@@ -68,8 +68,9 @@ class Fitter(Protocol):
 class LowRankFitter:
     """Fits low rank and sparse weights, nothing else.
 
-    ``narrower`` holds what forms are fitted in, ``original`` is what comes back where there are none. Without
-    ``calibration`` the weights alone decide. With ``scratch`` new weights and factors lie in such files.
+    ``narrower`` cuts channels before the layers are fitted. ``original`` is given back where there are no
+    forms. Without ``calibration`` the weights alone decide. With ``scratch`` new weights and factors lie in
+    such files.
     """
 
     original: Model
@@ -98,6 +99,7 @@ class LowRankFitter:
         return Fitted(step=LOW_RANK, model=replace(self.narrower.model, proto=proto), factors=factors)
 
     def _kept(self, forms: Mapping[str, Form]) -> tuple[onnx.ModelProto, Mapping[str, Factors]]:
+        """What is kept between runs: the rewritten model and the factors by layer."""
         model, factors = self._fitted(self.narrower, forms)
         return model.proto, factors
 
@@ -118,7 +120,7 @@ class LowRankFitter:
 
 @dataclass(frozen=True)
 class KeepingFitter:
-    """Keeps the last models that ``fitter`` made, so that what a search has fitted is not fitted again."""
+    """Keeps the last models that ``fitter`` made, so what a search has fitted is not fitted again."""
 
     fitter: Fitter
     kept: dict[frozenset[tuple[str, Form]], Fitted] = field(default_factory=dict)

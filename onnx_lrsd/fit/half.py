@@ -14,7 +14,7 @@ from onnx_lrsd.types import Form
 
 @dataclass(frozen=True)
 class HalfFitter:
-    """Writes what ``plain`` fits in half precision, so that what is verified is what is handed out."""
+    """Writes what ``plain`` fits in half precision, so what is verified is what is handed out."""
 
     plain: Fitter
     warn: Callable[[str], None]

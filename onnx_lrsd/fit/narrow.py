@@ -1,4 +1,4 @@
-"""Narrower networks: channels between layers are cut, and the layers that read them fitted to what is left.
+"""Narrower networks: channels between layers are cut, and the layers that read them are fitted to the others.
 
 The channels are chosen in the original network, where their readers can do without them best; a narrower
 network is then fitted in graph order like any other, to the outputs of the original.
@@ -29,7 +29,7 @@ from onnx_lrsd.types import DENSE, WIDTH, Declined, Factors, Form, Layer, Moment
 _Positions = npt.NDArray[np.int64]
 
 MOST_LAYERS = 6
-"""Layers that a pair has, at most: a stream that a whole network adds to is none."""
+"""Layers that a pair has, at most: a residual stream that a whole network adds to is left alone."""
 FEWEST_CHANNELS = 32
 """Channels that a pair must have before any of them are worth cutting."""
 NARROWEST = 8
@@ -41,7 +41,8 @@ class Inner:
     """The channels of a pair, and in which order the layers that read them can do without them.
 
     Where rows were given, the errors of the widths are those on rows that the readers were not fitted to.
-    With ``bases`` these are channels of heads in other bases, in which the network is before it is cut.
+    With ``bases`` the channels are those of attention heads in other bases: the network is written in these
+    before it is cut.
     """
 
     pair: Pair
@@ -51,10 +52,10 @@ class Inner:
 
 @dataclass(frozen=True, kw_only=True)
 class Narrowed:
-    """A narrower network; ``layers`` are in graph order, and those that are cut know what they were.
+    """A narrower network; ``layers`` are in graph order, and those that were cut know their ``full`` size.
 
-    ``readers`` are the layers that read fewer channels, to be fitted to what these are; without
-    ``calibration`` the weights alone decide.
+    ``readers`` are the layers that read fewer channels and have to be refitted. Without ``calibration`` the
+    weights alone decide.
     """
 
     model: Model
@@ -89,7 +90,7 @@ class Narrower:
                 model=self.model, layers=self.layers, weight_of=self.weight_of, calibration=calibration
             )
         model, cut_layers = self.cut(forms)
-        left = {layer.output: _Left.of(layer, cuts) for layer in self.layers}
+        kept_of = {layer.output: _Kept.of(layer, cuts) for layer in self.layers}
         working = model.graph()
         now = {layer.output: layer for layer in cut_layers}
         by_output = {layer.output: layer for layer in self.layers}
@@ -98,17 +99,19 @@ class Narrower:
             for end in pair.consumers:
                 layer = by_output[end.output]
                 factors = fit_width(self.problem(layer, keys), columns(layer, end), kept)
-                split(working, now[end.output], left[end.output].cut_outputs(layer, factors))
+                split(working, now[end.output], kept_of[end.output].cut_outputs(layer, factors))
                 model.put_aside(working)
         model = model.splice(working)
         working = model.graph()
         found = {layer.output: layer for layer in find_layers(working)[0]}  # weights have other names now
-        layers = tuple(left[layer.output].of_layer(layer, found.get(layer.output)) for layer in self.layers)
+        layers = tuple(kept_of[la.output].of_layer(la, found.get(la.output)) for la in self.layers)
+        if calibration is not None:
+            calibration = self._calibration(calibration, layers, kept_of, keys)
         return Narrowed(
             model=model,
             layers=layers,
             weight_of=partial(read_weight, working),
-            calibration=None if calibration is None else self._calibration(calibration, layers, left, keys),
+            calibration=calibration,
             readers=frozenset(end.output for pair, _ in cuts for end in pair.consumers),
         )
 
@@ -125,7 +128,7 @@ class Narrower:
         cut(working, cuts)
         model = self.model.splice(working)
         found = {layer.output: layer for layer in find_layers(model.graph())[0]}
-        return model, tuple(_Left.of(la, cuts).of_layer(la, found.get(la.output)) for la in self.layers)
+        return model, tuple(_Kept.of(la, cuts).of_layer(la, found.get(la.output)) for la in self.layers)
 
     def _cuts(self, forms: Mapping[str, Form]) -> list[tuple[Pair, tuple[int, ...]]]:
         """The pairs that ``forms`` cuts, and the channels that they keep."""
@@ -137,7 +140,7 @@ class Narrower:
 
     def left(self, layer: Layer, widths: Mapping[str, int]) -> tuple[_Positions, _Positions]:
         """The rows and columns of W that ``layer`` keeps where pairs have these widths."""
-        found = _Left.of(layer, self._cuts({key: Form(WIDTH, width) for key, width in widths.items()}))
+        found = _Kept.of(layer, self._cuts({key: Form(WIDTH, width) for key, width in widths.items()}))
         return found.outputs, found.inputs
 
     def problem(self, layer: Layer, cuts: Iterable[str] = ()) -> Problem:
@@ -150,7 +153,7 @@ class Narrower:
         return posed
 
     def _turns(self, layer: Layer, cuts: Iterable[str], *, giving: bool) -> list[tuple[_Positions, Bases]]:
-        """The rows of W that ``layer`` gives in other bases where these pairs are cut, or the columns."""
+        """Rows of W of ``layer`` (columns, if not ``giving``) that these pairs turn, and the bases."""
         found = []
         for inner in (self.inner[key] for key in cuts):
             if inner.bases is None:
@@ -166,9 +169,10 @@ class Narrower:
         return tuple(layer for layer in self.layers if layer.output in outputs)
 
     def masked(self, key: str, width: int) -> dict[str, Factors]:
-        """What a pair's readers are at that width, by output, with zeros where they read what is gone.
+        """The readers of a pair at that width, by output, in the original network.
 
-        They give the same as in the narrower network, of which nothing else has to be made.
+        They have weights of zero for the channels that are cut, so they give the same as in the narrower
+        network, which need not be made.
         """
         pair, kept = self.inner[key].pair, self.inner[key].widths.kept(width)
         ends = {end.output: end for end in pair.consumers}
@@ -179,46 +183,47 @@ class Narrower:
         return found
 
     def _calibration(
-        self, known: Calibration, layers: tuple[Layer, ...], left: Mapping[str, _Left], cuts: Sequence[str]
+        self, known: Calibration, layers: tuple[Layer, ...], kept: Mapping[str, _Kept], cuts: Sequence[str]
     ) -> Calibration:
-        """What the original network taught, of the outputs and inputs that the layers keep."""
+        """What the original network taught, for the outputs and inputs that the layers keep."""
         of_cut = {layer.output for layer in layers if layer.full is not None} & known.kept.keys()
         by_name = {layer.output: layer for layer in self.layers}
 
-        def gave(name: str) -> Rows:
+        def kept_outputs(name: str) -> Rows:
             if name not in of_cut:
                 return known.kept[name]
             found = original_outputs(by_name[name], known, self.weight_of)
             for at, bases in self._turns(by_name[name], cuts, giving=True):
                 found = turned(found, at, bases)
-            return found[:, left[name].outputs]
+            return found[:, kept[name].outputs]
 
-        def read(name: str) -> Rows:
+        def kept_inputs(name: str) -> Rows:
             found = known.inputs[name]
             if name in of_cut:
                 for at, bases in self._turns(by_name[name], cuts, giving=False):
                     found = turned(found, at, bases)
-                found = found[:, left[name].inputs]
+                found = found[:, kept[name].inputs]
             return np.ascontiguousarray(found)
 
         return replace(
             known,
             layers=layers,
-            kept=made_for_each(known.kept, gave),
+            kept=made_for_each(known.kept, kept_outputs),
             by_inputs=known.by_inputs - of_cut,
-            inputs=made_for_each(known.inputs, read),
+            inputs=made_for_each(known.inputs, kept_inputs),
         )
 
 
 @dataclass(frozen=True)
-class _Left:
-    """The rows ``outputs`` and the columns ``inputs`` of W that a layer keeps, ascending."""
+class _Kept:
+    """The rows ``outputs`` (k,) and the columns ``inputs`` (k,) of W that a layer keeps, ascending."""
 
     outputs: _Positions
     inputs: _Positions
 
     @staticmethod
-    def of(layer: Layer, cuts: Sequence[tuple[Pair, Sequence[int]]]) -> _Left:
+    def of(layer: Layer, cuts: Sequence[tuple[Pair, Sequence[int]]]) -> _Kept:
+        """What ``layer`` keeps under ``cuts``, pairs with the channels that stay."""
         outputs, inputs = np.ones(layer.n, dtype=bool), np.ones(layer.m, dtype=bool)
         for pair, kept in cuts:
             gone = np.setdiff1d(np.arange(pair.channels), np.asarray(kept))
@@ -228,12 +233,12 @@ class _Left:
             for end in pair.consumers:
                 if end.output == layer.output:
                     inputs[columns(layer, end)[gone]] = False
-        return _Left(np.flatnonzero(outputs), np.flatnonzero(inputs))
+        return _Kept(np.flatnonzero(outputs), np.flatnonzero(inputs))
 
     def of_layer(self, layer: Layer, found: Layer | None) -> Layer:
         """``found``, which is ``layer`` in the narrower network, with what is known of the original one.
 
-        A constant is no layer there, and as it was: no pair that is cut has one in between.
+        A constant is not found as a layer there. It is the same as before: cuts change none of them.
         """
         if found is None:
             assert layer.constant
@@ -260,7 +265,7 @@ class _Left:
 
 
 def _in_place(layer: Layer, factors: Factors, turns: Iterable[tuple[_Positions, Bases]]) -> Factors:
-    """A dense weight of some inputs, as one of all that the layer has, which ``turns`` do not turn."""
+    """``factors``, a dense weight of some inputs, as one of all inputs of ``layer``; ``turns`` are undone."""
     assert factors.sparse is not None
     weight = np.zeros((layer.n, layer.m))
     weight[:, list(factors.channels)] = factors.sparse
@@ -289,7 +294,7 @@ def rows(layer: Layer, end: End) -> _Positions:
 
 
 def narrow_layer(layer: Layer, widths: Mapping[str, int], pairs: Mapping[str, Pair]) -> Layer:
-    """``layer`` with the channels that are left where pairs keep so many, for what it costs."""
+    """``layer`` as it is where ``pairs`` are cut to ``widths``, by key; enough to tell what it costs."""
     outputs, channels = layer.output_channels, layer.channels
     for key, kept in widths.items():
         pair = pairs[key]
@@ -305,10 +310,10 @@ def narrow_layer(layer: Layer, widths: Mapping[str, int], pairs: Mapping[str, Pa
 def planned_pairs(
     pairs: Sequence[Pair], layers: set[str], excluded: set[str]
 ) -> tuple[dict[str, Pair], dict[str, str]]:
-    """The pairs that are worth planning, by key, and why others are left whole, by what gives their channels.
+    """The pairs that are worth planning, by key, and why others stay whole, by the layers that give channels.
 
-    All that read a pair are layers, and there are few of these. A layer gives the channels of one pair at
-    most, and reads those of one. Those ``excluded`` stay as they are.
+    Only ``layers`` read a pair that is planned, and few of them. A layer gives the channels of one pair at
+    most, and reads those of one. No pair is planned whose channels a layer in ``excluded`` gives.
     """
     found: dict[str, Pair] = {}
     reasons: dict[str, str] = {}
@@ -337,9 +342,9 @@ def planned_pairs(
 def left_whole(
     stay: Sequence[Declined], unplanned: Mapping[str, str], layers: Sequence[Layer]
 ) -> tuple[Declined, ...]:
-    """Those of ``layers`` all of whose channels stay: what ``find_pairs`` declined and what is ``unplanned``.
+    """Why the channels of ``layers`` stay: those that ``find_pairs`` declined, and those ``unplanned``.
 
-    ``unplanned`` are reasons by the tensor that carries the channels.
+    ``stay`` is what ``find_pairs`` declined; ``unplanned`` are reasons by the output of the layer.
     """
     names = {layer.name for layer in layers}
     of_layers = [entry for entry in stay if entry.name in names]
@@ -366,9 +371,10 @@ def key_of(pair: Pair) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class OrderTask:
-    """A pair and the layers that read it, for a worker: W and b, moments and rows of inputs by output.
+    """A pair and the layers that read it, for a worker.
 
-    The rows judge the errors of the widths; a layer without them has those of the damped metric.
+    By the output of each: ``affine``, W (n, m) and b (n,), ``moments`` of its inputs, and ``rows`` (count, m)
+    of these that judge the errors of the widths. A layer without rows has the errors of the damped metric.
     """
 
     pair: Pair

@@ -1,17 +1,17 @@
 """Fit the chosen forms in graph order, each layer for the inputs it will really see.
 
-A layer behind rewritten layers gets other inputs than in the original network. It is fitted to give
-the *original* outputs on those inputs (asymmetric reconstruction; Zhang, Zou, He, Sun, TPAMI 2016),
-so that errors do not pile up; where a rectifier follows, what it cuts off need not be right, and an
-error counts by what the layers that read it make of it. Layers that stay dense behind them are refitted in
-the same way, if the samples hold rows enough. Layers are taken in a bounded number of stages, with one run of
-the rewritten network before each, which starts where what is settled ends. Constants that are the weight of
-no layer are rounded first, so that the layers behind make good what they can of it.
+A layer behind rewritten layers gets other inputs than in the original network. It is fitted to give the
+*original* outputs on those inputs (asymmetric reconstruction; Zhang, Zou, He, Sun, TPAMI 2016), so errors do
+not pile up. Where a rectifier follows, errors that it cuts off do not count, and an error of the outputs is
+weighted by what the layers that read them make of it. Layers that stay dense behind rewritten ones are
+refitted in the same way, if the samples hold rows enough. Layers are taken in a bounded number of stages.
+Before each stage the rewritten network is run once, from the point up to which nothing changes any more.
+Constants that are the weight of no layer are rounded first, so the layers behind them can compensate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -42,13 +42,13 @@ from onnx_lrsd.workers import IN_PROCESS, Workers
 STAGES = 32
 """Runs of the network, at most."""
 ROWS_TO_REFIT, PULL = 12, 8.0
-"""Rows for each input that the samples must hold for a dense layer to be refitted, and the ridge that holds
-it to the weight it has: so many times as strong as for factors, which have to move. Both were found on
-samples kept apart (results/parts.md)."""
+"""Rows for each input that the samples must hold for a dense layer to be refitted; and how many times as
+strong as for factors the ridge is that holds it to the weight it has. Both were found on samples kept apart
+(results/parts.md)."""
 TOUCHED = 1e-6
-"""Relative error from which a dense layer is one that rewritten layers reach."""
+"""Relative error of a dense layer with its old weight from which it is refitted: its inputs have changed."""
 MOST_OUTPUTS = 4096
-"""Outputs of a layer up to which the errors of them are weighed against each other."""
+"""Outputs of a layer, at most, whose errors are weighted by its readers: the metric of outputs is (n, n)."""
 
 
 def reconstruct(
@@ -63,46 +63,31 @@ def reconstruct(
     progress: Progress | None = None,
     workers: Workers = IN_PROCESS,
 ) -> tuple[Model, dict[str, Factors]]:
-    """The model with every layer in ``forms`` rewritten, and the factors by layer name.
+    """The model with every layer in ``forms`` rewritten, and the factors by ``Layer.output``.
 
-    ``layers`` are in graph order. Without ``calibration`` the weights alone decide. A layer that was
-    refitted alone has factors of a dense form; those in ``refitted`` are in any case, their bias alone where
+    ``layers`` are in graph order. Without ``calibration`` the weights alone decide. A layer that stays dense
+    and was refitted has factors of a dense form. Those in ``refitted`` always are, or their bias alone where
     the samples hold few rows. Layers that apply one weight in one form are fitted once, to the inputs of all,
     where the first of them stands; what they have in common is stored once.
     """
     working = model.graph()
-    constants = [layer for layer in layers if layer.output in forms and layer.constant]
     changed = {*forms, *refitted}
     chosen = [layer for layer in layers if layer.output in changed and not layer.constant]
     # Where outputs are sums of rows a rectifier does not act on rows.
     limits = rectifiers(working, [layer.output for layer in chosen if layer.rows_per_bias == 1])
-    read = consumers(working, chosen, layers)
+    tasks = _Tasks(
+        forms=forms,
+        refitted=refitted,
+        weight_of=weight_of,
+        calibration=calibration,
+        readings=consumers(working, chosen, layers),
+        limits=limits,
+        device=device,
+    )
     if calibration is not None:
         chosen = _with_dense(working, layers, changed, weight_of, calibration)
-
-    def task_of(
-        layer: Layer, moments: Mapping[str, Moments], pairs: Mapping[str, tuple[Rows, Rows]]
-    ) -> FitTask:
-        form, name = forms.get(layer.output), layer.output
-        return FitTask(
-            layer=layer,
-            affine=weight_of(layer),
-            moments=moments.get(name),
-            form=form,
-            refitted=name in refitted,
-            bias_alone=calibration is None or not _rows_enough(layer, calibration),
-            outputs=None if form is None else _output_metric(layer, read.get(name, ()), weight_of),
-            pairs=pairs.get(name),
-            limits=limits.get(name),
-            device=device,
-        )
-
-    fitted: dict[str, Factors] = {}
-    for constant in constants:
-        rounded = decompose(pose(constant, *weight_of(constant), None, device), forms[constant.output])
-        fitted[constant.output] = rounded
-        split(working, constant, rounded)
-    rewritten, done = model.splice(working) if constants else model, 0
+    fitted = _round_constants(working, layers, forms, weight_of, device)
+    rewritten, done = model.splice(working) if fitted else model, 0
     relay = Relay(most_held(model))
     units = _units(chosen, forms)
     waiting = [layer for unit in units for layer in unit]
@@ -115,16 +100,7 @@ def reconstruct(
             here = [layer for unit in stage for layer in unit]
             later = waiting[done:]
             moments, pairs = recalibrate(rewritten, here, calibration, weight_of, behind, relay, later)
-        single = [unit[0] for unit in stage if len(unit) == 1]
-        tasks = partial(_task_at, single, partial(task_of, moments=moments, pairs=pairs))
-        fits = workers.map(fit_alone, tasks, len(single), store=partial(_aside, scratch=model.aside))
-        made = dict(zip((layer.output for layer in single), fits, strict=True))
-        for unit in stage:
-            if len(unit) > 1:
-                shared = fit_shared(unit, forms[unit[0].output], weight_of, moments, device)
-                found = {name: _aside(one, model.aside) for name, one in shared.items()}
-            else:
-                found = {unit[0].output: made[unit[0].output]}
+        for unit, found in _fit_stage(stage, tasks, moments, pairs, workers, model.aside):
             stored: Stored | None = {} if len(unit) > 1 else None
             for layer in unit:
                 factors = found[layer.output]
@@ -141,8 +117,88 @@ def reconstruct(
     return rewritten, fitted
 
 
+def _round_constants(
+    working: WorkingGraph,
+    layers: Sequence[Layer],
+    forms: Mapping[str, Form],
+    weight_of: WeightOf,
+    device: str,
+) -> dict[str, Factors]:
+    """Write the constants among ``layers`` in codes; returns these by output."""
+    rounded: dict[str, Factors] = {}
+    for constant in layers:
+        if constant.output in forms and constant.constant:
+            problem = pose(constant, *weight_of(constant), None, device)
+            rounded[constant.output] = decompose(problem, forms[constant.output])
+            split(working, constant, rounded[constant.output])
+    return rounded
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tasks:
+    """What the fits of all stages have in common.
+
+    By ``Layer.output``: ``readings``, the layers that read a layer, and the ``limits`` of the rectifier
+    behind it. The rest is as in ``reconstruct``.
+    """
+
+    forms: Mapping[str, Form]
+    refitted: Collection[str]
+    weight_of: WeightOf
+    calibration: Calibration | None
+    readings: Mapping[str, Sequence[Reading]]
+    limits: Mapping[str, tuple[float, float]]
+    device: str
+
+    def of(
+        self, layer: Layer, moments: Mapping[str, Moments], pairs: Mapping[str, tuple[Rows, Rows]]
+    ) -> FitTask:
+        """The task for ``layer``, from what its stage has seen."""
+        form, name = self.forms.get(layer.output), layer.output
+        outputs = None
+        if form is not None:
+            outputs = _output_metric(layer, self.readings.get(name, ()), self.weight_of)
+        return FitTask(
+            layer=layer,
+            affine=self.weight_of(layer),
+            moments=moments.get(name),
+            form=form,
+            refitted=name in self.refitted,
+            bias_alone=self.calibration is None or not _rows_enough(layer, self.calibration),
+            outputs=outputs,
+            pairs=pairs.get(name),
+            limits=self.limits.get(name),
+            device=self.device,
+        )
+
+
+def _fit_stage(
+    stage: Sequence[tuple[Layer, ...]],
+    tasks: _Tasks,
+    moments: Mapping[str, Moments],
+    pairs: Mapping[str, tuple[Rows, Rows]],
+    workers: Workers,
+    scratch: Scratch | None,
+) -> Iterator[tuple[tuple[Layer, ...], Mapping[str, Factors | None]]]:
+    """Each unit of a stage with the factors of its layers, by output; None for one that stays as it is."""
+    alone = [unit[0] for unit in stage if len(unit) == 1]
+
+    def task_at(index: int) -> FitTask:
+        return tasks.of(alone[index], moments, pairs)
+
+    fits = workers.map(fit_alone, task_at, len(alone), store=partial(_aside, scratch=scratch))
+    fitted_alone = dict(zip((layer.output for layer in alone), fits, strict=True))
+    for unit in stage:
+        first = unit[0].output
+        if len(unit) == 1:
+            yield unit, {first: fitted_alone[first]}
+        else:
+            shared = fit_shared(unit, tasks.forms[first], tasks.weight_of, moments, tasks.device)
+            yield unit, {name: _aside(factors, scratch) for name, factors in shared.items()}
+
+
 def _aside(factors: Factors | None, scratch: Scratch | None) -> Factors | None:
-    """``factors`` that lie in ``scratch``, if there is one and they are not in codes, which are few bytes."""
+    """``factors`` with their arrays in ``scratch``, if there is one. Codes stay in memory: they are small."""
     if factors is None or scratch is None:
         return factors
     kernels = tuple(scratch.put(np.asarray(kernel)).read() for kernel in factors.kernels)
@@ -169,11 +225,12 @@ def biases_added(layers: Sequence[Layer], factors: Mapping[str, Factors], weight
 
 @dataclass(frozen=True, kw_only=True)
 class FitTask:
-    """A layer to fit alone, for a worker: W and b, moments of its inputs, and its form, None for a dense one.
+    """A layer that shares its fit with no other, for a worker.
 
-    A dense layer is ``refitted`` in any case, by its ``bias_alone`` where rows are few, or if what comes
-    before it reaches it. ``outputs`` is what an error of its outputs counts; ``pairs`` are rows of inputs and
-    outputs, where a rectifier with these ``limits`` follows.
+    ``affine`` is W (n, m) and b (n,), ``moments`` are those of its inputs; ``form`` is None where it stays
+    dense. It is then refitted if its inputs have changed, or in any case if ``refitted``: only its bias if
+    ``bias_alone``, as rows are few. ``outputs`` (n, n) is the metric of its outputs. ``pairs`` are rows of
+    inputs (count, m) and outputs (count, n), where a rectifier with these ``limits`` follows.
     """
 
     layer: Layer
@@ -189,7 +246,7 @@ class FitTask:
 
 
 def fit_alone(task: FitTask) -> Factors | None:
-    """Factors of the layer of a task; None where it stays dense and nothing reaches it."""
+    """Factors of the layer of a task; None where it stays dense and its inputs have not changed."""
     (weight, bias), layer, device = task.affine, task.layer, task.device
     if task.form is None and task.refitted:
         problem = pose(layer, weight, bias, task.moments, device)
@@ -205,12 +262,8 @@ def fit_alone(task: FitTask) -> Factors | None:
     return decompose(problem, task.form, rectified=_rectified(task, problem))
 
 
-def _task_at(layers: Sequence[Layer], task_of: Callable[[Layer], FitTask], index: int) -> FitTask:
-    return task_of(layers[index])
-
-
 def _rectified(task: FitTask, problem: Problem) -> Rectified | None:
-    """What the rectifier behind a layer lets pass, if there is one."""
+    """The rectifier behind the layer of a task, with rows to refine the fit on; None where there is none."""
     if task.pairs is None or task.limits is None:
         return None
     low, high = (problem.scale * limit for limit in task.limits)
@@ -218,7 +271,7 @@ def _rectified(task: FitTask, problem: Problem) -> Rectified | None:
 
 
 def _rows_enough(layer: Layer, calibration: Calibration) -> bool:
-    """Whether the samples hold rows enough for a dense weight; with fewer it fits these and no others."""
+    """Whether the samples hold rows enough to refit a dense weight; with fewer it would be overfitted."""
     samples = calibration.samples
     return layer.positions * samples.count * samples.filled >= ROWS_TO_REFIT * layer.m
 
@@ -230,10 +283,10 @@ def _with_dense(
     weight_of: WeightOf,
     calibration: Calibration,
 ) -> list[Layer]:
-    """The layers that are ``changed``, and those behind the first of them that may be refitted.
+    """The layers that are ``changed``, and the dense ones behind the first of them that may be refitted.
 
-    These have a weight of their own, for which the samples hold rows enough, and a place for a bias.
-    Constants, which come before all layers, are not among them.
+    Such a layer has a weight of its own, rows enough in the samples, and a bias or an input for one.
+    Constants are left out: they come before all layers.
     """
     tensors, found = working.tensors(), list[Layer]()
 
@@ -254,7 +307,7 @@ def _with_dense(
 
 
 def _output_metric(layer: Layer, read: Sequence[Reading], weight_of: WeightOf) -> Values | None:
-    """What an error of the outputs of ``layer`` counts, by the layers that read them; None if unknown."""
+    """The metric (n, n) of the outputs of ``layer``, from the layers that read them; None if unknown."""
     if not read or layer.n > MOST_OUTPUTS:
         return None
     weights = []
@@ -268,13 +321,14 @@ def _output_metric(layer: Layer, read: Sequence[Reading], weight_of: WeightOf) -
 
 
 def _branched(factors: Factors) -> bool:
+    """Whether there is a sum of factors and S."""
     return factors.sparse is not None and bool(factors.kernels)
 
 
 def _units(layers: Sequence[Layer], forms: Mapping[str, Form]) -> list[tuple[Layer, ...]]:
-    """``layers``, those together that apply one weight in one form: where the first of them stands.
+    """``layers`` in units: those that apply one weight in one form are one, where the first of them stands.
 
-    There the inputs of all are known as the layers before the first one leave them.
+    They are fitted there, to inputs that only the layers before the first one have changed.
     """
     units = dict[object, list[Layer]]()
     for layer in layers:

@@ -1,8 +1,8 @@
-"""Changed copies of a network run on the same samples, each from where its change begins.
+"""Changed copies of a network, run on the same samples, each from where its change begins.
 
 Up to a changed layer the activations are those of the original network: they are computed once and kept,
-batch by batch. Changes are taken in blocks, in the order of the graph. Of a copy only the part up to where
-the next block begins is opened anew; what follows is opened once for the block.
+batch by batch. Changes are taken in blocks, in the order of the graph. For each copy a session is opened only
+for the part up to where the next block begins; one session of the part behind it serves the whole block.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def resumed(
 ) -> Iterator[Rest]:
     """For each of ``changing`` the rest of ``model`` from where it begins to change.
 
-    ``changing`` are names of tensors: what a layer gives and the weight it reads, in the order of the graph.
-    At most ``most`` bytes of activations are kept for a block, by default as many as the model says; where
-    those of one are more, its copies start where the last one did.
+    ``changing`` has for each copy names of tensors, such as what a layer gives and the weight it reads, in
+    the order of the graph. At most ``most`` bytes of activations are kept for a block, by default as many as
+    the model allows; where a block would need more, its copies start where those of the block before did.
     """
     most = most_held(model) if most is None else most
     feeds = list(samples.batches(batch_to_run(samples)))
@@ -70,7 +70,10 @@ class _Block:
         self._ahead: list[str] = []
 
     def follow(self, ahead: Sequence[str], most: int) -> Held | None:
-        """The tensors ``ahead``, where later blocks begin; None where they are no arrays or too many."""
+        """The values of the tensors ``ahead``, where later blocks begin.
+
+        None where they take more than ``most`` bytes, or one is no array.
+        """
         known, computed = self.held[0].keys(), [name for name in ahead if name not in self.held[0]]
         session = self._open(self.source, computed, self.held) if computed else None
         found, total = Held(), 0
@@ -118,7 +121,7 @@ class _Block:
 class Rest:
     """The rest of a network from where the tensors ``names`` change.
 
-    ``alone``: up to where the next block begins they are all that changes.
+    ``alone``: all of them lie in front of the point where the next block begins.
     """
 
     block: _Block

@@ -1,7 +1,7 @@
-"""How far a layer's own output error moves the outputs of the network, measured without labels.
+"""How far an error of one layer's outputs moves the outputs of the network, measured without labels.
 
-Layer by layer, the error it makes in a reduced form is added to its weights in the original network, and
-final outputs are compared on a few dozen samples.
+One layer at a time is written in a reduced form in the original network, and the outputs of both networks are
+compared on a few dozen samples.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from onnx_lrsd.workers import one_ahead
 _FEWEST, _MOST_SAMPLES = 8, 32
 """Samples that are run once for every layer: enough to know a sensitivity within a fourth or so."""
 _RUNS = 2
-"""Inferences for each calibration sample, unless that leaves fewer than _FEWEST for a layer."""
+"""Runs of the network for each calibration sample, unless that leaves fewer than _FEWEST for a layer."""
 _LEAST, MOST = 1e-4, 1e5
 """Bounds of a sensitivity in units of the median: beyond them lie noise and outputs that are not finite.
 
@@ -75,15 +75,18 @@ def sensitivities(
     keep: Keep = KEEP_NOTHING,
     time: TimeLimit | None = None,
 ) -> dict[str, float]:
-    """Error of the model's outputs for each unit of relative error of a layer in ``forms``, by layer name.
+    """Error of the model's outputs per unit of relative error of a layer in ``forms``, by ``Layer.output``.
 
-    For a pair, by its key, the errors of the layers that read fewer channels add up.
+    For a pair, by its key, it is per unit of the errors of all layers that read fewer channels.
 
-    A group of channels of an output counts relative to its variance, scores of classes as logits without
-    their mean: a shift of all classes changes no probability, and saturated probabilities would leave a few
-    samples to decide everything. The group that moves most counts, of all outputs. Empty where no output is
-    a floating number, or nothing was lost. Layers whose form has single entries are left out, which take too
-    long to fit, but for those of few rows. Where ``time`` runs short, those not measured yet are left out.
+    The error of a group of channels of an output is relative to its variance; of all groups of all outputs
+    the one that moves most counts. Scores of classes are compared as logits without their mean: a shift of
+    all classes changes no probability, and saturated probabilities would leave a few samples to decide
+    everything.
+
+    Layers whose S has single entries take too long to fit and are left out, unless they have few rows. Those
+    that are not measured when ``time`` runs short are left out as well. The result is empty where no output
+    is a floating number, or nothing was lost.
     """
     probes = _probes(layers, forms, moments, narrower)
     of_layers = sum(probe.form.kind != WIDTH for probe in probes)
@@ -108,7 +111,7 @@ def sensitivities(
             time.leave_out(f"{counted(len(probes) - done, 'sensitivity', 'sensitivities')} of {len(probes)}")
             break
         fitted = next(fits)
-        # On the rows they were fitted to: these are also those by which it is seen what they move.
+        # The error on the rows that the fit saw: outputs are compared on the same samples.
         error = sum(factors.error for factors in fitted.values())
         if probe.form.kind != WIDTH:
             error /= len(fitted)
@@ -156,7 +159,8 @@ def _probes(
 def _injected(layer: Layer, form: Form | None, moments: Moments | None) -> Form | None:
     """The form whose error is injected to measure the sensitivity for ``form``; None where none is.
 
-    An S fitted to few rows has no error on these. On others it errs in all directions, as rounding does.
+    An S of free entries has no error on the few rows it was fitted to. On others its error has all
+    directions, like one of rounding, so a rounded weight takes its place.
     """
     if form is None or form.pattern.kind not in (N_OF_M, UNSTRUCTURED):
         return form

@@ -29,9 +29,9 @@ from onnx_lrsd.types import Feed, Layer, Price, Progress, Score
 
 TRIAL_SECONDS, COMPARE_SECONDS = 0.25, 4.0
 SCALES_ON = 32
-"""Samples that scales of outputs are looked at on, for all that is compared in one run."""
+"""Samples on which the groups of channels are found that all comparisons of a run judge by."""
 ENOUGH = 0.01
-"""A pair is timed no longer where the interval of its ratio is narrower: sessions differ by more."""
+"""Timing ends once the interval of the ratio is narrower than this: sessions differ by more."""
 BASELINE_BYTES = 256 << 20
 """Outputs of the original that are kept between the comparisons of a search, at most."""
 STARTS = 6
@@ -44,11 +44,11 @@ Classes = npt.NDArray[np.int64]
 Collect = Callable[[Mapping[str, Any], int], list[Any]]
 
 GROUPS = 20
-"""Parts of the samples that are left out in turn to learn how sure a user's score is."""
+"""Groups of samples that are left out in turn to estimate the variance of a user's score."""
 
 
 class Pace(NamedTuple):
-    """How many times faster, its 95 % interval, and the median milliseconds of both."""
+    """How many times faster the second model is, the 95 % interval, and median milliseconds of both."""
 
     ratio: float
     interval: tuple[float, float]
@@ -120,7 +120,9 @@ def compare(
     """
     _same_interface(before.proto, after.proto)
     labels = labels_for(metric, samples)
-    collect = None if labels is None else _classes if not callable(metric) else _whole
+    collect: Collect | None = None
+    if labels is not None:
+        collect = _whole if callable(metric) else _classes
     baseline = baseline or Baseline(before, samples, most=0)
     outputs, warnings, kept = _differences(baseline, after, collect, groups, progress)
     score = None
@@ -163,7 +165,7 @@ def time_pair(
 ) -> Pace:
     """How many times faster ``after`` runs on ``feed``; both find their external data in ``folder``.
 
-    With ``line`` all that matters is on which side of it that is.
+    With ``line`` it is enough to know whether the ratio is above it: timing ends once that is clear.
     """
     openers = (
         partial(open_session, proto, folder=folder, threads=threads, device=device)
@@ -173,7 +175,7 @@ def time_pair(
 
 
 def _clock(threads: int | None, device: str) -> Callable[[], float]:
-    """One that other work on the machine does not touch, for what runs in one thread of its own."""
+    """The clock to time sessions with: for one thread on a CPU it leaves out what other programs do."""
     return busy_clock() if threads == 1 and device == "cpu" else time.perf_counter
 
 
@@ -189,16 +191,16 @@ def _pace(
 ) -> Pace:
     """Time the two models that ``openers`` open, side by side.
 
-    Where its weights come to lie makes a session up to 5 % slower or faster for good. So both are
-    opened ``restarts`` times, in turns as the first: the median of what the starts give is the ratio,
-    and six of them span its interval (their median is outside with probability 2 / 2^6).
+    Where the weights of a session come to lie in memory makes it up to 5 % slower or faster for as long as it
+    is open. So both models are opened ``restarts`` times, each first in turn. The ratio is the median of
+    these; six of them span its interval (the true median lies outside with probability 2 / 2^6).
     """
     found: list[Pace] = []
     for start in range(restarts):
         sessions = {}
-        for which in (0, 1) if start % 2 == 0 else (1, 0):
-            session = openers[which]()
-            sessions[which] = session.timed(feed)
+        first = start % 2
+        for which in (first, 1 - first):
+            sessions[which] = openers[which]().timed(feed)
         rounds = 1 if restarts > 1 else FEWEST_ROUNDS
         old, new, ratio, interval = pair_latency(
             sessions[0],
@@ -215,14 +217,19 @@ def _pace(
     if restarts > 1:
         ratios = [pace.ratio for pace in found]
         interval = min(ratios), max(ratios)
-    old, new, ratio = (float(np.median([pace[i] for pace in found])) for i in (2, 3, 0))
-    return Pace(ratio, interval, old, new)
+    return Pace(
+        float(np.median([pace.ratio for pace in found])),
+        interval,
+        float(np.median([pace.before_ms for pace in found])),
+        float(np.median([pace.after_ms for pace in found])),
+    )
 
 
 def groups_on(model: Model, samples: Samples) -> GroupsOf:
     """The groups of channels that the outputs of ``model`` have on some of ``samples``.
 
-    Where scales are about as unlike as makes two groups, others of the samples may make one of them.
+    They are found once for all comparisons: where scales are just unlike enough for two groups, other samples
+    might give one.
     """
     session = open_model(model)
     samples = as_fed(samples, session.run).some(SCALES_ON)
@@ -307,7 +314,7 @@ def _differences(
 
 @contextmanager
 def _second() -> Iterator[None]:
-    """What fails here worked with the first model, so that the second is to blame."""
+    """Turn an error into one of the second model: the first did the same without."""
     try:
         yield
     except LrsdError as error:
@@ -334,6 +341,7 @@ def labels_for(metric: str | Score | None, samples: Samples) -> npt.NDArray[Any]
 
 
 def _whole(outputs: Mapping[str, Any], size: int) -> list[Mapping[str, Any]]:
+    """All outputs of a batch, for a user's own score."""
     return [outputs]
 
 
@@ -358,7 +366,7 @@ def _score(
 def _scored(
     score: Score, old: list[Feed], new: list[Feed], labels: npt.NDArray[Any], samples: Samples
 ) -> ScoreChange:
-    """The user's own score of both, and the 95 % interval of the difference.
+    """The user's own score of both models, and the 95 % interval of the difference.
 
     A function with a parameter ``inputs`` gets the samples, (count, ...) by name of the input. Where shapes
     differ from sample to sample, inputs or outputs come as a list of arrays without the axis of the batch.
@@ -380,7 +388,8 @@ def _scored(
         asks = "inputs" in inspect.signature(score).parameters
         whole = scored(one, np.arange(count)), scored(two, np.arange(count))
         order, groups = np.random.default_rng(0).permutation(count), min(GROUPS, count)
-        left_out = [difference(np.sort(np.delete(order, slice(g, None, groups)))) for g in range(groups)]
+        group = np.arange(count) % groups
+        left_out = [difference(np.sort(order[group != each])) for each in range(groups)]
     except Exception as error:  # the user's code may raise anything
         said = " ".join(str(error).split())[:200]
         raise DataError(f"The metric failed ({type(error).__name__}: {said}): mend its function.") from error
@@ -407,8 +416,8 @@ def _picked(values: Mapping[str, Any], rows: npt.NDArray[np.int64]) -> dict[str,
 def _top1(old: Classes, new: Classes, labels: npt.NDArray[Any]) -> ScoreChange:
     """Top-1 of both, and the 95 % interval of the difference, from the samples where only one is right.
 
-    Half a sample is added to each of the four cells of the paired table, so that a handful of samples,
-    or none, that differ does not give an interval without width.
+    Half a sample is added to each of the four cells of the paired table: the interval then has a width even
+    where hardly any sample differs, or none.
     Source: Agresti and Min, Statistics in Medicine 24 (2005), 729-740.
     """
     right, still = old == labels, new == labels

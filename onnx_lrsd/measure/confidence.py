@@ -13,15 +13,15 @@ _Floats = npt.NDArray[np.float64]
 TAIL = 0.025
 """Probability that the truth is above the interval, and below it."""
 RESAMPLES, MOST_UNITS = 1000, 256
-"""Resamples, and units that they are drawn from: more samples are put together in as many."""
+"""Resamples, and units they are drawn from, at most: of more samples several are summed to one unit."""
 _FEWEST = 8
-"""Units below which resamples say little: what is known of other models decides alone."""
+"""With fewer units resamples say little, and the supposed samples decide alone."""
 SUPPOSED, DEVIATION = 4, 1.0
-"""What is known before any sample is seen counts as much as this many, whose errors deviate by their mean."""
+"""What is known beforehand counts like so many samples, whose errors deviate so much relative to the mean."""
 WIDEST = 1.5
-"""The most by which resamples widen that."""
+"""Times that resamples may widen the interval which the deviations give, at most."""
 FLOOR = 0.2
-"""Least deviation of a resample, as a share of that of the samples: some draw one sample over and over."""
+"""Least deviation of a resample, as a share of that of the samples: some resamples repeat one sample."""
 
 
 def ratio_interval(above: _Floats, below: _Floats) -> tuple[float, float]:

@@ -110,13 +110,13 @@ def _as_read(proto: onnx.ModelProto) -> dict[str, str]:
             readers[name].append(node)
     given = {value.name for value in proto.graph.output}
     found = {}
-    for name in [name for name in readers if name not in given]:
-        if {node.op_type for node in readers[name]} == {"QuantizeLinear"}:
-            back = [
-                node for node in readers[readers[name][0].output[0]] if node.op_type == "DequantizeLinear"
-            ]
-            if back:
-                found[name] = back[0].output[0]
+    for name, nodes in readers.items():
+        if name in given or {node.op_type for node in nodes} != {"QuantizeLinear"}:
+            continue
+        behind = readers.get(nodes[0].output[0], [])
+        back = [node for node in behind if node.op_type == "DequantizeLinear"]
+        if back:
+            found[name] = back[0].output[0]
     return found
 
 

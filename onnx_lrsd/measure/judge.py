@@ -300,6 +300,10 @@ def _groups(
     positions: tuple[int, ...],
     sizes: Mapping[str, tuple[int, ...]],
 ) -> tuple[OutputGroup, ...]:
+    """The groups of one output: by the operands of its last Concat, or by scale along one axis.
+
+    It is one group where batches differ in shape, and where all of it are probabilities of one kind.
+    """
     activations = {part.activation for part in ending.parts}
     whole = OutputGroup(output=name, activation=activations.pop() if len(activations) == 1 else "")
     if not all(b.dtype.kind == "f" and b.shape[1:] == batches[0].shape[1:] for b in batches):
@@ -319,16 +323,14 @@ def _groups(
         return (whole,)
     if _sums_to_one(rows):
         return (OutputGroup(output=name, activation=SOFTMAX),)
-    cuts = [
-        (axis, found, gap)
-        for axis in range(1, rows.ndim)
-        for found, gap in [_by_scale(_deviations(rows, axis))]
-        if len(found) > 1
-    ]
-    if not cuts:
+    best_axis, best_ranges, widest = 0, list[Range](), 0.0
+    for axis in range(1, rows.ndim):
+        ranges, gap = _by_scale(_deviations(rows, axis))
+        if len(ranges) > 1 and gap > widest:
+            best_axis, best_ranges, widest = axis, ranges, gap
+    if not best_ranges:
         return (whole,)
-    axis, ranges, _ = max(cuts, key=lambda cut: cut[2])
-    return tuple(labelled(axis, (ends,), "", "") for ends in ranges)
+    return tuple(labelled(best_axis, (ends,), "", "") for ends in best_ranges)
 
 
 def _of_parts(
@@ -367,8 +369,9 @@ def _of_parts(
 def _labelled(
     output: str, own_axes: Sequence[int], axis: int, ranges: tuple[Range, ...], activation: str, made_by: str
 ) -> OutputGroup:
-    before = ":, " * own_axes[axis]
-    part = ", ".join(f"[{before}{start}:{stop}]" for start, stop in ranges)
+    before = [":"] * own_axes[axis]
+    slices = (", ".join([*before, f"{start}:{stop}"]) for start, stop in ranges)
+    part = ", ".join(f"[{each}]" for each in slices)
     return OutputGroup(
         output=output, axis=axis, ranges=ranges, activation=activation, part=part, made_by=made_by
     )
@@ -407,6 +410,7 @@ def _by_scale(deviations: Values) -> tuple[list[Range], float]:
 
 
 def _alike(one: float, other: float) -> bool:
+    """Whether two scales are of one kind; a scale of 0 is like any."""
     low, high = sorted((one, other))
     return high < UNLIKE * low if low > 0 else high < inf
 
@@ -419,6 +423,7 @@ def _sums_to_one(rows: Values) -> bool:
 
 
 def _joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
+    """``ranges``, ascending, with neighbours that touch made one."""
     found = [ranges[0]]
     for start, stop in ranges[1:]:
         if start == found[-1][1]:
@@ -429,5 +434,5 @@ def _joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
 
 
 def _short(tensor: str) -> str:
-    """What a person recognises of a tensor's name."""
+    """The part of a tensor's name that a person recognises."""
     return tensor.split("/")[-1].removesuffix("_output_0").removesuffix(":0")

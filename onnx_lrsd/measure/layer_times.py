@@ -29,7 +29,7 @@ LINKS, LINK_CHANNELS = 64, 16
 """Nodes of the longer chain that tells what a node takes beside its work, and their channels."""
 _FEED = {"x": np.ones((1, LINK_CHANNELS, 1, 1), np.float32)}
 LAYOUT = ("ReorderInput", "ReorderOutput")
-"""Nodes that a convolution needs when it is alone, and not among its like."""
+"""Nodes that a convolution needs when it is alone, but not between others of its kind."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Is a form really faster here? Each layer alone, before and after, timed side by side; then all together.
 
-Latency depends on shapes, so that the trial comes before the fit and a form that does not pay is never
+Latency depends on shapes, so the trial comes before the fit and a form that does not pay is never
 fitted. Factors are random, each layer's its own: with zeros, or the same for layers alike, a transformer
 looks faster by half than it then is (results/predicted_time.md).
 """
@@ -68,9 +68,9 @@ def speedups_within(
 ) -> dict[str, float]:
     """How many times faster each layer in ``forms`` gets within the whole model on one smallest batch.
 
-    What is fast alone may want another layout than its neighbours, or part what was fused. A layer's kernels
-    are summed before and after, wherever in the run they stand: its own, and those of channel-wise nodes that
-    read it, which may be fused into them on one side only. A layer without a kernel of its own has no ratio,
+    What is fast alone may want another layout than its neighbours, or separate nodes that were fused. The
+    seconds of a layer are those of all its kernels: its own, and those of channel-wise nodes that read it,
+    which may be fused with it in one of the models only. A layer without a kernel of its own has no ratio,
     nor has any of a model that is run part by part, or on a GPU, where no times of kernels are recorded.
     """
     if model.parted or model.device != "cpu":
@@ -106,8 +106,8 @@ def whole_speedup(
 ) -> float:
     """How many times faster the whole model gets with ``forms``, measured on one smallest batch.
 
-    Faster than with the forms ``over``, or than it came where none are given. The forms are those of layers
-    in ``rewritten_from``, a narrower network, if that is not the model itself.
+    It is compared with itself in the forms ``over``, or as it came where these are not given. With
+    ``rewritten_from``, a narrower network, ``forms`` are those of its layers.
     """
     before, after = (
         _rewritten(source, [layer for layer in layers if layer.output in each], each, whole=True)

@@ -33,7 +33,7 @@ def lower_hull(points: Sequence[Point], cost: CostOf) -> list[Point]:
 
 
 def _slope(cheap: Point, dear: Point, cost: CostOf) -> float:
-    """Error saved for each unit of cost between two points."""
+    """Error that the dearer of two points saves for each unit of cost."""
     return (cheap.error - dear.error) / max(cost(dear) - cost(cheap), 1e-12)
 
 
@@ -96,9 +96,9 @@ def spend(
     sensitivity: Mapping[str, float] | None = None,
     time: CostOf | None = None,
 ) -> dict[str, Point]:
-    """Spend ``slack`` of the budget, each time on the exchange that saves most error for its cost.
+    """Spend ``slack`` of the budget: time and again on the point that saves most error for its cost.
 
-    With ``time``, an exchange that takes nothing from the budget must not take time either.
+    With ``time``, a point that takes nothing from the budget must not take time either.
     """
     while True:
         best: tuple[float, str, Point] | None = None

@@ -33,21 +33,21 @@ MOST_ERROR = 0.5
 
 
 def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[ErrorCurve]:
-    """An error curve for each weight; what is left out of a curve is noted as the reason of its layers.
+    """An error curve for each weight. Where a curve has the dense form alone, the journal says why.
 
     Layers that apply one weight have one curve.
     """
     units = groups(known.layers)
     # Where time may run out, most is to be gained of the layers with most work.
     order = sorted(units, key=_work, reverse=True) if run.time.limited else units
-    found = [(layers, _often(run, known, layers)) for layers in order]
-    wanted = [(layers, often) for layers, often in found if often is not None]
+    found = [(layers, _deciding_layer(run, known, layers)) for layers in order]
+    wanted = [(layers, deciding) for layers, deciding in found if deciding is not None]
 
     def task_of(index: int) -> CurveTask:
-        layers, often = wanted[index]
+        layers, deciding = wanted[index]
         return _task(
             run,
-            layers=(often, *(layer for layer in layers if layer.output != often.output)),
+            layers=(deciding, *(layer for layer in layers if layer.output != deciding.output)),
             affine={layer.output: weight_of(layer) for layer in layers},
             moments={la.output: known.moments[la.output] for la in layers if la.output in known.moments},
         )
@@ -73,32 +73,33 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
     return curves
 
 
-def _often(run: Run, known: Calibration, layers: tuple[Layer, ...]) -> Layer | None:
-    """Of layers that apply one weight the one that decides which forms are worth trying for all.
+def _deciding_layer(run: Run, known: Calibration, layers: tuple[Layer, ...]) -> Layer | None:
+    """Of layers that apply one weight, the one that decides which forms are worth trying for all of them.
 
-    Speed decides: it is the one that runs most often. None where no form is, which is noted.
+    It is the one that runs most often, as speed counts. None where no form is worth trying; the journal then
+    says why.
     """
     names = [layer.output for layer in layers]
-    often = replace(max(layers, key=_positions), shares="", also_read=layers[0].also_read)
+    deciding = replace(max(layers, key=_positions), shares="", also_read=layers[0].also_read)
     moments = [known.moments[name] for name in names if name in known.moments]
     if layers[0].also_read and run.cost in STORED:
         reason = f"{layers[0].also_read} reads its weight as well, which would stay beside a smaller one"
         run.journal.leave(names, reason)
         return None
-    if not run.target.forms(often, run.options.forms or KINDS):
+    if not run.target.forms(deciding, run.options.forms or KINDS):
         run.journal.leave(names, NO_STORAGE if run.target.stores_codes else NO_FORM)
         return None
     if moments and not known.left_out.keys().isdisjoint(names) and not any(m.count for m in moments):
         run.journal.leave(names, "its input is not finite on the calibration data")
         return None
-    return often
+    return deciding
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurveTask:
     """The problem of layers that apply one weight, and what its errors depend on, for a worker.
 
-    ``affine`` has W and b, and ``moments`` those of the inputs, of each layer by its output.
+    By the output of each layer: ``affine``, W (n, m) and b (n,), and the ``moments`` of its inputs.
     """
 
     target: str
@@ -152,7 +153,7 @@ def _positions(layer: Layer) -> int:
 
 
 def point(target: Target, layers: Sequence[Layer], form: Form, error: float) -> Point:
-    """A form of layers that apply one weight: the ``error`` it makes and what it costs."""
+    """The point of a ``form`` that layers with one weight take, with its ``error`` and what it costs."""
     prices = [price(layer, form) for layer in layers]
     time = sum(target.predicted_time(layer, form) for layer in layers)
     return Point(form, error, sum(prices[1:], prices[0]), time)
@@ -171,4 +172,5 @@ def _with_seconds(curve: ErrorCurve, measured: LayerTimes) -> ErrorCurve:
 
 
 def _timed(point: Point, dense: float, seconds: float) -> Point:
+    """``point`` with seconds: the dense layer, predicted to take ``dense``, was measured at ``seconds``."""
     return replace(point, price=replace(point.price, seconds=seconds * point.time / dense))

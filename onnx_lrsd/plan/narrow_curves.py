@@ -1,4 +1,4 @@
-"""What pairs lose with fewer channels between their layers, and these layers in every form beside that."""
+"""Error curves of pairs with fewer channels between their layers, and of these layers in every form then."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from onnx_lrsd.wording import counted
 
 NO_PRICE = Price(0, 0, 0, 0.0)
 SHARES = 16
-"""Widths are tried in steps of so many parts of the channels."""
+"""Widths are tried in steps of one such part of the channels."""
 HEAD_MULTIPLE = 4
-"""Channels of a head are tried in steps of so many, which vectors hold."""
+"""Channels of a head are tried in multiples of this: so many fill a vector register."""
 GIVES, READS = 0, 1
 """The sides of a layer."""
 
 _Errors: TypeAlias = Mapping[tuple[str, int], Mapping[Form, float]]
-"""By the output of a layer and its side: errors of its forms at the middle one of the few widths there."""
+"""By a layer's output and the side that is cut: errors of its forms at the middle one of a few widths."""
 
 
 def pair_curves(
@@ -126,22 +126,22 @@ class _Between:
         return widths[len(widths) // 2] if widths else 0
 
     def kept(self, widths: KeptOf) -> dict[str, int]:
-        """The channels that the pairs keep, by key, where they are cut to ``widths``."""
+        """The channels that the pairs keep, by key, where ``widths`` (given, read) are cut."""
         ends = zip(self.pairs, widths, strict=True)
         return {pair.key: width for pair, width in ends if pair is not None and width}
 
     def left_out(self, side: int, width: int) -> float:
-        """The share of the channels left out at ``width``, in those left out at the middle one."""
+        """How many channels are left out at ``width``, relative to those left out at the middle width."""
         pair = self.pairs[side]
-        assert pair is not None  # who has no pair there has no width but 0
+        assert pair is not None  # without a pair 0 is the only width
         return (pair.channels - width) / (pair.channels - self.middle(side))
 
 
 def _worth_trying(run: Run, curve: ErrorCurve) -> tuple[str, ...]:
-    """The kinds of factors that are best for the layer as it is, at some price of what counts or of time.
+    """The kinds of factors that are best for the layer with all channels, at some price of cost or time.
 
-    In codes a narrower layer has no factors beside: curves of coded forms take most of a run, and the plans
-    with them lose as much (results/time.md).
+    None where a target stores codes: curves of coded forms take most of a run, and plans that combine them
+    with fewer channels lose as much (results/time.md).
     """
     if run.target.stores_codes:
         return ()
@@ -156,7 +156,10 @@ def _worth_trying(run: Run, curve: ErrorCurve) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class NarrowTask:
-    """The ``problem`` of a layer and the narrower ``layer``, with its outputs and inputs (None: all)."""
+    """The ``problem`` of a layer, and the narrower ``layer``, for a worker.
+
+    ``outputs`` (k,) and ``inputs`` (k,) are the rows and columns of W that it keeps (None: all).
+    """
 
     target: str
     machine: Machine | None
@@ -214,7 +217,10 @@ def _narrowed(narrower: Narrower, layer: Layer, kept: Mapping[str, int]) -> Laye
 def _narrow_points(
     run: Run, between: _Between, narrower: Narrower, errors: _Errors
 ) -> dict[tuple[str, KeptOf], tuple[Point, ...]]:
-    """The points of one layer for all widths on either side: dense, and with factors at a few of one side."""
+    """The points of one layer for all widths on either side.
+
+    It is dense in each, and also has factors where one side alone has one of a few widths.
+    """
     curve, layer, output = between.curve, between.curve.layer, between.curve.layer.output
     whole = curve.points[0]
     rate = None if whole.price.seconds is None or not whole.time else whole.price.seconds / whole.time
@@ -255,10 +261,10 @@ def _in_codes(run: Run, curve: ErrorCurve, small: Layer) -> list[Point]:
 
 
 def _interpolated(own: float | None, middle: float | None, left_out: float) -> float | None:
-    """The error of a form at a width, from that at all channels and that at the middle width.
+    """The error of a form at a width, from ``own``, that at all channels, and that at the ``middle`` width.
 
-    ``left_out`` is as ``_Between`` has it. Below the middle the error is that of the middle. Curves of every
-    width took most of the time of a run (results/time.md).
+    ``left_out`` is as in ``_Between``. Below the middle width the error is taken to be the same. None where
+    an error is not known. Curves of every width took most of the time of a run (results/time.md).
     """
     if middle is None or left_out >= 1:
         return middle

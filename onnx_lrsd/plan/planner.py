@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -45,31 +45,32 @@ from onnx_lrsd.types import (
 MUCH_CHEAPER = 0.75
 """Share of a slow form's MACs below which another of its kind may still be fast."""
 _ROUNDS = 6
-"""Allocations at most, each without the forms that the one before found to be no faster."""
+"""Allocations, at most: each leaves out the forms that were measured to be slow after the one before."""
 LOSES = 1.25
-"""How many times as much a plan may lose because it is predicted to be faster at the MACs asked for, or has
-fewer nodes."""
+"""How many times as much a plan may lose that is predicted to be faster at the MACs asked for, or has fewer
+nodes."""
 NEGLIGIBLE_ERROR = 1e-3
-"""Error that no other plan is fitted to avoid: channels that are cut bring more speed, and none is missed."""
+"""Output error of a plan with cut channels up to which none without cuts is fitted to be compared."""
 SURELY = 1.5
-"""A plan that is predicted to lose so many times as much is not fitted to be compared (results/time.md)."""
+"""A plan without cuts that is predicted to lose so many times as much is not fitted to be compared
+(results/time.md)."""
 AFFORDABLE = 2e11
-"""MACs of all samples to fit on up to which two plans are fitted: with more a second fit takes minutes."""
+"""MACs of all samples to fit on up to which a second plan may be fitted: with more it takes minutes."""
 MODERATE = 0.03
 """Relative error of a layer at which its sensitivity is measured first."""
 CLOSE = 1.5
 """A sensitivity holds for errors up to this factor apart: it is known within a fourth or so."""
 REPAIRED = 0.1
-"""Share of the error it inherits that the fit of a rewritten layer makes good (results/parts.md)."""
+"""Share of the error in its inputs for which the fit of a rewritten layer compensates (results/parts.md)."""
 SPARE, LAVISH = 1.01, 1.05
-"""A plan for latency is measured to be faster than asked by between these factors, so that it stays so."""
+"""A plan for latency is to be measured faster than asked for by between these factors, to be safe."""
 
 WHOLE_SECONDS = 3.0
 """How long the whole model is timed in a trial of a plan for latency."""
 
 SHORT = 5e-5
-"""Seconds below which a layer alone does not tell what it takes in the model: what a run takes beside it
-counts as well, and its weight stays in a cache that those of the whole model fill (results/decisions.md)."""
+"""Seconds of a layer below which its time alone does not tell its time in the model: what a run takes beside
+it counts as well, and alone its weight stays in a cache that the whole model fills (results/decisions.md)."""
 UNSURE = 0.85
 """A form of a short layer that is at least this many times as fast alone may gain within the model."""
 UNSURE_SECONDS = 1.0
@@ -100,7 +101,7 @@ class Planner:
         self.rest = max(self.whole - sum(self.cost(curve.points[0]) for curve in curves.layers), 0.0)
         self.times: dict[object, float] = {}
         self.gaining: dict[str, list[Form]] = {}
-        """Forms by layer that were unsure alone, and by which the whole model gained."""
+        """By layer, forms that seemed no faster alone but made the whole model faster."""
         keys = [*(curve.layer.output for curve in curves.layers), *(pair.key for pair in curves.pairs)]
         self.sensitivity = dict.fromkeys(keys, 1.0)
         self._joined: _Joined | None = None
@@ -109,31 +110,20 @@ class Planner:
         """Whether sensitivities were measured; until then all layers count alike."""
 
     def weigh(self, measure: Callable[[Forms], dict[str, float]]) -> None:
-        """Sensitivities of the layers: at a moderate error of each, then at the forms that these lead to.
+        """Measure sensitivities: at a moderate error of each layer, then at the forms that these lead to.
 
         The second time only layers are measured whose error is another than at first, and that have all their
-        channels. They are measured in the original network, where nothing is refitted; each layer that must
-        be passed on the way to the outputs takes its share off.
+        channels. ``measure`` works in the original network, where nothing is refitted; what the fits of the
+        layers behind will compensate for is taken off.
         """
-        moderate = dict[str, Point]()
-        of_layers = ((curve.layer.output, curve.points) for curve in self.curves.layers)
-        for key, every in (*of_layers, *((pair.key, pair.points) for pair in self.curves.pairs)):
-            smaller = [point for point in every if not point.form.dense and point.error > 0]
-            if smaller:
-                moderate[key] = min(smaller, key=_far_from_moderate)
-        able = [curve.layer for curve in self.curves.layers if curve.layer.output in moderate]
-        able += [
-            curve.layer
-            for curve in self.curves.layers
-            if curve.layer.output in self.curves.reading and curve.layer.output not in moderate
-        ]
-        behind = count_post_dominators(self.source.graph(), able)
-        behind |= {pair.key: behind[pair.consumers[0]] for pair in self.curves.pairs}
+        moderate = self._moderate_points()
+        behind = self._layers_behind(moderate)
 
-        def left(forms: Forms) -> dict[str, float]:
-            return {name: s * (1 - REPAIRED) ** behind[name] for name, s in measure(forms).items()}
+        def after_fits(forms: Forms) -> dict[str, float]:
+            measured = measure(forms)
+            return {name: value * (1 - REPAIRED) ** behind[name] for name, value in measured.items()}
 
-        found = left({name: point.form for name, point in moderate.items()})
+        found = after_fits({name: point.form for name, point in moderate.items()})
         if not found:
             return
         self.sensitivity = dict.fromkeys(self.sensitivity, median(found.values())) | found
@@ -142,31 +132,60 @@ class Planner:
             points = self._allocate(self.run.options.ratio or self.run.target.first_ratio)
         except BudgetError:
             return
+        other = self._at_other_errors(points, moderate)
+        if other:
+            again = after_fits(other)
+            for pair in self.curves.pairs:
+                if pair.key in again:
+                    # What a cut moves grows faster than its error: a small cut must not make large ones look
+                    # harmless.
+                    again[pair.key] = max(again[pair.key], found.get(pair.key, 0.0))
+            self.sensitivity |= again
+
+    def _moderate_points(self) -> dict[str, Point]:
+        """Of each layer and pair that has a smaller form, the point at which it is measured first."""
+        of_layers = [(curve.layer.output, curve.points) for curve in self.curves.layers]
+        of_pairs = [(pair.key, pair.points) for pair in self.curves.pairs]
+        found = dict[str, Point]()
+        for key, points in (*of_layers, *of_pairs):
+            smaller = [point for point in points if not point.form.dense and point.error > 0]
+            if smaller:
+                found[key] = min(smaller, key=_far_from_moderate)
+        return found
+
+    def _layers_behind(self, measured: Collection[str]) -> dict[str, int]:
+        """By layer and pair, how many layers that can be rewritten lie on every path to the outputs.
+
+        Those are the layers in ``measured``, and those that read the channels of a pair.
+        """
+        layers = [curve.layer for curve in self.curves.layers]
+        able = [layer for layer in layers if layer.output in measured]
+        able += [
+            layer for layer in layers if layer.output in self.curves.reading and layer.output not in measured
+        ]
+        behind = count_post_dominators(self.source.graph(), able)
+        return behind | {pair.key: behind[pair.consumers[0]] for pair in self.curves.pairs}
+
+    def _at_other_errors(self, points: Mapping[str, Point], moderate: Mapping[str, Point]) -> Forms:
+        """Forms of layers with all channels whose errors are far from those that were measured."""
         cut = {name for name, point in points.items() if point.form.kind == WIDTH}
         narrower = {
             name
-            for near in (self.curves.giving, self.curves.reading)
-            for name, key in near.items()
+            for pair_of in (self.curves.giving, self.curves.reading)
+            for name, key in pair_of.items()
             if key in cut
         }
-        other = {
+        return {
             name: point.form
             for name, point in points.items()
             if not point.form.dense and name not in narrower and not _close(point, moderate.get(name))
         }
-        if other:
-            again = left(other)
-            # What a cut moves grows faster than its error: one wide cut would make narrow ones look harmless.
-            again |= {
-                p.key: max(again[p.key], found.get(p.key, 0.0)) for p in self.curves.pairs if p.key in again
-            }
-            self.sensitivity |= again
 
     def for_ratio(self, ratio: float) -> Forms:
-        """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster.
+        """Forms that make the whole model ``ratio`` times cheaper, each measured to be faster than dense.
 
-        Where another engine runs the result they are predicted to be. Raises BudgetError where the layers
-        do not bear it.
+        Where another engine runs the result they are only predicted to be. Raises BudgetError where the
+        layers do not bear it.
         """
         return self._for_latency(ratio) if self.run.cost == "latency" else self._planned(ratio)
 
@@ -206,6 +225,7 @@ class Planner:
         return found[1]
 
     def _planned(self, ratio: float) -> Forms:
+        """Forms for ``ratio``, allocated anew without those that are measured to be slow."""
         for _ in range(_ROUNDS):
             points = self._allocate(ratio)
             chosen = {name: point.form for name, point in points.items() if not point.form.dense}
@@ -218,7 +238,7 @@ class Planner:
         return [layer for curve in self.curves.layers for layer in curve.layers]
 
     def _of_all(self, chosen: Forms) -> dict[str, Form]:
-        """The forms of all layers, of those that apply one weight the same one, and the widths."""
+        """``chosen``, by the first layer of a curve, for all layers that share a weight; and the widths."""
         forms = {
             layer.output: chosen[curve.layer.output]
             for curve in self.curves.layers
@@ -228,7 +248,7 @@ class Planner:
         return forms | {key: form for key, form in chosen.items() if form.kind == WIDTH}
 
     def _together(self, measured: Mapping[str, float]) -> dict[str, float]:
-        """How many times faster the layers of each curve get, of what was ``measured`` of each layer."""
+        """How many times faster the layers of each curve get together, as ``measured`` for each layer."""
         found = dict[str, float]()
         for curve in self.curves.layers:
             known = [layer for layer in curve.layers if layer.output in measured]
@@ -305,6 +325,7 @@ class Planner:
         return others if LOSES * less < lost else forms
 
     def _compared(self, model: Model, samples: Samples) -> Verification:
+        """The outputs of ``model`` on ``samples`` beside those of the original."""
         run = self.run
         return compare(
             self.source,
@@ -336,6 +357,7 @@ class Planner:
         return found
 
     def _allocate(self, ratio: float) -> dict[str, Point]:
+        """A point for each layer, and for each pair that is cut. Raises BudgetError if that is too much."""
         by_macs = self.run.cost == "macs"
         units, weights = self._joint([self.cost, by_time] if by_macs else [self.cost])
         points = allocate(units, self.whole / ratio, self.rest, self.cost, weights)
@@ -401,10 +423,10 @@ class Planner:
         return self.narrower.cut(forms)
 
     def _drop_slow(self, chosen: Forms) -> set[str]:
-        """Names of the layers whose form is not faster here; it leaves their curves with others of its kind.
+        """Names of the layers whose form is not faster here; their curves lose it, and forms like it.
 
-        Each is timed alone; once all are faster so, within the whole model. Of short layers that are only a
-        little slower alone the whole model decides at once.
+        Each layer is timed alone, and once all are faster alone, within the whole model. Where short layers
+        are only a little slower alone, the whole model decides at once.
         """
         if not chosen or not self.run.target.timed_here:
             return set()
@@ -436,7 +458,7 @@ class Planner:
         return set(slow)
 
     def _gains(self, name: str, form: Form) -> bool:
-        """Whether the whole model gained by a form of this kind and layer that saves no more."""
+        """Whether the whole model gained by a form of the same kind of this layer that saves no more MACs."""
         layer = self.curves.layer(name)
         return any(
             (form.kind, form.pattern.kind) == (other.kind, other.pattern.kind)
@@ -467,10 +489,10 @@ class Planner:
         return {name: unsure[name] for name in slowest}
 
     def _slow_within(self, model: Model, layers: Sequence[Layer], chosen: Forms) -> dict[str, float]:
-        """How many times faster, less than once, what is slower within the model, if it is so twice.
+        """The layers that are slower within the model, with their ratios of speed, which are below 1.
 
-        Once may be another program's doing. Nor do a layer's kernels tell what its neighbours gain by it:
-        the whole model must be faster without these forms.
+        They must be slower twice, as once may be another program's doing. Their own kernels do not tell what
+        their neighbours gain: the whole model must be faster without these forms, too.
         """
         slow = dict.fromkeys(chosen, 0.0)
         for _ in range(2):
@@ -495,7 +517,7 @@ class _Joined(NamedTuple):
 
 
 def _far_from_moderate(point: Point) -> tuple[bool, float]:
-    """How ill a point suits a first sensitivity; single entries would take too long to fit for one."""
+    """How ill a point suits a first sensitivity; an S of single entries would take too long to fit."""
     return point.form.pattern.kind in (N_OF_M, UNSTRUCTURED), abs(log(point.error / MODERATE))
 
 
@@ -508,13 +530,8 @@ def _first(entry: tuple[float, *tuple[object, ...]]) -> float:
     return entry[0]
 
 
-def _without(curve: ErrorCurve, slow: Form) -> tuple[Point, ...]:
-    """The points of ``curve`` but those of the kind of ``slow`` that save hardly more than it does."""
-    return tuple(filter(_stays(curve.layers, slow), curve.points))
-
-
 def _stays(layers: Sequence[Layer], slow: Form) -> Callable[[Point], bool]:
-    """Whether a point is of another kind than ``slow``, or saves much more than it does in ``layers``."""
+    """A test for points of ``layers``: whether one is of another kind than ``slow``, or saves much more."""
     least = sum(price(layer, slow).macs for layer in layers) * MUCH_CHEAPER
 
     def stays(point: Point) -> bool:

@@ -23,19 +23,19 @@ LARGER, RUNS = "is larger as a whole", "runs"
 STORED = ("bytes", "parameters")
 """Costs for which a larger file is no gain; where MACs or time were asked it is a warning."""
 PAYS = 0.25
-"""Of the time that fewer MACs should save, what a result with much error must save at least."""
+"""Share of the time which fewer MACs should save that a result with much error must save."""
 _ROUNDING = 1e-9
-"""What differences and ratios of floats are off by: a promise is kept exactly but for that."""
+"""Rounding error of differences and ratios: a promise is kept exactly but for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What becomes of a fitted model.
 
-    ``kept`` is the step that is handed out: of the model itself, one of its alternatives or the original;
-    ``reason`` says of layers that were fitted in vain why. ``refused``: the promise is broken and another
-    model may keep it, ``refusal`` says so to the user; ``last_resort`` is the step that is handed out where
-    there is no other model.
+    ``kept`` is the step that is handed out: that of the model itself, of one of its alternatives, or the
+    original. ``reason`` says why layers were fitted in vain, if they were. If ``refused``, the promise is
+    broken and another model may keep it; ``refusal`` says so to the user, and ``last_resort`` is the step
+    that is handed out where there is no other model.
     """
 
     kept: str
@@ -56,12 +56,12 @@ def judge(
     planned: bool = False,
     int8_may_gain: bool = False,
 ) -> Outcome:
-    """What becomes of a model that was ``measured`` against the original, itself first, then alternatives.
+    """What becomes of a model that was ``measured`` against the original: itself, then its alternatives.
 
-    The fastest step whose outputs are finite is taken, and the original in its place where that gains
-    nothing; then the promise is looked at. ``cost`` is what a ratio is of. A model that the user ``planned``
-    is handed out whatever it gains, with a warning, if its outputs are finite. ``int8_may_gain``: to who
-    wants speed and gets none --int8 is named.
+    The fastest step whose outputs are finite is taken, or the original where that gains nothing. Then the
+    promise is looked at. ``cost`` is what a ratio is of. A model that the user ``planned`` is handed out
+    whatever it gains, with a warning, if its outputs are finite. If ``int8_may_gain``, the warning that a
+    model is no faster names --int8.
     """
     fitted = next(iter(measured))
     sound = [step for step, found in measured.items() if found.finite] or [fitted]
@@ -119,7 +119,7 @@ def _refusal(promise: Promise, found: Verification) -> str:
 
 
 def promised(found: Verification | None, options: Options, cost: str) -> Promise | None:
-    """What was asked for and what a model ``found`` so has of it; None stands for the original."""
+    """What was asked for, and what a model ``found`` so has of it; None stands for the original."""
     gained = found is not None
     if options.ratio is not None:
         got = 1.0 if found is None else ratio_of(found, cost)
@@ -139,10 +139,10 @@ def promised(found: Verification | None, options: Options, cost: str) -> Promise
 
 
 def _confidence(spare: float, width: float) -> float:
-    """The probability that the fall on other samples spares something too.
+    """The probability that on other samples, too, the score falls by no more than is allowed.
 
-    ``spare`` is what was left of the allowance, ``width`` that of the 95 % interval of the fall, whose
-    distribution is taken for normal.
+    ``spare`` is what the fall left of the allowance, and ``width`` that of its 95 % interval. Its
+    distribution is taken to be normal.
     """
     if width <= 0:
         return float(spare >= 0)

@@ -13,13 +13,13 @@ from onnx_lrsd.time_limit import OutOfTime, TimeLimit
 from onnx_lrsd.types import Form
 
 SEARCHES = 6
-"""Fits of the whole model that a search may take."""
+"""Fits of the whole model that a search may take before its first proposal."""
 REFUSALS, AGAIN = 3, 2
 """How often what was found may be refused, and the fits that each refusal may take."""
 STEP, NEAR = 1.5, 1.05
-"""By how much a search raises a ratio that is kept, and how near it comes to the best."""
+"""Factor by which a search raises a ratio that keeps the limit, and that within which it finds the best."""
 LEAP, LEARNING = 2.0, 3
-"""By how much it raises one while its limit is not known, and the models, at most, that it learns from."""
+"""Factor by which it raises a ratio while its limit is unknown, and the models it learns from, at most."""
 CLEAR = 2.0
 """Standard errors from which the fall of a score stands out from chance."""
 LESS = 0.9
@@ -32,9 +32,9 @@ AIM = 0.9
 MARGIN = 0.9
 """What a search for an output error aims at, as a share of what was asked: other samples must confirm it."""
 _ROUNDING = 1e-9
-"""What differences of floats are off by."""
+"""Rounding error of differences."""
 HAIR = 1.002
-"""By how much more than a ratio is planned for, so that it is met exactly."""
+"""Factor by which a plan is made for more than the ratio asked for, which is then met exactly."""
 HALVINGS = 7
 """How often the interval in which a predicted error is looked for is halved."""
 MISPREDICTED = 1.5
@@ -52,7 +52,7 @@ Announce: TypeAlias = Callable[[str], None]
 
 
 def _silent(step: str) -> None:
-    """Nobody watches."""
+    """Tell nobody."""
 
 
 class Proposals(Protocol):
@@ -264,25 +264,26 @@ class Search(Generic[_Made]):
             or self._predicted(self._first) <= MISPREDICTED * limit
         ):
             return self._first
-        return max(_where(self._predicted, AIM * limit, 1.0, self._first), NEAR)
+        return max(_largest_ratio(self._predicted, AIM * limit, 1.0, self._first), NEAR)
 
 
 def next_ratio(
     tried: Sequence[tuple[float, float]], beyond: float, limit: float, predicted: Predicted | None = None
 ) -> float | None:
-    """Where the output error should fall just below ``limit``, going by the (ratio, error) ``tried``.
+    """The ratio at which the output error should be just below ``limit``, from the (ratio, error) ``tried``.
 
     None if one of these is near enough.
 
-    Between two of them the error is taken as a power of what is ``predicted``, beside all of them as a
-    multiple of it; without a prediction as a power of what is saved, ratio - 1, below all as its square.
+    With a prediction, the error between two ratios that were tried is taken as a power of what is
+    ``predicted``, and above all of them as a multiple of it. Without one, the error is taken as a power of
+    what is saved, ratio - 1: its square where no lower ratio was tried.
     """
     low, least = max((entry for entry in tried if entry[1] <= limit), default=(1.0, 0.0))
     high, most = min((entry for entry in tried if entry[0] > low), default=(beyond, inf))
     if high == inf:
         if predicted is None or not least > 0:
             return low * STEP
-        more = _where(predicted, predicted(low) * AIM * limit / least, low, low * STEP)
+        more = _largest_ratio(predicted, predicted(low) * AIM * limit / least, low, low * STEP)
         return more if more >= NEAR * low else None
     if high / low < NEAR:
         return None
@@ -309,14 +310,14 @@ def _by_prediction(
     wanted = far * aim / most
     if 0 < least < most and 0 < near < far < inf:
         wanted = near * (aim / least) ** (log(far / near) / log(most / least))
-    left = _where(predicted, wanted, low, high)
-    if least > 0 and left < NEAR * low:
+    ratio = _largest_ratio(predicted, wanted, low, high)
+    if least > 0 and ratio < NEAR * low:
         return None
     least_part = 0.05 if low == 1 else 0.2
-    return low + (high - low) * min(max((left - low) / (high - low), least_part), 0.8)
+    return low + (high - low) * min(max((ratio - low) / (high - low), least_part), 0.8)
 
 
-def _where(predicted: Predicted, wanted: float, low: float, high: float) -> float:
+def _largest_ratio(predicted: Predicted, wanted: float, low: float, high: float) -> float:
     """The largest ratio from ``low`` to ``high`` that is predicted to have at most the error ``wanted``."""
     if predicted(high) <= wanted:
         return high
@@ -345,7 +346,7 @@ class ErrorLimit:
         return False
 
     def refused(self, searched: float, found: Verification) -> None:
-        """Take it that other models change other samples by as much more as this one did."""
+        """Lower the limit: other models are taken to change other samples by as much more as this one did."""
         share = searched / found.error_bound if isfinite(found.error_bound) else 0.0
         self._limit = min(self._limit, MARGIN * self._most * share)
 
@@ -420,7 +421,7 @@ class DropLimit:
         return min([bearable(self._telling(), self._most), *(self._below(drop) for drop in worse)])
 
     def unsure(self) -> bool:
-        """Whether no fall stands out from chance, and the last model kept the score."""
+        """Whether no fall of the score stands out from chance, and the last model did not lose too much."""
         slope, deviation = _factor(self._telling())
         return slope < CLEAR * deviation and self._searched[-1].drop <= self._most
 
@@ -430,7 +431,7 @@ class DropLimit:
         self._samples = found.samples
 
     def refused(self, searched: float, found: Verification) -> None:
-        """Take in the drop of what a model became that had the error ``searched``."""
+        """Take in the fall of a finished model, which had the error ``searched`` in the search."""
         self._refused.append(drop_of(found)._replace(error=searched))
 
     def why_nothing(self, ratio: float, error: float) -> str:
@@ -443,11 +444,11 @@ class DropLimit:
         )
 
     def _below(self, worse: Drop) -> float:
-        """What the next model may err by after one whose score fell too far, which chance has a part in."""
+        """The error that the next model may have after one whose score fell too far, perhaps by chance."""
         least = worse.drop - worse.deviation
         return worse.error * (min(LESS, self._most / least) if least > 0 else LESS)
 
     def _telling(self) -> list[Drop]:
-        """Of the models of the search those that say what small falls are to be expected."""
+        """The models of the search whose falls are small enough to tell what small falls to expect."""
         near = max(FAR * self._most, min((drop.drop for drop in self._searched), default=0.0))
         return [drop for drop in self._searched if drop.drop <= near]

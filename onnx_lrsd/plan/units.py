@@ -1,10 +1,10 @@
 """Layers that are planned together, since channels between them may be cut: their joint choices as one curve.
 
 What a layer costs depends on how many channels are left on either side of it, and what its readers lose on
-how many it gives. Layers that such pairs join are one unit. For a price of a unit of cost, the widths are
-chosen that lose least with the best form of each layer at these widths, pair by pair until nothing changes.
-The prices are those that lead to every corner of the lower hull of all joint choices, up to what the search
-from pair to pair misses in chains.
+how many it gives. Layers that such pairs join are one unit. At a given price of cost, each layer takes its
+best form for its widths, and the widths that are best in all are searched pair by pair until none changes.
+The prices that are tried are those at which two neighbouring corners of the lower hull are worth the same, so
+that every corner is found, but for what the search from pair to pair misses in chains.
 Source: Eisner and Severance, Journal of the ACM 23 (1976), for the prices.
 """
 
@@ -52,10 +52,10 @@ def members_of(points: Mapping[str, Point]) -> dict[str, Point]:
 
 @dataclass(frozen=True, kw_only=True)
 class PairCurve:
-    """What each width of a pair loses, and what lies between its layers costs; the first point is all of it.
+    """What each width of a pair loses, and saves between its layers; the first point keeps all channels.
 
-    It has so many ``channels``; ``producers`` and ``consumers`` are the outputs of its layers. Points have
-    the form dense or width.
+    ``channels`` is how many there are; ``producers`` and ``consumers`` are the outputs of its layers. Points
+    have the form dense or width.
     """
 
     key: str
@@ -99,10 +99,13 @@ class Curves:
 
     def widths(self, key: str | None) -> list[int]:
         """The widths of a pair in the order of its points, 0 for all channels; 0 alone without a pair."""
-        return next(([p.form.rank for p in pair.points] for pair in self.pairs if pair.key == key), [0])
+        for pair in self.pairs:
+            if pair.key == key:
+                return [point.form.rank for point in pair.points]
+        return [0]
 
     def table(self, output: str, cost: CostOf) -> _Table:
-        """The points of a layer by its widths that can be best at some price of ``cost``."""
+        """The points of a layer that can be best at some price of ``cost``, for all its widths."""
         if (output, cost) not in self._tables:
             self._tables[output, cost] = _Table.of(self, output, cost)
         return self._tables[output, cost]
@@ -120,7 +123,7 @@ class Curves:
         return self._by_output[output].others if output in self._by_output else ()
 
     def where(self, output: str, stays: Callable[[Point], bool], *, narrow: bool) -> Curves:
-        """With the points of a layer that stay, of those with all its channels or of those with fewer."""
+        """The curves with only those points of a layer that stay, of its ``narrow`` ones or of the others."""
 
         def left(points: tuple[Point, ...]) -> tuple[Point, ...]:
             return tuple(point for point in points if point.form.dense or stays(point))
@@ -150,7 +153,10 @@ class Curves:
     def joint(
         self, sensitivity: Mapping[str, float], costs: Sequence[CostOf]
     ) -> tuple[list[ErrorCurve], dict[str, float]]:
-        """A curve for each unit, and what its error counts; best for each of ``costs``."""
+        """A curve for each unit, with its best choices for each of ``costs``; and how much its error counts.
+
+        A layer that no pair joins keeps its own curve.
+        """
         weights = {curve.layer.output: sensitivity[curve.layer.output] for curve in self.layers}
         units = self._units()
         joined = {output for outputs, _ in units for output in outputs}
@@ -178,10 +184,10 @@ class Curves:
 
 @dataclass(frozen=True)
 class _Table:
-    """The points of one layer for all widths on either side of it, those that can be best at some price.
+    """The points of one layer that can be best at some price, for all widths on either side of it.
 
-    ``points`` are by the places of the widths in the pairs that it gives and reads. ``errors`` and ``costs``
-    (given, read, points) repeat the first point where there are fewer than elsewhere.
+    ``points[given][read]`` are those at these widths, counted as the points of the pairs are. ``errors`` and
+    ``costs`` are (given, read, points); where there are fewer points than elsewhere they repeat the first.
     """
 
     points: Sequence[Sequence[Sequence[Point]]]
@@ -211,11 +217,11 @@ class _Table:
 
 
 WidthPlaces: TypeAlias = dict[str, int]
-"""By pair, the place of its width among its points."""
+"""By the key of a pair, the index of its width among its points."""
 
 
 class _Choice(NamedTuple):
-    """A point for each layer, and for each pair that is cut, and what they are together."""
+    """A point for each layer and each pair that is cut, by output or key; and all of them as one."""
 
     members: Mapping[str, Point]
     joint: Joint
@@ -306,7 +312,7 @@ class _Priced:
     pairs: Mapping[str, npt.NDArray[np.float64]]
 
     def best_widths(self, start: WidthPlaces) -> WidthPlaces:
-        """From the widths ``start`` on, one pair after the other, until none changes."""
+        """The best widths found from ``start`` on: pairs are improved one by one, until none changes."""
         now = {pair.key: start.get(pair.key, 0) for pair in self.unit.pairs}
         for _ in range(ROUNDS if len(self.pairs) > 1 else 1):
             before = dict(now)
