@@ -18,6 +18,9 @@ DEVICES = ("auto", "cpu", "cuda")
 """Where arrays may be; 'auto' is a GPU where there is one."""
 
 
+_NO_GPU = "CuPy finds no CUDA device: install onnx-lrsd[gpu], or use --device cpu."
+
+
 def namespace(x: Array) -> Any:
     """The module whose functions work on ``x``."""
     if hasattr(x, "__array_namespace__"):
@@ -57,8 +60,47 @@ def to_device(x: Array, device: str) -> Array:
     if module is not None:
         return module.asarray(x)
     if device == "cuda":
-        raise DeviceError("CuPy finds no CUDA device: install onnx-lrsd[gpu], or use --device cpu.")
+        raise DeviceError(_NO_GPU)
     return np.asarray(x)
+
+
+class GpuQueue:
+    """Work that is queued on the GPU, what it reads and writes there, and a clock of the GPU's own events.
+
+    ``handle`` is the stream of CUDA. Raises DeviceError where CuPy finds no GPU.
+    """
+
+    def __init__(self) -> None:
+        module = cupy()
+        if module is None:
+            raise DeviceError(_NO_GPU)
+        self._cupy, self._stream = module, module.cuda.Stream()
+        self.handle = int(self._stream.ptr)
+        self._held = list[Any]()
+        self._start = self._event()
+
+    def put(self, values: np.ndarray) -> int:
+        """The address of a copy of ``values`` on the GPU."""
+        return self._hold(self._cupy.asarray(values))
+
+    def room(self, size: int) -> int:
+        """The address of ``size`` bytes on the GPU."""
+        return self._hold(self._cupy.empty(max(size, 1), dtype=np.uint8))
+
+    def seconds(self) -> float:
+        """Seconds of the GPU's time until all that was queued is done, from when this was made."""
+        event = self._event()
+        event.synchronize()
+        return float(self._cupy.cuda.get_elapsed_time(self._start, event)) / 1e3
+
+    def _event(self) -> Any:
+        event = self._cupy.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def _hold(self, array: Any) -> int:
+        self._held.append(array)
+        return int(array.data.ptr)
 
 
 def to_numpy(x: Array) -> np.ndarray:

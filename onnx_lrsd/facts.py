@@ -212,16 +212,35 @@ class LoadCosts:
     after: LoadCost
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineTimes:
+    """Milliseconds of one batch in engines of the model before and after, side by side on a GPU.
+
+    ``version`` is TensorRT's, ``shapes`` are those of the inputs with an open dimension. ``ratio`` is the
+    median of before / after, ``interval`` that of it at 95 %.
+    """
+
+    version: str
+    gpu: str
+    shapes: Mapping[str, tuple[int, ...]]
+    before_ms: float
+    after_ms: float
+    ratio: float
+    interval: tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Engine:
     """What TensorRT is to be told: ``command`` builds the engine, by trtexec.
 
-    ``sparse`` are the nodes whose weight is 2:4, which sparse tensor cores may take.
+    ``sparse`` are the nodes whose weight is 2:4, which sparse tensor cores may take. ``times`` are there
+    where TensorRT was.
     """
 
     command: str
     sparse: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    times: EngineTimes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

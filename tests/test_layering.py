@@ -43,6 +43,7 @@ def test_imports_by_name_hide_nothing_from_the_contracts() -> None:
         ("onnx_lrsd/runtime/quantiser.py", "onnxruntime.quantization"),
         ("onnx_lrsd/runtime/half.py", "onnxruntime.quantization"),
         ("onnx_lrsd/runtime/half.py", "onnxruntime.transformers.float16"),
+        ("onnx_lrsd/runtime/engine.py", "tensorrt"),
         ("onnx_lrsd/arrays.py", "cupy"),
         ("onnx_lrsd/commands/export_factors.py", "safetensors.numpy"),
     }

@@ -189,7 +189,10 @@ def _optimized(
         rewritten = delivered.model
         run.journal.warn(biases_added(known.layers, delivered.factors, weight_of))
         if run.target.engine is not None:
-            build = run.target.engine(rewritten, check_on if fit_on is None else fit_on, output)
+            given = check_on if fit_on is None else fit_on
+            before = None if run.time.limited or rewritten is original else original
+            with run.journal.clock("verify"):
+                build = run.target.engine(rewritten, given, output, before)
     if not chosen:
         _explain(run, search, known.layers)
     plan = plan or make_plan(run, curves, chosen)

@@ -2,8 +2,8 @@
 
 On a CPU nodes of all kinds and numbers of outputs read the same tensor in one model, so a few sessions
 measure them all. Every pass over the sessions measures each node again; the fastest pass counts, since other
-work of the machine only adds time. On a GPU, where no times of kernels are recorded, each node is measured in
-a model that has nothing but a few of its like.
+work of the machine only adds time. On a GPU, where the record of a node is that of its launch, each one is
+measured in a model that has nothing but a few of its like.
 """
 
 from __future__ import annotations

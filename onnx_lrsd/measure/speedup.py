@@ -71,7 +71,7 @@ def speedups_within(
     What is fast alone may want another layout than its neighbours, or separate nodes that were fused. The
     seconds of a layer are those of all its kernels: its own, and those of channel-wise nodes that read it,
     which may be fused with it in one of the models only. A layer without a kernel of its own has no ratio,
-    nor has any of a model that is run part by part, or on a GPU, where no times of kernels are recorded.
+    nor has any of a model that is run part by part, or on a GPU, where the record of a node is its launch's.
     """
     if model.parted or model.device != "cpu":
         return {}

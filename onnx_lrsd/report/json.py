@@ -340,7 +340,18 @@ def _loading(loading: LoadCosts | None) -> Json | None:
 
 
 def _engine(engine: Engine) -> Json:
-    return {"trtexec": engine.command, "sparse": list(engine.sparse), "notes": list(engine.notes)}
+    found: Json = {"trtexec": engine.command, "sparse": list(engine.sparse), "notes": list(engine.notes)}
+    if (times := engine.times) is not None:
+        found["latency"] = {
+            "before_ms": times.before_ms,
+            "after_ms": times.after_ms,
+            "median": times.ratio,
+            "interval": list(times.interval),
+            "device": times.gpu,
+            "version": times.version,
+            "shapes": {name: list(shape) for name, shape in times.shapes.items()},
+        }
+    return found
 
 
 def _metric(found: Verification | None) -> Json | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from onnx_lrsd.facts import (
     Drift,
     Engine,
+    EngineTimes,
     Int8,
     LayerReport,
     LoadCosts,
@@ -272,7 +273,20 @@ def _engine(engine: Engine, ink: Ink) -> str:
     listed = ", ".join(names[name] for name in engine.sparse)
     said = f"2:4, for sparse tensor cores: {listed}" if listed else "No weight is 2:4."
     lines = [ink.strong(engine.command), paragraph(said)]
+    if engine.times is not None:
+        lines.append(paragraph(_engine_times(engine.times)))
     return "\n".join([*lines, *map(paragraph, engine.notes)])
+
+
+def _engine_times(times: EngineTimes) -> str:
+    """What the engines were timed at; the rows above are ONNX Runtime's."""
+    low, high = (f"{rounded_down(end):.2f}" for end in times.interval)
+    at = "".join(f", {name} {shape_text(shape)}" for name, shape in times.shapes.items())
+    return (
+        f"Engines of TensorRT {times.version} on {times.gpu}{at}: {time_text(times.before_ms)} before, "
+        f"{time_text(times.after_ms)} after, {rounded_down(times.ratio):.2f} x ({low} to {high} at 95 %). "
+        "The latency above is that of ONNX Runtime."
+    )
 
 
 def _metric(metric: ScoreChange) -> Row:

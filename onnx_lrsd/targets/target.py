@@ -59,8 +59,8 @@ class Target:
     can tell, in the storage ``weights`` if it is not None; without it weights are stored as numbers.
     ``counts`` is what a ratio is of, if nothing else is asked for. ``opset`` is the oldest its operators are
     in. A search for a promise begins at ``first_ratio``. ``half``: it computes in half precision.
-    ``engine(model, samples, output)`` says how the engine that runs the result is built from it; None where
-    ONNX Runtime runs it.
+    ``engine(model, samples, output, before)`` says how the engine that runs the result is built from it, and
+    how fast it is beside that of the model ``before``, if that is not None; None where ONNX Runtime runs it.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Target:
     opset: int = 1
     first_ratio: float = 2.0
     half: bool = False
-    engine: Callable[[Model, Samples, Path | None], Engine] | None = None
+    engine: Callable[[Model, Samples, Path | None, Model | None], Engine] | None = None
 
     @property
     def times(self) -> bool:

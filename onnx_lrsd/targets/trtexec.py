@@ -1,4 +1,4 @@
-"""The command that builds an engine with TensorRT, and the nodes that sparse tensor cores may run."""
+"""The command that builds an engine with TensorRT, the nodes that sparse tensor cores may run, and times."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 from onnx_lrsd.data.input_layout import Slot
 from onnx_lrsd.data.samples import Samples
+from onnx_lrsd.errors import ModelError
 from onnx_lrsd.facts import Engine
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import inputs_of
+from onnx_lrsd.measure.engines import engine_times
 from onnx_lrsd.passes.two_of_four import two_of_four
 
 BATCH = 16
@@ -21,12 +23,16 @@ IN_FLOAT32 = (
     "so that they run there."
 )
 NOT_TIMED = (
-    "The latency above is that of ONNX Runtime on this CPU and says nothing of TensorRT, which was not run."
+    "The latency above is that of ONNX Runtime and says nothing of TensorRT, which was not run: beside a GPU "
+    "with tensorrt-cu13 and onnx-lrsd[gpu] installed and without --time, engines of both models are timed."
 )
 
 
-def engine(model: Model, samples: Samples, output: Path | None) -> Engine:
+def engine(model: Model, samples: Samples, output: Path | None, before: Model | None = None) -> Engine:
     """How to build an engine from ``model``, written to ``output``.
+
+    With ``before``, the model that it was made of, engines of both are built and timed where TensorRT and a
+    GPU are present.
 
     Tensors keep the types they have in the file (strong typing, the only one from TensorRT 11 on; its older
     versions from 10.12 take the same command).
@@ -47,8 +53,15 @@ def engine(model: Model, samples: Samples, output: Path | None) -> Engine:
             listed = ",".join(f"{_quoted(name)}:{'x'.join(map(str, s))}" for name, s in shapes.items())
             command.append(f"--{flag}Shapes={listed}")
     idle = bool(sparse) and all(node.dtype != HALF for node in sparse)
-    notes = (IN_FLOAT32, NOT_TIMED) if idle else (NOT_TIMED,)
-    return Engine(shlex.join(command), tuple(node.name for node in sparse), notes)
+    times, said = None, NOT_TIMED
+    if before is not None:
+        try:
+            times = engine_times(before, model, samples.example(), least, most)
+        except ModelError as error:
+            said = f"The latency above is that of ONNX Runtime. {error}"
+    notes = (IN_FLOAT32,) if idle else ()
+    names = tuple(node.name for node in sparse)
+    return Engine(shlex.join(command), names, notes if times is not None else (*notes, said), times)
 
 
 def open_shapes(

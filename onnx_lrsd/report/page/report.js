@@ -726,7 +726,9 @@ function engineSection(report) {
   const found = report.tensorrt;
   if (!found) return null;
   const names = found.sparse.length ? `2:4, for sparse tensor cores: ${found.sparse.join(', ')}` : 'No weight is 2:4.';
-  return section('TensorRT', null, command(found.trtexec), html('p', { class: 'small soft' }, names), found.notes.map((note) => html('p', { class: 'small soft' }, note)));
+  const timed = found.latency;
+  const said = timed ? `Engines of TensorRT ${timed.version} on ${timed.device}: ${format.milliseconds(timed.before_ms)} before, ${format.milliseconds(timed.after_ms)} after, ${format.times(timed.median)} (${format.times(timed.interval[0])} to ${format.times(timed.interval[1])} at 95 %). The latency above is that of ONNX Runtime.` : null;
+  return section('TensorRT', null, command(found.trtexec), html('p', { class: 'small soft' }, names), said ? html('p', { class: 'small soft' }, said) : null, found.notes.map((note) => html('p', { class: 'small soft' }, note)));
 }
 
 // ---- make it again
