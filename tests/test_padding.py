@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +366,14 @@ def test_moments_of_pictures_are_those_of_all_of_their_patches() -> None:
         assert every == 1
         mean, second = rows.mean(axis=0), np.cov(rows.T, bias=True)
         same_moments(known.moments[name], Moments(name=name, count=len(rows), mean=mean, second=second))
+
+
+def test_inputs_are_kept_of_rows_that_came_and_of_no_others() -> None:
+    model = pictures_model()
+    known = calibrated(model, pictures(model))
+    came, wanted = len(known.kept["y"]), known.quotas["y"].wanted
+    assert "y" not in known.by_inputs and came < wanted
+    assert len(known.inputs["y"]) == ceil(came / known.every)
 
 
 def test_large_samples_give_more_of_the_rows() -> None:

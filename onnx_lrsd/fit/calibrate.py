@@ -214,7 +214,9 @@ class _LayerRows:
 
     def original_inputs(self) -> Rows:
         """Every ``every``-th of the rows."""
-        return self.kept[: self.done : self._every] if self._inputs is None else self._inputs
+        if self._inputs is None:
+            return self.kept[: self.done : self._every]
+        return self._inputs[: ceil(self.done / self._every)]
 
 
 def _copied(
