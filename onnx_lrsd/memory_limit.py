@@ -14,7 +14,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from onnx_lrsd.types import Progress
+from onnx_lrsd.types import Progress, few_rows
 
 BASE_BYTES = 256 << 20
 """What Python, its packages and a batch of samples take beside all that is counted (results/scale.md)."""
@@ -40,7 +40,7 @@ class Need(NamedTuple):
 
 def working_bytes(n: int, m: int, rows: int) -> int:
     """Bytes that are there at once while a layer (n, m) is fitted to so many ``rows``."""
-    second = 0 if _thin(m, rows) else m * m
+    second = 0 if few_rows(m, rows) else m * m
     outputs = n * n if n <= METRIC_UP_TO else 0
     fitted = 8 * (OF_WEIGHT * n * m + OF_SECOND * second + OF_OUTPUTS * outputs)
     return fitted + 4 * OF_ROWS * rows * (n + m)
@@ -52,11 +52,6 @@ def kept_bytes(n: int, m: int, rows: int) -> int:
     Rows are those of its inputs and, to be on the safe side, as many of its outputs.
     """
     return 4 * rows * (n + m) + 4 * m * min(m, rows) + 16 * n * m
-
-
-def _thin(m: int, rows: int) -> bool:
-    """Whether there are so few rows that they stand in the place of a moment (m, m)."""
-    return 2 * rows < m
 
 
 class MemoryLimit:

@@ -181,6 +181,11 @@ class Moments:
     silent: int = 0
 
 
+def few_rows(inputs: int, rows: int) -> bool:
+    """Whether rows are so few that ``Moments`` hold them in place of a moment (inputs, inputs)."""
+    return 2 * rows < inputs
+
+
 @dataclass(frozen=True, order=True)
 class Pattern:
     """Which entries the sparse part S may have; data only.

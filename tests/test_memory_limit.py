@@ -22,12 +22,14 @@ from onnx import helper, numpy_helper
 import onnx_lrsd
 from benchmarks.large_model import write
 from onnx_lrsd.cli import main
+from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import LrsdError, OptionError
 from onnx_lrsd.fit.calibrate import original_inputs, original_outputs
 from onnx_lrsd.fit.reconstruct import MOST_OUTPUTS
 from onnx_lrsd.graph.external_data import is_aside
 from onnx_lrsd.graph.model import in_memory, load, save
 from onnx_lrsd.graph.subgraph import inputs_of
+from onnx_lrsd.measure.compare import price_and_macs_beside
 from onnx_lrsd.measure.load_cost import peak_memory
 from onnx_lrsd.memory_limit import METRIC_UP_TO, MemoryLimit, kept_bytes, working_bytes
 from onnx_lrsd.report import report_table, report_to_json
@@ -316,6 +318,21 @@ def test_a_model_run_part_by_part_gives_what_it_gives_as_a_whole(
 def test_shapes_are_the_same_part_by_part(parted: onnx_lrsd.Model) -> None:
     feed, names = {"x": data()["x"][:5]}, ["a", "c", "e", "w1", "x", "y"]
     assert shapes(parted.proto, feed, names, most_bytes=300_000) == shapes(parted.proto, feed, names)
+
+
+def test_macs_are_counted_part_by_part_as_well(
+    parted: onnx_lrsd.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int | None]()
+
+    def spied(*given: Any) -> Any:
+        asked.append(given[4])
+        return shapes(*given)
+
+    monkeypatch.setattr("onnx_lrsd.measure.compare.shapes", spied)
+    samples = read_samples(data(), inputs_of(parted.proto))
+    price, beside = price_and_macs_beside(parted, samples, ())
+    assert asked == [300_000] and price.macs == round(sum(beside.values()))
 
 
 @pytest.mark.usefixtures("all_aside")

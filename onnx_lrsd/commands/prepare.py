@@ -42,7 +42,7 @@ from onnx_lrsd.graph.model import Model, ensure_writable, load, raised
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.int8.fit import Int8Fitter
-from onnx_lrsd.measure.compare import labels_for, macs_beside, total_price
+from onnx_lrsd.measure.compare import labels_for, price_and_macs_beside
 from onnx_lrsd.measure.judge import FEW
 from onnx_lrsd.measure.layer_times import LayerTimes, seconds_of_a_sample, time_layers
 from onnx_lrsd.passes.bytes_outside import bytes_outside
@@ -430,7 +430,8 @@ def _curves(run: Run, ready: Prepared) -> tuple[Curves, Price]:
     with run.journal.clock("decompose"):
         curves = error_curves(run, known, ready.found.weight_of)
     with run.journal.clock("plan"):
-        total = run.keep("price", None, partial(total_price, source, known.samples), (Price,))
+        priced = partial(price_and_macs_beside, source, known.samples, known.layers)
+        total, macs = run.keep("price", None, priced, (Price,))
         if run.target.times:
             inner = narrower.outputs
             able = [
@@ -442,9 +443,6 @@ def _curves(run: Run, ready: Prepared) -> tuple[Curves, Price]:
             timed = partial(time_layers, source, able, known.shapes, known.samples, progress=run.progress)
             measured = run.keep("times", able, timed, (LayerTimes,))
             curves, total = with_seconds(curves, measured), replace(total, seconds=measured.whole)
-        macs = {}
-        if narrower.inner:
-            macs = run.keep("macs", None, partial(macs_beside, source, known.samples, known.layers))
     with run.journal.clock("decompose"):
         return pair_curves(run, curves, narrower, known.moments, macs), total
 

@@ -58,19 +58,24 @@ class Pace(NamedTuple):
 
 def total_price(model: Model, samples: Samples) -> Price:
     """MACs of one sample, parameters and bytes of the whole model."""
+    return price_and_macs_beside(model, samples, ())[0]
+
+
+def price_and_macs_beside(
+    model: Model, samples: Samples, layers: Iterable[Layer]
+) -> tuple[Price, dict[str, float]]:
+    """The price of the whole model, and the MACs of every node of the main graph but those of ``layers``.
+
+    Both are of one sample. Nodes are named by their first output, and have MACs.
+    """
     feed = samples.example()
-    found = cost(model, model_bytes(model), feed, samples.size_of(feed))
-    return Price(found.macs, found.parameters, found.bytes)
-
-
-def macs_beside(model: Model, samples: Samples, layers: Iterable[Layer]) -> dict[str, float]:
-    """MACs of one sample in every node of the main graph but those of ``layers``, by its first output."""
-    feed, proto = samples.example(), without_functions(model.proto)
+    size, (counted, _) = samples.size_of(feed), _counted(model, feed)
     weights = {layer.weight for layer in layers}
-    own = {node.output[0] for node in proto.graph.node if not weights.isdisjoint(node.input)}
-    known = shapes(proto, feed, compute_tensors(proto), model.folder)
-    counted = node_macs(proto, known)
-    return {name: macs / samples.size_of(feed) for name, macs in counted.items() if name not in own}
+    nodes = without_functions(model.proto).graph.node
+    own = {node.output[0] for node in nodes if not weights.isdisjoint(node.input)}
+    beside = {name: macs / size for name, macs in counted.items() if name not in own}
+    price = Price(round(sum(counted.values()) / size), parameters(model.proto), model_bytes(model))
+    return price, beside
 
 
 def cost(model: Model, path_bytes: int, feed: Feed, samples: int = 1) -> ModelCost:
@@ -78,10 +83,16 @@ def cost(model: Model, path_bytes: int, feed: Feed, samples: int = 1) -> ModelCo
 
     MACs are counted from the shapes of a real run. Raises as ``runtime.shapes`` does.
     """
+    counted, missed = _counted(model, feed)
+    total = round(sum(counted.values()) / samples)
+    return ModelCost(path_bytes, parameters(model.proto), total, None, missed)
+
+
+def _counted(model: Model, feed: Feed) -> tuple[dict[str, int], tuple[str, ...]]:
+    """MACs of all nodes for ``feed``, from one run within the memory there is, and what is not counted."""
     proto = without_functions(model.proto)
     known = shapes(proto, feed, compute_tensors(proto), model.folder, model.most_bytes)
-    total, missed = sum(node_macs(proto, known).values()), not_counted(proto, known)
-    return ModelCost(path_bytes, parameters(model.proto), round(total / samples), None, missed)
+    return node_macs(proto, known), not_counted(proto, known)
 
 
 def compare(

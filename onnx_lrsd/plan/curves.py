@@ -11,6 +11,7 @@ from onnx_lrsd.measure.layer_times import LayerTimes
 from onnx_lrsd.passes.shared_weights import groups
 from onnx_lrsd.plan.promise import STORED
 from onnx_lrsd.run import NO_FORM, NO_STORAGE, NO_TIME, Run
+from onnx_lrsd.solver.problem import Problem
 from onnx_lrsd.targets import TARGETS, Machine, Target, price
 from onnx_lrsd.time_limit import TRIED
 from onnx_lrsd.types import (
@@ -45,8 +46,9 @@ def error_curves(run: Run, known: Calibration, weight_of: WeightOf) -> list[Erro
 
     def task_of(index: int) -> CurveTask:
         layers, deciding = wanted[index]
-        return _task(
-            run,
+        return CurveTask(
+            offer=Offer.of(run, run.options.forms or KINDS),
+            device=run.options.device,
             layers=(deciding, *(layer for layer in layers if layer.output != deciding.output)),
             affine={layer.output: weight_of(layer) for layer in layers},
             moments={la.output: known.moments[la.output] for la in layers if la.output in known.moments},
@@ -95,17 +97,35 @@ def _deciding_layer(run: Run, known: Calibration, layers: tuple[Layer, ...]) -> 
     return deciding
 
 
-@dataclass(frozen=True, kw_only=True)
-class CurveTask:
-    """The problem of layers that apply one weight, and what its errors depend on, for a worker.
-
-    By the output of each layer: ``affine``, W (n, m) and b (n,), and the ``moments`` of its inputs.
-    """
+@dataclass(frozen=True)
+class Offer:
+    """The forms to try, for a worker: of these ``kinds``, in the storage ``weights`` if it is not None."""
 
     target: str
     machine: Machine | None
     kinds: tuple[str, ...]
     weights: str | None
+
+    @staticmethod
+    def of(run: Run, kinds: tuple[str, ...]) -> Offer:
+        """What the target of ``run`` offers of these kinds."""
+        return Offer(run.target.name, run.machine, kinds, run.weights)
+
+    def errors(self, problem: Problem) -> dict[Form, float]:
+        """The relative error of every form worth trying."""
+        target = TARGETS[self.target]
+        target = target if self.machine is None else target.on(self.machine)
+        return dict(target.errors(problem, self.kinds, self.weights))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveTask:
+    """The problem of layers that apply one weight, and what is offered for it, for a worker.
+
+    By the output of each layer: ``affine``, W (n, m) and b (n,), and the ``moments`` of its inputs.
+    """
+
+    offer: Offer
     device: str
     layers: tuple[Layer, ...]
     affine: Mapping[str, tuple[Values, Values]]
@@ -114,33 +134,8 @@ class CurveTask:
 
 def errors_of(task: CurveTask) -> dict[Form, float]:
     """The errors of every form worth trying for the layers of a task."""
-    target = target_on(task.target, task.machine)
     problem = pose_shared(task.layers, lambda la: task.affine[la.output], task.moments, task.device)
-    return dict(target.errors(problem, task.kinds, task.weights))
-
-
-def target_on(name: str, machine: Machine | None) -> Target:
-    """The target of this name with the times of ``machine``, for a worker."""
-    target = TARGETS[name]
-    return target if machine is None else target.on(machine)
-
-
-def _task(
-    run: Run,
-    layers: tuple[Layer, ...],
-    affine: Mapping[str, tuple[Values, Values]],
-    moments: Mapping[str, Moments],
-) -> CurveTask:
-    return CurveTask(
-        target=run.target.name,
-        machine=run.machine,
-        kinds=run.options.forms or KINDS,
-        weights=run.weights,
-        device=run.options.device,
-        layers=layers,
-        affine=affine,
-        moments=moments,
-    )
+    return task.offer.errors(problem)
 
 
 def _work(layers: Sequence[Layer]) -> int:

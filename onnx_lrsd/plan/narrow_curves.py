@@ -13,12 +13,11 @@ import numpy.typing as npt
 from onnx_lrsd.fit.narrow import Inner, Narrower, narrow_layer
 from onnx_lrsd.passes.pairs import Pair
 from onnx_lrsd.plan.allocate import by_time, lower_hull
-from onnx_lrsd.plan.curves import ERRORS_OF, MOST_ERROR, point, target_on
+from onnx_lrsd.plan.curves import ERRORS_OF, MOST_ERROR, Offer, point
 from onnx_lrsd.plan.units import Curves, KeptOf, PairCurve
 from onnx_lrsd.run import Run
 from onnx_lrsd.solver.problem import Problem
 from onnx_lrsd.solver.width import narrowed
-from onnx_lrsd.targets import Machine
 from onnx_lrsd.targets.chains import RANK_MULTIPLE
 from onnx_lrsd.time_limit import WIDENED
 from onnx_lrsd.types import COSTS, DENSE, KINDS, WIDTH, ErrorCurve, Form, Layer, Moments, Point, Price
@@ -161,10 +160,7 @@ class NarrowTask:
     ``outputs`` (k,) and ``inputs`` (k,) are the rows and columns of W that it keeps (None: all).
     """
 
-    target: str
-    machine: Machine | None
-    kinds: tuple[str, ...]
-    weights: str | None
+    offer: Offer
     problem: Problem
     layer: Layer
     outputs: npt.NDArray[np.int64] | None
@@ -173,9 +169,7 @@ class NarrowTask:
 
 def narrow_errors(task: NarrowTask) -> dict[Form, float]:
     """The errors of every form of some kinds for the narrower layer of a task."""
-    target = target_on(task.target, task.machine)
-    problem = narrowed(task.problem, task.layer, task.outputs, task.inputs)
-    return dict(target.errors(problem, task.kinds, task.weights))
+    return task.offer.errors(narrowed(task.problem, task.layer, task.outputs, task.inputs))
 
 
 def _errors(run: Run, between: Sequence[_Between], narrower: Narrower) -> _Errors:
@@ -199,10 +193,7 @@ def _task(run: Run, between: _Between, side: int, narrower: Narrower) -> NarrowT
     kept = between.kept((middle, 0) if side == GIVES else (0, middle))
     outputs, inputs = narrower.left(layer, kept)
     return NarrowTask(
-        target=run.target.name,
-        machine=run.machine,
-        kinds=between.kinds,
-        weights=run.weights,
+        offer=Offer.of(run, between.kinds),
         problem=narrower.problem(layer, tuple(kept)),
         layer=_narrowed(narrower, layer, kept),
         outputs=outputs if side == GIVES else None,

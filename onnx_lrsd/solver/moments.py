@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_lrsd.arrays import cast, namespace, to_device, to_numpy, zeros
-from onnx_lrsd.types import Array, Layer, Moments, Rows
+from onnx_lrsd.types import Array, Layer, Moments, Rows, few_rows
 
 
 def sample_positions(total: int, wanted: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -42,7 +42,7 @@ class MomentAccumulator:
 
     def __init__(self, layer: Layer, expected: int, device: str = "cpu") -> None:
         self.layer, self.device = layer, device
-        self.thin = 2 * expected < layer.m
+        self.thin = few_rows(layer.m, expected)
         self._count = 0
         self._sums: _Sums | None = None
         self._rows = np.empty((max(1, min(expected, self.CHUNK)), layer.m), np.float32)
