@@ -296,6 +296,42 @@ def test_a_fixed_batch_is_fed_whole_and_the_rest_left_out_with_a_note() -> None:
         read_samples({"image": x[:3]}, [FIXED])
 
 
+@pytest.mark.parametrize(("each", "most", "kept"), [(24, 32, 24), (64, 32, 64), (4, 32, 32), (1, 32, 32)])
+def test_some_samples_fill_whole_batches(each: int, most: int, kept: int) -> None:
+    samples = Samples(groups=({"x": np.zeros((192, 3), np.float32)},), fixed=each)
+    assert samples.some(most).count == kept
+    assert {len(feed["x"]) for feed in samples.some(most).batches(5)} <= {each, 5, 2}
+    assert samples.some(500).count == 192
+
+
+@pytest.mark.parametrize("size", [64, "samples", None])
+def test_a_lone_vector_of_numbers_is_one_sample(size: int | str | None) -> None:
+    wave = InputSpec("wave", "float32", (size,))
+    given = np.arange(10 * 64, dtype=np.float32).reshape(10, 64)
+    for source in (given, {"wave": list(given)}, [{"wave": each} for each in given]):
+        samples = read_samples(source, [wave])
+        assert samples.count == 10
+        assert [feed["wave"].tolist() for feed in samples.batches(8)] == given.tolist()
+    rate = InputSpec("rate", "int64", ())
+    both = read_samples([{"wave": each, "rate": 16000} for each in given], [wave, rate])
+    assert {(feed["wave"].shape, feed["rate"].shape) for feed in both.batches()} == {((64,), ())}
+
+
+@pytest.mark.parametrize("size", [1, "N", "batch_size"])
+def test_a_vector_that_is_called_a_batch_holds_samples(size: int | str) -> None:
+    samples = read_samples({"x": np.arange(10, dtype=np.float32)}, [InputSpec("x", "float32", (size,))])
+    assert samples.count == 10
+
+
+def test_sounds_of_their_own_lengths_are_samples_where_the_model_has_no_batch_axis() -> None:
+    wave = InputSpec("wave", "float32", ("samples",))
+    sounds = [np.full(length, index, np.float32) for index, length in enumerate((30, 50, 30))]
+    samples = read_samples({"wave": sounds}, [wave])
+    assert sorted(feed["wave"].tolist() for feed in samples.batches()) == [
+        sound.tolist() for sound in sorted(sounds, key=lambda s: s[0])
+    ]
+
+
 def test_a_scalar_is_given_once_or_for_each_sample() -> None:
     rate = InputSpec("rate", "int64", ())
     once = read_samples({"image": images(4), "rate": 16000}, [IMAGE, rate])

@@ -12,6 +12,8 @@ import numpy as np
 from onnx_lrsd.errors import DataError
 from onnx_lrsd.types import InputSpec, Values
 
+BATCH_NAMES = ("b", "n")
+"""What the size of a batch is called, in small letters, if not something with batch in it."""
 SCANNED_BYTES = 32 << 20
 """Bytes of an array that are checked at a time."""
 
@@ -124,9 +126,13 @@ def input_layout_of(inputs: Sequence[InputSpec]) -> InputLayout:
     The batch axis is the first, with three exceptions. A named dimension that all inputs share is the
     batch wherever it stands, if it is called so or comes first in most inputs: (sequence, batch, 64) with
     (2, batch, 128). An input whose first size is fixed where others are open has its batch along its
-    one open axis, as recurrent states do, or none: (2, ?, 128) beside (?, ?). A scalar has none.
+    one open axis, as recurrent states do, or none: (2, ?, 128) beside (?, ?). A scalar has
+    none, nor has a lone vector of floating numbers (a sound, say): unless its size is called a batch, it is
+    one sample.
     """
     ranked = [spec for spec in inputs if spec.shape]
+    if len(ranked) == 1 and all(spec.ranked for spec in inputs) and _is_one_sample(ranked[0]):
+        return InputLayout({spec.name: Slot(spec.dtype, None, spec.shape) for spec in inputs}, None)
     shared = _shared_batch(ranked)
     leads = [spec.shape[0] for spec in ranked]
     sizes = [lead for lead in leads if isinstance(lead, int)]
@@ -138,6 +144,16 @@ def input_layout_of(inputs: Sequence[InputSpec]) -> InputLayout:
         shape = spec.shape if spec.ranked else None
         found[spec.name] = Slot(spec.dtype, _batch_axis(spec, shared, fixed), shape)
     return InputLayout(found, fixed)
+
+
+def _is_one_sample(spec: InputSpec) -> bool:
+    """Whether an input is a vector of floating numbers, and not a batch of such numbers."""
+    if len(spec.shape) > 1 or not spec.dtype.startswith(("float", "bfloat")):
+        return False
+    size = spec.shape[0]
+    if isinstance(size, str):
+        return size.lower() not in BATCH_NAMES and "batch" not in size.lower()
+    return size != 1
 
 
 def _shared_batch(ranked: Sequence[InputSpec]) -> str | None:

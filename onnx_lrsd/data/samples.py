@@ -187,10 +187,15 @@ class Samples:
         return replace(self, groups=groups or (_part(self.groups[0], slice(0)),), labels=labels)
 
     def some(self, most: int) -> Samples:
-        """At most ``most`` samples: the first ones, or where they differ in shape, some of all sizes."""
-        if self.count <= most or not self.ragged:
+        """At most ``most`` samples: the first ones, or where they differ in shape, some of all sizes.
+
+        They fill whole batches; one batch at least.
+        """
+        if self.count <= most:
             return self.take(slice(most))
         each = lcm(self.smallest_batch, self.labelled)
+        if not self.ragged:
+            return self.take(slice(max(most - most % each, each)))
         blocks = np.linspace(0, self.count // each - 1, max(most // each, 1)).astype(np.int64)
         return self.take(_blocks(np.unique(blocks), each))
 
