@@ -68,7 +68,8 @@ class Layer:
 
     ``shares`` names the layer, by output, that stores the weight which this one applies too; empty where it
     stores its own. ``also_read`` says what else reads the stored tensor, which then stays beside any other
-    form; empty where nothing does.
+    form; empty where nothing does. Where that is a layer before it, which applies the weight otherwise, the
+    other one ``pays`` for the stored tensor.
 
     ``full`` is (n, m) before some of its channels were cut, None where none were: the rows that it is
     fitted to are drawn by it, so that they are those that the original layer gave.
@@ -99,6 +100,7 @@ class Layer:
     stored_bytes: int = 0
     shares: str = ""
     also_read: str = ""
+    pays: bool = True
     constant: bool = False
     positions: int = 0
     size: tuple[int, ...] = ()
@@ -122,7 +124,9 @@ class Layer:
     @property
     def unnamed(self) -> Layer:
         """The layer without names: layers alike are equal in it, and whatever depends on no weight is too."""
-        return replace(self, output="", name="", input="", weight="", shares="", also_read="", full=None)
+        return replace(
+            self, output="", name="", input="", weight="", shares="", also_read="", pays=True, full=None
+        )
 
 
 OUTPUT_OF_MODEL = "they are an output of the model"

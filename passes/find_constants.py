@@ -1,7 +1,8 @@
 """Constants that are the weight of no layer but can be stored in codes: tables, recurrent weights and others.
 
 A runtime decodes them as it opens the model, so the nodes that read them run as before. Whatever reads a
-constant, it is stored once: a layer that shares its weight with another kind of node is no layer of its own.
+constant, it is stored once: a layer that shares its weight with another kind of node, or with a layer that
+applies it otherwise, is no layer of its own.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.constants import constant_value, overridable
-from onnx_lrsd.passes.find_layers import FLOATS, producer
+from onnx_lrsd.passes.find_layers import FLOATS
 from onnx_lrsd.passes.nodes import is_op, label
+from onnx_lrsd.passes.shared_weights import share_weights
 from onnx_lrsd.passes.tidy import LAYOUTS, captured_names
 from onnx_lrsd.types import Declined, Layer
 
@@ -28,6 +30,7 @@ READERS: Mapping[str, tuple[int, ...]] = {
     "ConvTranspose": (1,),
     "Gemm": (0, 1, 2),
     "MatMul": (0, 1),
+    "Einsum": (0, 1, 2, 3),
     "Add": (0, 1),
     "Sub": (0, 1),
     "Mul": (0, 1),
@@ -51,23 +54,25 @@ def find_constants(
     A layer whose weight is one of the constants is declined; what was declined for a weight that is now
     stored is not any more. Only the constants ``named`` are looked at, if it is not None.
     """
-    weights = {name: layer for layer in layers for name in _stored_names(working.tensors()[layer.weight])}
-    owners = {id(producer(working, layer)) for layer in layers}
+    weights = dict[str, list[Layer]]()
+    for layer in share_weights(working, layers):
+        for name in _stored_names(working.tensors()[layer.weight]):
+            weights.setdefault(name, []).append(layer)
     found, taken = list[Layer](), set[int]()
     shut = captured_names(working.graph) | {output.name for output in working.outputs}
     for tensor in _constants(working):
         if named is not None and tensor.name not in named:
             continue
-        readers = list(_readers(tensor))
-        if tensor.name in weights and all(id(node) in owners for node, _ in readers):
+        if any(not layer.also_read for layer in weights.get(tensor.name, ())):
             continue
+        readers = list(_readers(tensor))
         if tensor.name in shut or not all(_is_known(node, index) for node, index in readers):
             continue
         constant = _read(tensor, [node for node, _ in readers], working)
         if constant is not None:
             found.append(constant)
             taken |= {id(node) for node, _ in readers}
-    shared = {weights[x.output].output: x.name for x in found if x.output in weights}
+    shared = {layer.output: x.name for x in found for layer in weights.get(x.output, ())}
     out = [Declined(x.name, x.op, SHARED.format(shared[x.output])) for x in layers if x.output in shared]
     served = {(label(node), node.op) for node in working.nodes if id(node) in taken}
     kept = [entry for entry in declined if (entry.name, entry.op) not in served]

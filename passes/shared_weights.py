@@ -21,10 +21,11 @@ from onnx_lrsd.types import Layer
 
 
 def share_weights(working: WorkingGraph, layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """``layers`` (in graph order) with what they share: ``shares`` and ``also_read`` are set.
+    """``layers`` (in graph order) with what they share: ``shares``, ``also_read`` and ``pays`` are set.
 
     The first of several that apply one weight stores it, the others name that one. What else reads the
-    tensor is named by ``also_read``, a layer that is not among ``layers`` included.
+    tensor is named by ``also_read``, a layer that is not among ``layers`` included. The first of all that
+    read a tensor pays for it.
     """
     tensors = working.tensors()
     nodes = {layer.output: producer(working, layer) for layer in layers}
@@ -49,7 +50,9 @@ def share_weights(working: WorkingGraph, layers: Sequence[Layer]) -> tuple[Layer
             unlike = [other for other in owners.values() if other is not owner]
             said = [*others, *(f"{other.op} {other.name}" for other in unlike)]
             shares = "" if owner is layer else owner.output
-            changed[layer.output] = replace(layer, shares=shares, also_read=said[0] if said else "")
+            changed[layer.output] = replace(
+                layer, shares=shares, also_read=said[0] if said else "", pays=owner is readers[0]
+            )
     return tuple(changed[layer.output] for layer in layers)
 
 

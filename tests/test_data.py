@@ -304,6 +304,14 @@ def test_some_samples_fill_whole_batches(each: int, most: int, kept: int) -> Non
     assert samples.some(500).count == 192
 
 
+@pytest.mark.parametrize("texts", [["a", "b", "a"], ["a", "a", "a"]])
+def test_texts_are_told_apart(texts: list[str]) -> None:
+    spec = InputSpec("text", "object", ("n", 1))
+    for dtype in (object, str):
+        samples = read_samples({"text": np.array(texts, dtype=dtype)[:, None]}, [spec])
+        assert samples.all_alike == (len(set(texts)) == 1)
+
+
 @pytest.mark.parametrize("size", [64, "samples", None])
 def test_a_lone_vector_of_numbers_is_one_sample(size: int | str | None) -> None:
     wave = InputSpec("wave", "float32", (size,))

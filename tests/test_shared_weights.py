@@ -100,6 +100,17 @@ def test_a_transposed_reader_keeps_its_own_form_and_is_named() -> None:
     assert "MatMul" in first.also_read and "MatMul" in second.also_read
 
 
+def test_a_weight_that_is_applied_in_two_ways_is_paid_for_once() -> None:
+    first, second = known(twice_applied(second="v = Transpose <perm = [1, 0]> (w) z = MatMul (r, v)"))
+    weight, bias = SIZE * SIZE, SIZE
+    assert [price(layer, Form()).parameters for layer in (first, second)] == [weight + bias, bias]
+    assert price(second, Form()).bytes == 4 * bias
+    small = Form("channel", 8)
+    factors = 2 * 8 * SIZE + bias
+    assert [price(layer, small).parameters for layer in (first, second)] == [weight + factors, factors]
+    assert [price(layer, small).bytes for layer in (first, second)] == [4 * (weight + factors), 4 * factors]
+
+
 def test_two_transposed_readers_share() -> None:
     view = "{0} = Transpose <perm = [1, 0]> (w)"
     model = twice_applied(f"{view.format('v')} h = MatMul (x, v)", f"{view.format('u')} z = MatMul (r, u)")

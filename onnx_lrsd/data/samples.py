@@ -80,7 +80,8 @@ class Samples:
             first = self.groups[0][name][:1]
             for start in range(0, self.count, MOST_IN_BATCH):
                 block = array[start : start + MOST_IN_BATCH]
-                if not np.array_equal(block, np.broadcast_to(first, block.shape), equal_nan=True):
+                numbers = block.dtype.kind == "f"
+                if not np.array_equal(block, np.broadcast_to(first, block.shape), equal_nan=numbers):
                     return False
         return True
 

@@ -250,6 +250,7 @@ class _Kept:
             name=layer.name,
             shares=layer.shares,
             also_read=layer.also_read,
+            pays=layer.pays,
             positions=layer.positions,
             size=layer.size,
             full=full,

@@ -122,15 +122,16 @@ def price(layer: Layer, form: Form) -> Price:
     N:M is stored dense and its MACs are those of a dense weight: what an engine makes of its zeros is in
     the target's predicted time. Codes are decoded once, so that a form in codes has the MACs of the dense
     layer. A weight that several layers apply is paid for by the one that stores it; where something else
-    reads the stored tensor too, it is paid for beside any other form.
+    reads the stored tensor too, it is paid for beside any other form, by the first layer that reads it.
     """
     alone = _price_alone(layer, form)
     if layer.shares:
         return replace(alone, parameters=0, bytes=0)
-    if not layer.also_read or form.dense:
+    if not layer.also_read or form.dense == layer.pays:
         return alone
     kept, each = layer.n * layer.m, layer.stored_bytes or BYTES[layer.dtype]
-    return replace(alone, parameters=alone.parameters + kept, bytes=alone.bytes + kept * each)
+    sign = 1 if layer.pays else -1
+    return replace(alone, parameters=alone.parameters + sign * kept, bytes=alone.bytes + sign * kept * each)
 
 
 def _price_alone(layer: Layer, form: Form) -> Price:
