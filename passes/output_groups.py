@@ -10,20 +10,26 @@ import onnx
 
 from onnx_lrsd.passes.nodes import DOMAIN, attribute, domain_of
 
-SIGMOID, SOFTMAX = "Sigmoid", "Softmax"
+SIGMOID, SOFTMAX, LOG_SOFTMAX = "Sigmoid", "Softmax", "LogSoftmax"
+PROBABLE = (SIGMOID, SOFTMAX, LOG_SOFTMAX)
+"""Activations that give probabilities, or their logarithms."""
 
 KEEPING = ("Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Clip", "Relu", SIGMOID)
 """Nodes that leave shapes alone and keep channels apart."""
 MOVING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 """Nodes that move entries to other places."""
+PICKING = ("Split", "Slice", "Gather")
+"""Nodes that take some entries."""
 BY_CONSTANT = ("Add", "Sub", "Mul", "Div")
 """Nodes that keep channels apart where one of their two operands is a constant."""
+DEEPEST = 3
+"""Concats, one in front of the other, that are looked at."""
 
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
-class _Part(NamedTuple):
-    """One operand of a Concat; ``activation`` is Sigmoid or Softmax where it holds probabilities, else ''."""
+class Part(NamedTuple):
+    """One operand of a Concat; ``activation`` is one of PROBABLE where it holds probabilities, else ''."""
 
     tensor: str
     activation: str
@@ -41,19 +47,39 @@ class Ending(NamedTuple):
 
     ``parts`` are the operands of the last Concat, along ``axis``, or the output itself where there is none.
     ``path`` is that Concat and the nodes behind it, in the order in which they run; empty without a Concat.
+    ``before`` are the ways to the output through one of the operands each, from Concats of their own.
     """
 
     output: str
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     axis: int
     path: tuple[onnx.NodeProto, ...]
+    before: tuple[Ending, ...] = ()
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Tensors whose shapes ``slices`` needs; none without a Concat."""
+        """Tensors whose shapes ``partitions`` needs; none without a Concat."""
         if not self.path:
             return ()
-        return (*(part.tensor for part in self.parts), *(node.output[0] for node in self.path))
+        own = (*(part.tensor for part in self.parts), *(node.output[0] for node in self.path))
+        return (*own, *(tensor for ending in self.before for tensor in ending.tensors))
+
+    def partitions(self, shapes: _Shapes) -> list[tuple[tuple[Part, ...], Slices]]:
+        """The parts that the output can be cut into, and where they lie.
+
+        By the last Concat, and by those in front of it where all of its operands are joined alike, as those
+        of a detector's levels, of boxes and scores each.
+        """
+        found = [] if (own := self.slices(shapes)) is None else [(self.parts, own)]
+        deeper = [ending.partitions(shapes) for ending in self.before]
+        for parts, slices in deeper[0] if deeper else []:
+            alike = [part.activation for part in parts], slices
+            if all(
+                any(([part.activation for part in others], place) == alike for others, place in each)
+                for each in deeper
+            ):
+                found.append((parts, slices))
+        return found
 
     def slices(self, shapes: _Shapes) -> Slices | None:
         """Where the parts lie in the output; None where they do not stay apart, or differ by sample."""
@@ -81,24 +107,49 @@ def endings(proto: onnx.ModelProto) -> dict[str, Ending]:
     makers = {name: node for node in proto.graph.node for name in node.output if name}
     constants = {tensor.name for tensor in proto.graph.initializer}
     constants |= {name for name, node in makers.items() if node.op_type == "Constant"}
-    return {value.name: _ending(value.name, makers, constants) for value in proto.graph.output}
+    return {value.name: _ending(value.name, value.name, makers, constants) for value in proto.graph.output}
 
 
-def _ending(output: str, makers: Mapping[str, onnx.NodeProto], constants: set[str]) -> Ending:
-    """Go from ``output`` up to the last Concat, through nodes that keep channels apart.
+def _ending(
+    output: str,
+    tensor: str,
+    makers: Mapping[str, onnx.NodeProto],
+    constants: set[str],
+    *,
+    behind: tuple[onnx.NodeProto, ...] = (),
+    activation: str = "",
+    scaled: bool = False,
+    deepest: int = DEEPEST,
+) -> Ending:
+    """Go from ``tensor`` up to the last Concat, through nodes that keep channels apart.
 
     An activation behind the Concat counts for all parts. Probabilities that are rescaled behind it are none.
+    ``behind`` are the nodes between ``tensor`` and ``output``, with the ``activation`` there, and whether
+    values are ``scaled``.
     """
-    path: list[onnx.NodeProto] = []
-    tensor, activation, scaled = output, "", False
+    start, path = tensor, list[onnx.NodeProto]()
     while (node := makers.get(tensor)) is not None and domain_of(node.domain) == DOMAIN:
         if node.op_type == "Concat":
-            parts = list[_Part]()
+            parts = list[Part]()
             for name in node.input:
                 own = activation or _activation(name, makers)
-                parts.append(_Part(name, "" if scaled else own))
-            return Ending(output, tuple(parts), attribute(node, "axis", 1), (node, *reversed(path)))
-        if node.op_type in (SIGMOID, SOFTMAX) and not scaled:
+                parts.append(Part(name, "" if scaled else own))
+            way = (node, *reversed(path), *behind)
+            before = tuple(
+                _ending(
+                    output,
+                    name,
+                    makers,
+                    constants,
+                    behind=way,
+                    activation=activation,
+                    scaled=scaled,
+                    deepest=deepest - 1,
+                )
+                for name in node.input[: len(node.input) if deepest > 1 else 0]
+            )
+            return Ending(output, tuple(parts), attribute(node, "axis", 1), way, before)
+        if node.op_type in PROBABLE and not scaled:
             activation = activation or node.op_type
         following = _operand(node, constants)
         if following is None:
@@ -106,7 +157,9 @@ def _ending(output: str, makers: Mapping[str, onnx.NodeProto], constants: set[st
         scaled = scaled or node.op_type in (*BY_CONSTANT, "Relu")
         path.append(node)
         tensor = following
-    return Ending(output, (_Part(output, activation),), 0, ())
+    if not scaled:
+        activation = activation or _activation(tensor, makers)
+    return Ending(output, (Part(start, activation),), 0, ())
 
 
 def _operand(node: onnx.NodeProto, constants: set[str]) -> str | None:
@@ -120,11 +173,11 @@ def _operand(node: onnx.NodeProto, constants: set[str]) -> str | None:
 
 
 def _activation(tensor: str, makers: Mapping[str, onnx.NodeProto]) -> str:
-    """Sigmoid or Softmax, where ``tensor`` is what one gave, perhaps moved or cast."""
+    """Which of PROBABLE gave ``tensor``, perhaps moved or cast, or some entries of it; '' where none did."""
     while (node := makers.get(tensor)) is not None and domain_of(node.domain) == DOMAIN:
-        if node.op_type in (SIGMOID, SOFTMAX):
+        if node.op_type in PROBABLE:
             return str(node.op_type)
-        if node.op_type not in KEEPING and node.op_type not in MOVING:
+        if node.op_type not in (*KEEPING, *MOVING, *PICKING):
             break
         tensor = node.input[0]
     return ""
@@ -135,6 +188,8 @@ def _moved(node: onnx.NodeProto, axis: int, before: tuple[int, ...], after: tupl
     if node.op_type == "Transpose":
         order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
         return (order or list(reversed(range(len(before))))).index(axis)
+    if node.op_type == "Concat":
+        return None if attribute(node, "axis", 1) % len(after) == axis else axis
     if node.op_type not in MOVING:
         return axis + len(after) - len(before)
     for place, size in enumerate(after):

@@ -87,6 +87,52 @@ def test_scores_beside_boxes_count_for_themselves(ending: str, slices: list[str]
     assert found.worst == worst.relative_error > 0.1
 
 
+JOINED = {
+    "boxes and scores are joined on each level": """
+        p = Sigmoid (sharper)  b, scores = Split <axis = 2> (p, parts)  boxes = Mul (b, hundred)
+        level = Concat <axis = 2> (boxes, scores)  flat = Reshape (level, shape)""",
+    "boxes and scores are joined in front of another Concat": """
+        b, logits = Split <axis = 2> (sharper, parts)  boxes = Mul (b, hundred)  scores = Sigmoid (logits)
+        level = Concat <axis = 2> (boxes, scores)  flat = Concat <axis = 1> (level, level)""",
+    "boxes and scores are of one convolution": "flat = Mul (sharper, scales)",
+}
+
+
+@pytest.mark.parametrize("joined", list(JOINED))
+def test_scores_count_for_themselves_where_levels_are_joined_last(joined: str) -> None:
+    def detector_of_levels(sharpness: float) -> Model:
+        return model(
+            f"""g (float[n, 20, 10] x) => (float[n, places, 10] out) {{
+                sharper = Mul (x, factor)  {JOINED[joined]}  out = Concat <axis = 1> (flat, flat) }}""",
+            factor=np.array([1] * 4 + [sharpness] * 6, np.float32),
+            parts=np.array([4, 6]),
+            hundred=np.float32(100),
+            scales=np.array([100] * 4 + [1] * 6, np.float32),
+            shape=np.array([0, -1, 10]),
+        )
+
+    x = np.random.default_rng(0).standard_normal((40, 20, 10)).astype(np.float32)
+    before, after = detector_of_levels(1.0), detector_of_levels(0.5)
+    data = read_samples({"x": x}, inputs_of(before.proto))
+    found = compare(before, after, data, latency=False).outputs[0]
+    boxes, scores = found.groups
+    assert (boxes.slice, scores.slice) == ("[:, :, 0:4]", "[:, :, 4:10]")
+    assert boxes.relative_error < 1e-9 and found.relative_error < 1e-3
+    assert found.worst == scores.relative_error > 0.1
+    assert (scores.logits_error is not None) == ("convolution" not in joined)
+
+
+def test_an_operand_without_entries_is_no_group() -> None:
+    cache = model(
+        "g (float[n, 3, 4] x, float[n, past, 4] old) => (float[n, all, 4] out)"
+        " { y = Neg (x) out = Concat <axis = 1> (old, y) }"
+    )
+    feed = {"x": np.ones((2, 3, 4), np.float32), "old": np.ones((2, 0, 4), np.float32)}
+    rows = np.random.default_rng(0).standard_normal((20, 3, 4))
+    (group,) = output_groups(cache, feed, {"out": [rows]}, {})["out"]
+    assert not group.ranges
+
+
 def test_operands_of_like_role_and_scale_are_one_group() -> None:
     left = "a, b = Split <axis = 1> (scores, halves)  out = Concat <axis = 1> (a, b)"
     text = model(
@@ -159,6 +205,25 @@ def clear_cases(before: Model, far: float) -> Samples:
     """Three classes, each certain by ``far``."""
     x = far * np.eye(3, dtype=np.float32)[np.arange(60) % 3]
     return read_samples({"x": x}, inputs_of(before.proto))
+
+
+@pytest.mark.parametrize("final", ["Softmax", "LogSoftmax"])
+def test_logarithms_of_probabilities_are_judged_as_these(final: str) -> None:
+    before, after = classifier(40.0, final), classifier(40.0, final)
+    shift = np.array([0, 0, 2], np.float32)
+    after.proto.graph.initializer.append(onnx.numpy_helper.from_array(shift, "shift"))
+    after.proto.graph.node[0].output[0] = "unmoved"
+    after.proto.graph.node.insert(1, onnx.helper.make_node("Add", ["unmoved", "shift"], ["z"]))
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (200, 3)).astype(np.float32)
+    x[::2, 1:] = x[::2, :1] + rng.uniform(-0.03, 0.03, (100, 2)).astype(np.float32)  # decided by little
+    data = read_samples({"x": x}, inputs_of(before.proto))
+    found = compare(before, load(after.proto), data, latency=False).outputs[0]
+    (group,) = found.groups
+    assert group.logits_error is not None and group.logits_error == pytest.approx(0.057, abs=0.02)
+    assert found.decided_alike is not None and found.decided_alike < 0.95
+    if final == "LogSoftmax":
+        assert group.relative_error == group.logits_error > 10 * found.relative_error
 
 
 @pytest.mark.parametrize("final", ["Softmax", "Sigmoid"])

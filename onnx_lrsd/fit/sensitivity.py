@@ -25,7 +25,6 @@ from onnx_lrsd.runtime.divergence import (
     Divergence,
     as_array,
     change,
-    clipped_logits,
     is_scores,
     positions_first,
     row_axes,
@@ -230,7 +229,7 @@ def _views(group: OutputGroup, before: FinalOutput) -> list[_View]:
         return [_View.made(logits, before.batches)]
     made = [group.of]
     if group.activation:
-        made.append(lambda rows: clipped_logits(group.of(rows)))
+        made.append(group.logits)
     return [_View.made(of, before.batches) for of in made]
 
 

@@ -18,7 +18,7 @@ from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.facts import GroupError, OutputError
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.confidence import ratio_interval
-from onnx_lrsd.passes.output_groups import SOFTMAX, Ending, endings
+from onnx_lrsd.passes.output_groups import LOG_SOFTMAX, SOFTMAX, Ending, Part, endings
 from onnx_lrsd.runtime.divergence import (
     LITTLE,
     Divergence,
@@ -41,6 +41,8 @@ MOST_CHANNELS, MOST_KINDS = 4096, 4
 STILL = 1e-6
 """A channel that deviates by less than this share of its largest value has no scale to go by."""
 SUMS_TO_ONE = 1e-3
+CLASSES = (SOFTMAX, LOG_SOFTMAX)
+"""Activations of classes of which the largest value is the answer."""
 
 LOOK = 16
 """Samples on which scales are found."""
@@ -54,8 +56,9 @@ Range = tuple[int, int]
 class OutputGroup:
     """Channels of ``output`` along ``axis`` of its rows, in ``ranges``; all of it where there are none.
 
-    ``activation`` is Sigmoid or Softmax where they are probabilities. ``part`` says which channels these are,
-    along the output's own axis, ``made_by`` the operand of a Concat that they are, where one is.
+    ``activation`` is Sigmoid, Softmax or LogSoftmax where they are probabilities. ``part`` says which
+    channels these are, along the output's own axis, ``made_by`` the operand of a Concat that they are, where
+    one is.
     """
 
     output: str
@@ -76,6 +79,11 @@ class OutputGroup:
             return rows
         channels = np.concatenate([np.arange(*ends) for ends in self.ranges])
         return np.take(rows, channels, axis=self.axis)
+
+    def logits(self, rows: Values) -> Values:
+        """What stood in front of the activation of the channels in ``rows``, clipped."""
+        found = self.of(rows)
+        return clipped_logits(np.exp(np.minimum(found, 0)) if self.activation == LOG_SOFTMAX else found)
 
 
 GroupsOf = Mapping[str, tuple[OutputGroup, ...]]
@@ -199,12 +207,12 @@ class _Stream:
             if plain is not self.whole:
                 plain.add_rows(old_part, new_part, owner)
             if front is not None:
-                front.add_rows(clipped_logits(old_part), clipped_logits(new_part), owner)
+                front.add_rows(group.logits(one), group.logits(two), owner)
                 self._see(group, old_part)
 
     def _decide(self, one: Values, two: Values, owner: Owners, size: int) -> None:
         """Count the samples whose most probable class, at every step, is the same."""
-        if len(self.groups) > 1 or self.groups[0].activation != SOFTMAX or one.shape != two.shape:
+        if len(self.groups) > 1 or self.groups[0].activation not in CLASSES or one.shape != two.shape:
             return
         if one.ndim < 2 or not one.size:
             return
@@ -214,7 +222,7 @@ class _Stream:
 
     def _see(self, group: OutputGroup, rows: Values) -> None:
         """Note the classes that are most probable somewhere."""
-        if group.activation == SOFTMAX and rows.size:
+        if group.activation in CLASSES and rows.size:
             self.classes.update(np.unique(rows.argmax(axis=-1)).tolist())
         elif prod(rows.shape[1:]) == 1:
             self.classes.update(np.unique(rows > 0.5).astype(int).tolist())
@@ -300,7 +308,7 @@ def _groups(
     positions: tuple[int, ...],
     sizes: Mapping[str, tuple[int, ...]],
 ) -> tuple[OutputGroup, ...]:
-    """The groups of one output: by the operands of its last Concat, or by scale along one axis.
+    """The groups of one output: by the operands of its last Concats, or by scale along one axis.
 
     It is one group where batches differ in shape, and where all of it are probabilities of one kind.
     """
@@ -313,12 +321,19 @@ def _groups(
     rows = np.concatenate(batches).astype(np.float64)
     own_axes = [0, *(axis for axis in range(1, rows.ndim + len(positions)) if axis not in positions)]
     labelled = partial(_labelled, name, own_axes)
-    slices = ending.slices(sizes) if sizes and ending.path else None
-    if slices is not None and slices.axis in own_axes:
+    best = tuple[OutputGroup, ...]()
+    most = False, 1.0
+    for parts, slices in ending.partitions(sizes) if sizes and ending.path else []:
+        if slices.axis not in own_axes:
+            continue
         axis = own_axes.index(slices.axis)
         deviations = _deviations(rows, axis)
         if slices.bounds[-1] == len(deviations):
-            return _of_parts(ending, axis, slices.bounds, deviations, labelled)
+            groups, unlike = _of_parts(name, parts, axis, slices.bounds, deviations, labelled)
+            if len(groups) > 1 and unlike > most:
+                best, most = groups, unlike
+    if best:
+        return best
     if whole.activation:
         return (whole,)
     if _sums_to_one(rows):
@@ -334,15 +349,21 @@ def _groups(
 
 
 def _of_parts(
-    ending: Ending,
+    output: str,
+    parts: Sequence[Part],
     axis: int,
     bounds: Sequence[int],
     deviations: Values,
     labelled: Callable[[int, tuple[Range, ...], str, str], OutputGroup],
-) -> tuple[OutputGroup, ...]:
-    """Groups of the operands of a Concat: those of one activation and like scale are one group."""
+) -> tuple[tuple[OutputGroup, ...], tuple[bool, float]]:
+    """Groups of the operands of a Concat: those of one activation and like scale are one group.
+
+    And how unlike they are: whether only some are probabilities, and the ratio of their scales.
+    """
     groups: list[tuple[str, float, list[Range], list[str]]] = []
-    for part, (start, stop) in zip(ending.parts, pairwise(bounds), strict=True):
+    for part, (start, stop) in zip(parts, pairwise(bounds), strict=True):
+        if start == stop:  # an empty cache, say
+            continue
         within = [(0, stop - start)] if part.activation else _by_scale(deviations[start:stop])[0]
         for low, high in within:
             ends = (start + low, start + high)
@@ -358,12 +379,15 @@ def _of_parts(
             else:
                 group[2].append(ends)
                 group[3].append(part.tensor)
+    scales = [group[1] for group in groups if group[1] > 0]
+    unlike = len({group[0] for group in groups}) > 1, max(scales, default=1.0) / min(scales, default=1.0)
     if len(groups) == 1:
-        return (OutputGroup(output=ending.output, activation=groups[0][0]),)
-    return tuple(
+        return (OutputGroup(output=output, activation=groups[0][0]),), unlike
+    labels = (
         labelled(axis, _joined(ranges), activation, _short(tensors[0]) if len(tensors) == 1 else "")
         for activation, _, ranges, tensors in groups
     )
+    return tuple(labels), unlike
 
 
 def _labelled(
