@@ -74,7 +74,8 @@ class OutputError:
     the lower end of the worst group to the highest upper end of all. ``largest`` is the largest absolute
     difference, ``cosine`` that of the angle between both over all samples, and ``agreement`` the share of
     samples with the same top class, where they hold scores of classes. ``decided_alike`` is the share of
-    samples in which the most probable class stays, at every step, of an output of probabilities.
+    samples in which the most probable class stays, at every step, of an output of probabilities. The error is
+    a share ``of`` the variance, or of the entries where these are no floating numbers: how many differ.
     """
 
     name: str
@@ -85,6 +86,7 @@ class OutputError:
     cosine: float | None = None
     agreement: float | None = None
     decided_alike: float | None = None
+    of: str = "variance"
 
     @property
     def worst(self) -> float:
@@ -151,6 +153,11 @@ class Verification:
     def error(self) -> float:
         """Relative error of the group of channels that changed most, of all outputs."""
         return max((output.worst for output in self.outputs), default=0.0)
+
+    @property
+    def error_of(self) -> str:
+        """What ``error`` is a share of."""
+        return max(self.outputs, key=lambda output: output.worst).of if self.outputs else "variance"
 
     @property
     def error_interval(self) -> tuple[float, float]:

@@ -80,6 +80,29 @@ def test_a_narrow_tolerance_keeps_in_float_what_would_break_it() -> None:
     assert none.nodes == 0 and none.model is model
 
 
+def test_layers_behind_an_operator_of_another_domain_are_int8_as_well() -> None:
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((16, 16)).astype(np.float32) / 4 for name in ("v", "w")}
+    weights["b"] = rng.standard_normal(16).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "v"], ["h"]),
+            helper.make_node("Gelu", ["h"], ["g"], domain="com.microsoft"),
+            helper.make_node("ReduceMean", ["g"], ["m"], axes=[1], keepdims=0),
+            helper.make_node("Gemm", ["m", "w", "b"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 16])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = load(helper.make_model(graph, opset_imports=opsets, ir_version=8))
+    x = rng.standard_normal((64, 4, 16)).astype(np.float32)
+    found = quantise(model, onnx_lrsd.read_samples({"x": x}, inputs_of(model.proto)), tolerance=0.5)
+    assert found.nodes == quantised_nodes(found.model) == 2 and not found.left
+
+
 def test_one_odd_sample_does_not_set_the_scale_for_all_others() -> None:
     model = load(MODEL)
     with np.load(CALIB) as stored:

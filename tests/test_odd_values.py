@@ -22,6 +22,7 @@ from onnx_lrsd.fit.reconstruct import biases_added, reconstruct
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.runtime.divergence import Divergence, change
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.types import Factors, Form, Values
 
@@ -168,6 +169,14 @@ def test_a_layer_with_a_bias_keeps_none_of_it_fixed() -> None:
 
 
 @pytest.mark.slow
+def test_huge_values_of_another_shape_have_a_finite_error() -> None:
+    rows = np.full((4, 8), 1e30, np.float32)
+    found = Divergence()
+    found.add(rows, rows[:, :4])
+    assert found.relative() == 1.0
+    assert change(rows, rows[:, :4]) == pytest.approx(32e60)
+
+
 def test_no_warning_of_numpy_reaches_the_terminal(tmp_path: Path) -> None:
     onnx.save(scaled_model(2.0**100).proto, tmp_path / "model.onnx")
     np.savez(tmp_path / "calib.npz", x=numbers())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -290,6 +291,20 @@ def test_nothing_gained_is_said_with_what_would_gain() -> None:
     assert search.propose() is None
     said = search.why_nothing()
     assert said.startswith("No gain") and "13 %" in said and said.endswith("or try --int8.")
+
+
+def test_what_a_gain_would_cost_is_said_of_one_that_is_worth_having() -> None:
+    def error(ratio: float) -> float:
+        return 0.0098 + 0.13 * (ratio - 1)
+
+    search = Search(1.5, lambda ratio: ratio, error, ErrorLimit(0.01, ""))
+    found = []
+    while (ratio := search.propose()) is not None:
+        found.append(ratio)
+        search.refuse(NOTHING)
+    (said,) = re.findall(r"at ([0-9.]+) x", search.why_nothing())
+    least = min(trial.ratio for trial in search.tried())
+    assert least < 1.05 <= float(said) < 1.2
 
 
 def test_what_was_refused_is_not_found_again() -> None:

@@ -21,6 +21,7 @@ from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import _top1, compare, cost, time_pair, total_price
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
+from onnx_lrsd.report import comparison_table
 from onnx_lrsd.runtime.divergence import Divergence
 
 value = helper.make_tensor_value_info
@@ -117,6 +118,33 @@ def test_models_with_other_inputs_or_outputs_are_not_compared() -> None:
     after.proto.graph.output[0].type.tensor_type.elem_type = TensorProto.INT32
     with pytest.raises(VerificationError, match=r"class int64.*class int32"):
         quickly(before, after, samples(before))
+
+
+def test_what_is_no_floating_number_is_said_to_differ_by_its_entries() -> None:
+    before, after = classifier(WEIGHT), classifier(WEIGHT + np.float32(0.5) * WEIGHT[::-1])
+    found = quickly(before, after, samples(before))
+    classes, scores = found.outputs
+    assert (classes.of, scores.of) == ("entries", "variance")
+    said = comparison_table(found, "a", "b")
+    assert "of its entries" in said and "of its variance" in said
+    assert found.error_of == (classes if classes.worst > scores.worst else scores).of
+
+
+def test_an_output_that_is_a_weight_is_an_output() -> None:
+    def with_end(nodes: list[onnx.NodeProto], weight: str) -> Model:
+        graph = helper.make_graph(
+            [helper.make_node("Relu", ["x"], ["y"]), *nodes],
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("y", "end")],
+            [numpy_helper.from_array(np.ones(3, np.float32), weight)],
+        )
+        return load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+    computed = with_end([helper.make_node("Identity", ["w"], ["end"])], "w")
+    folded = with_end([], "end")
+    found = compare(computed, folded, made_up_samples(computed), latency=False)
+    assert [output.name for output in found.outputs] == ["y", "end"] and found.error == 0
 
 
 def test_a_second_model_that_does_not_run_is_to_blame() -> None:

@@ -33,7 +33,7 @@ from onnx_lrsd.passes.count import compute_tensors, node_macs
 from onnx_lrsd.passes.nodes import domain_of
 from onnx_lrsd.passes.operators import OPERATORS
 from onnx_lrsd.runtime.quantiser import quantization, saturates
-from onnx_lrsd.runtime.session import shapes, simplified
+from onnx_lrsd.runtime.session import shapes, simplified, typed
 from onnx_lrsd.types import Feed, Progress
 from onnx_lrsd.whole_files import PROTOBUF_LIMIT
 
@@ -137,7 +137,7 @@ def _ready(model: Model) -> onnx.ModelProto:
                 name for name in (node.output[0], f"{node.output[0]}_{index}") if name not in taken
             )
             taken.add(node.name)
-    return onnx.shape_inference.infer_shapes(proto)
+    return typed(proto)
 
 
 def _without_kernel(proto: onnx.ModelProto) -> Counter[str]:

@@ -443,10 +443,8 @@ def _top1(old: Classes, new: Classes, labels: npt.NDArray[Any]) -> ScoreChange:
 
 
 def _same_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
-    for kind, old, new in (
-        ("inputs", _ends(before, before.graph.input), _ends(after, after.graph.input)),
-        ("outputs", _ends(before, before.graph.output), _ends(after, after.graph.output)),
-    ):
+    for kind, of in (("inputs", _fed), ("outputs", _given)):
+        old, new = of(before), of(after)
         if old != new:
             raise VerificationError(
                 f"The two models differ in their {kind} ({', '.join(old)}; {', '.join(new)}): "
@@ -454,10 +452,19 @@ def _same_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
             )
 
 
-def _ends(proto: onnx.ModelProto, values: Iterable[onnx.ValueInfoProto]) -> list[str]:
-    """Names and types; an input with a default need not be fed, and its shape is the weight's own."""
+def _fed(proto: onnx.ModelProto) -> list[str]:
+    """Inputs by name and type; one with a default need not be fed, and its shape is the weight's own."""
     defaults = {tensor.name for tensor in proto.graph.initializer}
-    return [f"{value.name} {_type(value.type)}" for value in values if value.name not in defaults]
+    return [_end(value) for value in proto.graph.input if value.name not in defaults]
+
+
+def _given(proto: onnx.ModelProto) -> list[str]:
+    """Outputs by name and type; one may be a weight."""
+    return [_end(value) for value in proto.graph.output]
+
+
+def _end(value: onnx.ValueInfoProto) -> str:
+    return f"{value.name} {_type(value.type)}"
 
 
 def _type(proto: onnx.TypeProto) -> str:

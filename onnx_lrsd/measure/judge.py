@@ -192,6 +192,7 @@ class _Stream:
         self.plain = [Divergence() if group.ranges else self.whole for group in groups]
         self.front = [Divergence() if group.activation else None for group in groups]
         self.classes: set[int] = set()
+        self.numbers = True
         self.alike = self.decided = 0
         """Samples in which the most probable classes stay, and all."""
 
@@ -199,6 +200,7 @@ class _Stream:
         """Take in one batch of ``size`` samples; ``real`` (samples, positions) are no padding."""
         one, two = (positions_first(value, real, self.positions) for value in (old, new))
         owner = owners(one, real, size)
+        self.numbers = self.numbers and one.dtype.kind == "f"
         self.whole.add_rows(one, two, owner)
         self.likeness.add(one, two, size)
         self._decide(one, two, owner, size)
@@ -267,6 +269,7 @@ class _Stream:
             cosine=self.likeness.cosine,
             agreement=self.likeness.agreement,
             decided_alike=self.alike / self.decided if self.decided else None,
+            of="variance" if self.numbers else "entries",
         )
 
 

@@ -87,8 +87,8 @@ def judge(
         if found.decided_otherwise > 0:
             decided = f", and in {found.decided_otherwise:.0%} of the samples they name another class"
         warnings.append(
-            f"The outputs changed by {found.error:.0%} of their variance{decided}: this model does not bear "
-            f"{options.ratio:g} x; ask for less, or name what may be lost with --max-error."
+            f"The outputs changed by {found.error:.0%} of their {found.error_of}{decided}: this model does "
+            f"not bear {options.ratio:g} x; ask for less, or name what may be lost with --max-error."
         )
     if found.after.bytes > found.before.bytes and LARGER not in said:
         times = found.after.bytes / found.before.bytes
@@ -180,5 +180,5 @@ def no_gain(found: Verification, options: Options, target: Target, cost: str) ->
         return said
     least = 1 + PAYS * (found.before.macs / found.after.macs - 1)
     if options.ratio is not None and found.error > MUCH and ratio < least:
-        return f"{said} and changes the outputs by {found.error:.0%} of their variance"
+        return f"{said} and changes the outputs by {found.error:.0%} of their {found.error_of}"
     return ""

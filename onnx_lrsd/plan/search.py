@@ -237,8 +237,10 @@ class Search(Generic[_Made]):
         """Why nothing is within the limit, for the user, and what might gain."""
         if not self._tried:
             return self._out_of_reach
-        ratio, error, _ = min(self._tried, key=lambda entry: entry[0])
-        return self._limit.why_nothing(ratio, error)
+        tried = self.tried()
+        # A gain of less than that is none, whatever it costs.
+        worth = next((trial for trial in tried if trial.ratio >= NEAR), tried[-1])
+        return self._limit.why_nothing(worth.ratio, worth.error)
 
     def tried(self) -> Sequence[Trial]:
         """Ratio and output error of all that was made, in the order of the ratios."""
@@ -439,7 +441,7 @@ class DropLimit:
         least = min(drop.drop for drop in self._searched)
         return (
             "No smaller model was sure to keep the score: the best one lost "
-            f"{100 * least:.2f} points on {self._samples} samples, at {ratio:.2f} x or more; "
+            f"{100 * least:.2f} points on {self._samples} samples; "
             f"allow more with --max-drop, or give more samples{self._hint}."
         )
 

@@ -237,10 +237,10 @@ def _errors(outputs: Sequence[OutputError]) -> list[str]:
     lines = []
     for output in outputs:
         if not output.groups:
-            lines.append(f"{whole[output.name]}  {error_text(output.relative_error)} of its variance")
+            lines.append(f"{whole[output.name]}  {error_text(output.relative_error)} of its {output.of}")
         for group in output.groups:
             low, high = (error_text(end) for end in group.interval)
-            said = f"{parts[group.name]}  {error_text(group.relative_error)} of its variance"
+            said = f"{parts[group.name]}  {error_text(group.relative_error)} of its {output.of}"
             lines.append(f"{said} ({low.removesuffix(' %')} to {high})" if group.relative_error > 0 else said)
     return lines
 

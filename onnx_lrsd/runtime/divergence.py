@@ -55,7 +55,7 @@ class Divergence:
         count = int(owner.max(initial=0)) + 1
         if old.shape != new.shape:
             self._uneven = True
-            energy = float(np.sum(_finite(old) ** 2)) if old.dtype.kind == "f" else float(max(old.size, 1))
+            energy = _energy(old) if old.dtype.kind == "f" else float(max(old.size, 1))
             self._keep(np.array([energy or 1.0]), np.array([energy or 1.0]), np.zeros(1))
         elif old.dtype.kind != "f":
             self._uneven = True
@@ -160,8 +160,14 @@ def clipped_logits(probabilities: Values) -> Values:
 def change(old: Values, new: Values) -> float:
     """|new - old|^2 of a batch, as ``Divergence`` has it."""
     if old.shape != new.shape:
-        return float(np.sum(_finite(old) ** 2)) or 1.0
+        return _energy(old) or 1.0
     return float(_squared_change(_by_row(old), _by_row(new)).sum()) if old.size else 0.0
+
+
+def _energy(values: Values) -> float:
+    """The sum of the squares of what is finite, in float64."""
+    with np.errstate(over="ignore"):
+        return float(np.sum(np.square(_finite(values), dtype=np.float64)))
 
 
 def _squared_change(old: Values, new: Values) -> Values:

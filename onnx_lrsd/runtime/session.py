@@ -82,6 +82,29 @@ def simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.load(options.optimized_model_filepath)
 
 
+def typed(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """``proto``, which holds all its weights, with type and shape of every tensor of its main graph.
+
+    Where onnx cannot infer them, behind operators of other domains, ONNX Runtime says what they are.
+    """
+    found = onnx.shape_inference.infer_shapes(proto)
+    graph = found.graph
+    known = {value.name for value in (*graph.value_info, *graph.output)}
+    missing = {name for node in graph.node for name in node.output if name} - known
+    if missing:
+        exposed = onnx.ModelProto()
+        exposed.CopyFrom(found)
+        exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in missing)
+        ort = onnxruntime()
+        options = _options(ort)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        for value in _start(ort, exposed, options, _providers(ort, "cpu")).get_outputs():
+            if value.name in missing and value.type.startswith("tensor("):
+                elements = onnx.TensorProto.DataType.Value(value.type[len("tensor(") : -1].upper())
+                graph.value_info.append(helper.make_tensor_value_info(value.name, elements, value.shape))
+    return found
+
+
 class RuntimeMemory:
     """What open sessions hold, by how much this process grew as they were opened and first run, in bytes.
 

@@ -181,14 +181,15 @@ function figures(report) {
     const worst = parts.reduce((a, b) => ((b.relative_error ?? Infinity) > (a.relative_error ?? Infinity) ? b : a));
     const where = parts.length > 1 ? `${shorten(worst.name, 26)}, the worst of ${parts.length}` : shorten(worst.name, 26);
     const sure = worst.interval && worst.relative_error > 0 ? `${format.error(worst.interval[0])} to ${format.error(worst.interval[1])} at 95${THIN}%` : null;
-    list.append(figure('Output error', format.error(worst.relative_error), where, null, sure, report.data ? 'of its variance' : 'of its variance, on samples kept apart'));
+    list.append(figure('Output error', format.error(worst.relative_error), where, null, sure, `of its ${worst.of ?? 'variance'}${report.data ? '' : ', on samples kept apart'}`));
   }
   return list;
 }
 
 /** What an output is judged by: groups of its channels, or the whole. */
 function partsOf(output) {
-  return output.groups?.length ? output.groups : [{ ...output, interval: output.error_interval }];
+  if (!output.groups?.length) return [{ ...output, interval: output.error_interval }];
+  return output.groups.map((group) => ({ ...group, of: output.of }));
 }
 
 // ---- the whole model's trade-off
