@@ -156,10 +156,27 @@ def test_a_bias_takes_up_the_mean_where_no_silence_was_seen() -> None:
     weight_of = partial(read_weight, working)
     factors = fitted(model, np.abs(numbers()) + 0.5, Form("channel", 32))[1]
     assert all(factors[name].bias.any() for name in factors)
-    said = biases_added(layers, factors, weight_of)
+    said = biases_added(model, {"x": np.ones((2, WIDTH), np.float32)}, layers, factors, weight_of)
     assert said.startswith(f"A bias was added where there was none ({layers[0].name} and 1 more)")
     without = {name: replace(each, bias=np.zeros(WIDTH)) for name, each in factors.items()}
-    assert biases_added(layers, without, weight_of) == ""
+    assert biases_added(model, {"x": np.ones((2, WIDTH), np.float32)}, layers, without, weight_of) == ""
+
+
+def test_a_bias_where_silence_was_never_silence_needs_no_word() -> None:
+    """A layer without a bias whose input has one: the attention of a transformer, say."""
+    model = a_model(
+        f"""g (float[n, {WIDTH}] x) => (float[n, {WIDTH}] y)
+        {{ h = MatMul (x, w0) a = Add (h, b) r = Relu (a) y = MatMul (r, w1) }}""",
+        w0=weight(1),
+        w1=weight(2),
+        b=np.ones(WIDTH, np.float32),
+    )
+    working = model.graph()
+    layers, _ = find_layers(working)
+    factors = fitted(model, np.abs(numbers()) + 0.5, Form("channel", 32))[1]
+    assert factors[layers[-1].output].bias.any()
+    feed = {"x": np.ones((2, WIDTH), np.float32)}
+    assert biases_added(model, feed, layers, factors, partial(read_weight, working)) == ""
 
 
 def test_a_layer_with_a_bias_keeps_none_of_it_fixed() -> None:

@@ -187,7 +187,7 @@ def _optimized(
             run, original, known.layers, search, chosen, fitter, check_on, planned=plan is not None
         )
         rewritten = delivered.model
-        run.journal.warn(biases_added(known.layers, delivered.factors, weight_of))
+        run.journal.warn(biases_added(source, check_on.example(), known.layers, delivered.factors, weight_of))
         if run.target.engine is not None:
             given = check_on if fit_on is None else fit_on
             before = None if run.time.limited or rewritten is original else original

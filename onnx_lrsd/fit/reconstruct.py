@@ -20,6 +20,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.arrays import to_device
+from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf, recalibrate
 from onnx_lrsd.fit.shared import fit_shared
 from onnx_lrsd.graph.model import Model
@@ -32,11 +33,12 @@ from onnx_lrsd.passes.rectifiers import rectifiers
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.passes.writer import Stored
 from onnx_lrsd.runtime.activation_cache import Relay, most_held
+from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.scratch import Scratch
 from onnx_lrsd.solver.decompose import decompose, refit
 from onnx_lrsd.solver.problem import Problem, output_metric, pose
 from onnx_lrsd.solver.rectified import Rectified
-from onnx_lrsd.types import UNSTRUCTURED, Factors, Form, Layer, Moments, Progress, Rows, Values
+from onnx_lrsd.types import UNSTRUCTURED, Factors, Feed, Form, Layer, Moments, Progress, Rows, Values
 from onnx_lrsd.workers import IN_PROCESS, Workers
 
 STAGES = 32
@@ -207,20 +209,39 @@ def _aside(factors: Factors | None, scratch: Scratch | None) -> Factors | None:
     return replace(factors, kernels=kernels, sparse=sparse)
 
 
-def biases_added(layers: Sequence[Layer], factors: Mapping[str, Factors], weight_of: WeightOf) -> str:
-    """A sentence on the layers that got a bias and had none; empty where there are none."""
+def biases_added(
+    model: Model, feed: Feed, layers: Sequence[Layer], factors: Mapping[str, Factors], weight_of: WeightOf
+) -> str:
+    """A sentence on the layers that got a bias and had none, where silence in was silence out.
+
+    ``feed`` is an example of what the original ``model`` is fed. Empty where there are no such layers.
+    """
     added = [
-        layer.name
+        layer
         for layer in layers
         if layer.output in factors and factors[layer.output].bias.any() and not weight_of(layer)[1].any()
     ]
-    if not added:
+    silent = _silent(model, feed, {layer.input for layer in added})
+    names = [layer.name for layer in added if layer.input in silent]
+    if not names:
         return ""
-    more = f" and {len(added) - 1} more" if len(added) > 1 else ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return (
-        f"A bias was added where there was none ({added[0]}{more}): inputs of zeros, such as silence, no "
+        f"A bias was added where there was none ({names[0]}{more}): inputs of zeros, such as silence, no "
         "longer give zeros there; add samples with such inputs to keep it so."
     )
+
+
+def _silent(model: Model, feed: Feed, tensors: set[str]) -> set[str]:
+    """Those of ``tensors`` that are zero where all floating inputs are; all if that is not known."""
+    if not tensors or model.parted:
+        return tensors
+    zeros = {name: x * 0 if x.dtype.kind in "fV" else x for name, x in feed.items()}  # V: bfloat16
+    try:
+        session = open_session(model.proto, folder=model.folder, outputs=sorted(tensors), device=model.device)
+        return {name for name, value in session.run(zeros).items() if not np.any(value)}
+    except LrsdError:
+        return tensors
 
 
 @dataclass(frozen=True, kw_only=True)
