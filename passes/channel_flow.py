@@ -35,7 +35,9 @@ BROADCAST = {
 LINEAR = ("Add", "Identity", "Dropout")
 """Linear operators, in front of which channels may be turned (see ``Carried``). Where an Add has a value for
 each channel, these values are turned as well."""
-KEEP_HEADS = ("Reshape", "Transpose")
+SCALES = ("Mul", "Div")
+"""Linear operators as well, where all channels of a head are scaled alike."""
+KEEP_HEADS = ("Reshape", "Transpose", "Split", "Slice")
 """Handlers of these say themselves on which axis heads lie behind them; behind others none may be turned."""
 POOLS = ("MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool")
 REDUCTIONS = {
@@ -88,6 +90,20 @@ class Count(NamedTuple):
     owner: Owner
 
 
+class HeadProduct(NamedTuple):
+    """The node ``name``, which gives ``output``, sums over channels: ``one`` of queries, ``two`` of keys.
+
+    Position by position these are multiplied with each other. Of heads, one stands for all. ``softmax``: one
+    over all positions of the keys alone reads what comes of it.
+    """
+
+    output: str
+    name: str
+    one: Owner
+    two: Owner
+    softmax: bool
+
+
 @dataclass
 class Flow:
     """What was found on the way through the graph; channels are numbered over all of it."""
@@ -100,6 +116,7 @@ class Flow:
     counts: list[Count] = field(default_factory=list)
     ties: list[tuple[int, int]] = field(default_factory=list)
     """Channels that stay or go together."""
+    products: list[HeadProduct] = field(default_factory=list)
 
     def shape(self, tensor: gs.Tensor) -> Sequence[int | str | None] | None:
         """The shape of ``tensor`` as far as it is known."""
@@ -167,7 +184,13 @@ def _bent(handed: Handed) -> Handed:
 
 
 def _weighted(flow: Flow, node: gs.Node, given: Given) -> Handed:
-    """A product that sums over another axis, as attention weights values: each channel by itself."""
+    """A product that sums over another axis, as attention weights values: each channel by itself.
+
+    Or one that sums over the channels of both operands, as that of queries and keys.
+    """
+    one, two = given
+    if one is not None and two is not None:
+        return _summed(flow, node, one, two)
     side = 0 if given[0] is not None else 1
     own, shape = given[side], flow.shape(node.inputs[1 - side])
     kept = -2 if side == 0 else -1  # the axis of this operand that is not summed over
@@ -181,6 +204,44 @@ def _weighted(flow: Flow, node: gs.Node, given: Given) -> Handed:
     return [own._replace(rank=max(own.rank, len(shape)), heads=heads)]
 
 
+def _summed(flow: Flow, node: gs.Node, one: Carried, two: Carried) -> Handed:
+    """A product that sums over the channels of both operands, in each head for itself."""
+    along = (one.axis, two.axis) == (-1, -2) and len(one.owner) == len(two.owner)
+    whole = (one.owner >= 0).all() and (two.owner >= 0).all()
+    if min(one.axis, two.axis) < -2:
+        return f"{node.op} {label(node)} multiplies channels that are mixed, or read by others, in between"
+    if not along or not whole:
+        return _mixed(node)
+    if one.heads is None or one.heads != two.heads or one.heads in (-1, -2):
+        return f"{node.op} {label(node)} multiplies what is not linear in them, or not alike in all heads"
+    ranks = one.rank, two.rank
+    rank = None if None in ranks else max(rank for rank in ranks if rank is not None)
+    softmax = _softmax_alone(node.outputs[0], rank)
+    flow.products.append(
+        HeadProduct(node.outputs[0].name, f"{node.op} {label(node)}", one.owner, two.owner, softmax)
+    )
+    return [None]
+
+
+def _softmax_alone(tensor: gs.Tensor, rank: int | None) -> bool:
+    """Whether a Softmax over the last of ``rank`` axes alone reads ``tensor``, scaled and masked perhaps."""
+    while len(tensor.outputs) == 1:
+        reader = tensor.outputs[0]
+        if is_op(reader, "Softmax"):
+            return reader.attrs.get("axis", -1) in (-1, None if rank is None else rank - 1)
+        others = [other for other in reader.inputs if other is not tensor]
+        scale = is_op(reader, *SCALES) and all(_is_number(other) for other in others)
+        if not scale and not is_op(reader, "Add", "Where", "Cast"):
+            return False
+        tensor = reader.outputs[0]
+    return False
+
+
+def _is_number(tensor: gs.Tensor) -> bool:
+    value = constant_value(tensor)
+    return value is not None and value.size == 1
+
+
 def _mixed(node: gs.Node) -> str:
     """Why channels can no longer be told apart behind ``node``."""
     return f"{node.op} {label(node)} may mix them"
@@ -188,7 +249,9 @@ def _mixed(node: gs.Node) -> str:
 
 def _elementwise(flow: Flow, node: gs.Node, given: Given) -> Handed:
     first = next(carried for carried in given if carried is not None)
-    linear = is_op(node, *LINEAR)
+    carrying = sum(carried is not None for carried in given)
+    scales = is_op(node, *SCALES) and carrying == 1 and (is_op(node, "Mul") or given[0] is not None)
+    linear = is_op(node, *LINEAR) or scales
     if is_op(node, *BROADCAST) and flow.opset < 7 and len(node.inputs) > 1:
         return f"{node.op} {label(node)} broadcasts in the way of old operator sets"
     ranks = [first.rank]
@@ -203,7 +266,8 @@ def _elementwise(flow: Flow, node: gs.Node, given: Given) -> Handed:
             reason = _beside(flow, node, index, first)
             if reason:
                 return reason
-            linear = linear and (len(flow.parts) > parts or not is_op(node, "Add"))
+            by_channel = len(flow.parts) > parts
+            linear = linear and (by_channel or not is_op(node, "Add")) and not (by_channel and scales)
             shape = flow.shape(tensor)
             ranks.append(None if shape is None else len(shape))
     known = [rank for rank in ranks if rank is not None]
@@ -366,7 +430,7 @@ def _reshaped(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
     if block is None or owners is None:
         return spread
     split = len(block.before) == 1 and len(block.after) == 2
-    if split and _are_values(node, block.after[1] - len(after), len(after)):
+    if split and _in_attention(node, block.after[1] - len(after), len(after)):
         found = _in_heads(flow, owners)
     else:
         found = _on_one_axis(flow, owners)
@@ -406,16 +470,28 @@ def _owners_behind(
     return np.broadcast_to(carried.owner.reshape(along), sizes[0]).reshape(sizes[1])
 
 
-def _are_values(node: gs.Node, axis: int, rank: int) -> bool:
-    """Whether a MatMul alone reads what ``node`` gives, of ``rank`` axes, and does not sum over ``axis``."""
-    tensor = node.outputs[0]
-    while len(tensor.outputs) == 1 and is_op(tensor.outputs[0], "Transpose"):
-        order = tensor.outputs[0].attrs.get("perm", list(range(rank))[::-1])
-        axis, tensor = order.index(axis + rank) - rank, tensor.outputs[0].outputs[0]
-    readers = tensor.outputs
+def _in_attention(node: gs.Node, axis: int, rank: int) -> bool:
+    """Whether a product of two computed operands alone reads what ``node`` gives, of ``rank`` axes.
+
+    ``axis``, where a head has its channels, must be one of the last two of it. Scales may stand in between.
+    """
+    tensor, readers = node.outputs[0], _readers(node.outputs[0])
+    while len(readers) == 1 and is_op(readers[0], "Transpose", *SCALES):
+        if is_op(readers[0], "Transpose"):
+            order = readers[0].attrs.get("perm", list(range(rank))[::-1])
+            axis = order.index(axis + rank) - rank
+        tensor = readers[0].outputs[0]
+        readers = _readers(tensor)
     if len(readers) != 1 or not is_op(readers[0], "MatMul"):
         return False
-    return axis == (-2 if readers[0].inputs[0] is tensor else -1)
+    first, second = readers[0].inputs
+    other = second if first is tensor else first
+    return axis in (-1, -2) and constant_value(other) is None
+
+
+def _readers(tensor: gs.Tensor) -> list[gs.Node]:
+    """The nodes that read ``tensor``, but for those that read its shape."""
+    return [node for node in tensor.outputs if not is_op(node, "Shape")]
 
 
 def _in_heads(flow: Flow, owners: Owner) -> tuple[int, Owner] | None:
@@ -571,8 +647,9 @@ def _split(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
     axis = _from_end(node.attrs.get("axis", 0), carried.rank)
     if axis is None:
         return _mixed(node)
+    heads = 0 if carried.heads == 0 else None  # pieces of one axis are in order as well
     if axis != carried.axis:
-        return [carried] * len(node.outputs)
+        return [carried._replace(heads=heads)] * len(node.outputs)
     sizes = _numbers(node, "split", 1)
     given: int | str = "split" if "split" in node.attrs else 1
     even = sizes is None
@@ -588,7 +665,7 @@ def _split(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
             flow.count(node, given, entry, owner)
         elif not flow.merge(owners[0], owner):  # parts without sizes have to stay equal
             return _mixed(node)
-    return [carried._replace(owner=owner) for owner in owners]
+    return [carried._replace(owner=owner, heads=heads) for owner in owners]
 
 
 def _sliced(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
@@ -600,8 +677,9 @@ def _sliced(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
         axes = [axis - carried.rank for axis in range(len(starts))]
     if axes is None:
         return _mixed(node)
+    heads = 0 if carried.heads == 0 else None
     if carried.axis not in axes:
-        return [carried]
+        return [carried._replace(heads=heads)]
     at, length = axes.index(carried.axis), len(carried.owner)
     if not starts or not ends or "starts" in node.attrs or (steps or [1] * len(axes))[at] != 1:
         return _mixed(node)
@@ -610,7 +688,7 @@ def _sliced(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
         flow.count(node, 1, at, carried.owner[:start])
     if end < length:
         flow.count(node, 2, at, carried.owner[:end])
-    return [carried._replace(owner=carried.owner[start:end])]
+    return [carried._replace(owner=carried.owner[start:end], heads=heads)]
 
 
 BOUNDS = (("starts", 1), ("ends", 2), ("steps", 4))

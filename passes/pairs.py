@@ -7,6 +7,9 @@ no mask, no Gather.
 
 In attention each head loses a channel at a time. Where all that lies between is linear, the channels of a
 head may be turned first: into another basis, in which fewer of them matter.
+
+Queries and keys are such a pair as well, though no layer reads them: their product alone does, and it sums
+over the channels. What is turned in the one is turned back in the other.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ Mask = npt.NDArray[np.bool_]
 
 NARROWED = f"{PART}width"
 """Suffix of the name of a constant that holds the channels which stay."""
+NEITHER, QUERIES, KEYS = 0, 1, 2
+"""What channels are in a product that sums over them."""
 
 
 class End(NamedTuple):
@@ -64,6 +69,10 @@ class Pair:
     ``name`` is what a person calls the first producer. The rest is what a cut changes, by channel: ``parts``
     of constants, ``counts`` of channels, axes of tensors. All of it is of the graph the pair was found in.
     Where there are ``heads``, each has a position of every channel, in order, and its channels may be turned.
+
+    Where a ``product`` alone reads the channels, the tensor of that name, there are no consumers. The first
+    producer gives queries, the second one keys, whose parts are the ``opposite`` ones: they are turned by the
+    inverse. ``softmax``: it is over all positions of the keys, and nothing else reads the product.
     """
 
     name: str
@@ -74,6 +83,14 @@ class Pair:
     counts: tuple[Count, ...]
     carried: Mapping[str, Carried]
     heads: int = 0
+    product: str = ""
+    softmax: bool = False
+    opposite: tuple[ConstantPart, ...] = ()
+
+    @property
+    def deciding(self) -> tuple[End, ...]:
+        """The layers whose inputs tell what a cut loses: those that read the channels, or are multiplied."""
+        return self.consumers or self.producers
 
 
 @dataclass(kw_only=True)
@@ -174,8 +191,7 @@ def find_pairs(
         seen.block([flow.carried.get(output.name)], OUTPUT_OF_MODEL)
     for captured in captured_names(working.graph):
         seen.block([flow.carried.get(captured)], "a branch or a loop reads them")
-    found, declined = _pairs(flow, seen)
-    return tuple(replace(p, heads=_heads(p, seen.straight)) for p in found), declined
+    return _pairs(flow, seen)
 
 
 def _pass_layer(
@@ -256,7 +272,9 @@ def _give(flow: Flow, node: gs.Node, sides: _Sides, owner: Owner) -> str:
 
 def _pairs(flow: Flow, seen: _Seen) -> tuple[tuple[Pair, ...], tuple[Declined, ...]]:
     """The pairs, and the layers that are in none: sets of channels that are tied are cut alike."""
-    root = _joined(seen.total, flow.ties)
+    sides = _sides_of_products(flow, seen)
+    multiplied = [link for p in flow.products for link in zip(p.one.tolist(), p.two.tolist(), strict=True)]
+    root = _joined(seen.total, [*flow.ties, *multiplied])
     first_of: dict[int, int] = {}  # the first set that holds a channel tied to this one
     links = []
     for index, own in enumerate(seen.given):
@@ -267,16 +285,41 @@ def _pairs(flow: Flow, seen: _Seen) -> tuple[tuple[Pair, ...], tuple[Declined, .
     for index in np.unique(together):
         sets = [own for own, joined in zip(seen.given, together, strict=True) if joined == index]
         reason, node = next(((own.reason, own.node) for own in sets if own.reason), ("", ""))
-        found = [] if reason else _pairs_of(flow, sets, seen.read, root)
-        pairs += found
-        if not found:
-            declined += [Declined(own.name, own.op, reason or "no layer reads them", node) for own in sets]
+        found = [] if reason else _pairs_of(flow, sets, seen, root, sides)
+        able = [pair for pair in found if pair.heads or not pair.product]
+        pairs += able
+        if not able:
+            reason = reason or ("they are not alike in all heads" if found else "no layer reads them")
+            declined += [Declined(own.name, own.op, reason, node) for own in sets]
     return tuple(pairs), tuple(declined)
 
 
-def _pairs_of(
-    flow: Flow, sets: Sequence[_Given], read: Sequence[tuple[str, Owner]], root: Owner
-) -> list[Pair]:
+def _sides_of_products(flow: Flow, seen: _Seen) -> Owner:
+    """By channel of the whole graph: QUERIES or KEYS where one product alone reads it, else NEITHER.
+
+    Those of products that are read otherwise as well must stay.
+    """
+    root = _joined(seen.total, flow.ties)
+    sides = np.zeros(seen.total, dtype=np.int64)
+    for product in flow.products:
+        one, two = (np.isin(root, root[owner]) for owner in (product.one, product.two))
+        both = one | two
+        reason = ""
+        if (one & two).any() or sides[both].any():
+            reason = f"{product.name} multiplies some of them twice, or with each other"
+        elif any(both[owner[owner >= 0]].any() for _, owner in seen.read):
+            reason = f"{product.name} is not all that reads them"
+        elif any(sum(side[own.channels].any() for own in seen.given) > 1 for side in (one, two)):
+            reason = f"{product.name} multiplies what several layers give"
+        elif np.count_nonzero(one) != np.count_nonzero(two):
+            reason = f"{product.name} multiplies other numbers of heads"
+        for owner in (product.one, product.two) if reason else ():
+            seen.block([Carried(-1, None, owner)], reason, product.name)
+        sides[one], sides[two] = QUERIES, KEYS
+    return sides
+
+
+def _pairs_of(flow: Flow, sets: Sequence[_Given], seen: _Seen, root: Owner, sides: Owner) -> list[Pair]:
     """The pairs of sets that are tied: one, or one for each part of the channels that is read alike."""
     groups = np.concatenate([root[own.channels] for own in sets])  # channels of one root go together
     _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
@@ -285,8 +328,16 @@ def _pairs_of(
     ends_of_sets = np.cumsum([own.n for own in sets])[:-1]
     for own, numbers in zip(sets, np.split(ranks[inverse], ends_of_sets), strict=True):
         number[own.channels] = numbers
-    givers = [_Member(own.name, own.output, number[own.channels]) for own in sets]
-    readers = [_Member("", output, number[owner]) for output, owner in read if (number[owner] >= 0).any()]
+    givers = []
+    for own in sets:
+        by_side = sides[own.channels]
+        for side in (NEITHER, QUERIES, KEYS):
+            owner = np.where(by_side == side, number[own.channels], -1)
+            givers.append(_Member(own.name, own.output, owner, side))
+    givers = [member for member in givers if (member.owner >= 0).any()]
+    readers = [
+        _Member("", output, number[owner]) for output, owner in seen.read if (number[owner] >= 0).any()
+    ]
     # A pair has the channels that are given and read alike: by the same layers, at as many positions.
     uses = [np.bincount(end.owner[end.owner >= 0], minlength=len(first)) for end in (*givers, *readers)]
     _, kind = np.unique(np.array(uses), axis=1, return_inverse=True)
@@ -295,8 +346,11 @@ def _pairs_of(
         part = np.full(len(first) + 1, -1)
         part[:-1][kind == index] = np.arange(np.count_nonzero(kind == index))
         giving, reading = _renumbered(givers, part), _renumbered(readers, part)
-        if giving and reading:
-            found.append(_pair(flow, giving, reading, part[number]))
+        if any(member.side for member in giving):
+            found.append(_multiplied(flow, giving, part[number], sides))
+        elif giving and reading:
+            pair = _pair(flow, giving, reading, part[number])
+            found.append(replace(pair, heads=_heads(pair, seen.straight)))
     return found
 
 
@@ -306,6 +360,7 @@ class _Member(NamedTuple):
     name: str
     output: str
     owner: Owner
+    side: int = NEITHER
 
 
 def _renumbered(members: Iterable[_Member], numbers: Owner) -> list[_Member]:
@@ -328,7 +383,7 @@ def _pair(flow: Flow, giving: Sequence[_Member], reading: Sequence[_Member], num
         channels=channels,
         producers=tuple(end(member.output, member.owner) for member in giving),
         consumers=tuple(end(member.output, member.owner) for member in reading),
-        parts=tuple(p._replace(owner=number[p.owner]) for p in flow.parts if (number[p.owner] >= 0).any()),
+        parts=_parts(flow, number),
         counts=tuple(c._replace(owner=number[c.owner]) for c in flow.counts if (number[c.owner] >= 0).any()),
         carried={
             name: flow.carried[name]._replace(owner=owner)
@@ -336,6 +391,31 @@ def _pair(flow: Flow, giving: Sequence[_Member], reading: Sequence[_Member], num
             if (owner >= 0).any()
         },
     )
+
+
+def _multiplied(flow: Flow, giving: Sequence[_Member], number: Owner, sides: Owner) -> Pair:
+    """The pair of queries and keys of these layers; its ``heads`` are 0 where they are not all alike."""
+    one, two = (np.where(np.append(sides, NEITHER) == side, number, -1) for side in (QUERIES, KEYS))
+    product = next(p for p in flow.products if number[p.one[0]] >= 0)
+    pair = replace(
+        _pair(flow, sorted(giving, key=_side), (), number),
+        product=product.output,
+        softmax=product.softmax,
+        parts=_parts(flow, one),
+        opposite=_parts(flow, two),
+    )
+    heads = {end.positions.shape[1] for end in pair.producers}
+    heads |= {np.count_nonzero(p.owner >= 0) / pair.channels for p in (*pair.parts, *pair.opposite)}
+    return replace(pair, heads=pair.producers[0].positions.shape[1] if len(heads) == 1 else 0)
+
+
+def _side(member: _Member) -> int:
+    return member.side
+
+
+def _parts(flow: Flow, number: Owner) -> tuple[ConstantPart, ...]:
+    """What is cut of constants; ``number`` is by channel of the whole graph."""
+    return tuple(p._replace(owner=number[p.owner]) for p in flow.parts if (number[p.owner] >= 0).any())
 
 
 def _joined(count: int, links: Iterable[tuple[int, int]]) -> Owner:
@@ -370,7 +450,7 @@ def _masks(cuts: Iterable[tuple[Pair, Sequence[int]]]) -> _Masks:
     for pair, kept in cuts:
         stays = np.zeros(pair.channels + 1, dtype=bool)
         stays[[*kept, -1]] = True  # the last entry is for positions of no channel, whose owner is -1
-        for place, axis, owner in pair.parts:
+        for place, axis, owner in (*pair.parts, *pair.opposite):
             parts[place][axis] = stays[owner] & parts[place].get(axis, True)
         for place, entry, owner in pair.counts:
             counts[place][entry] = stays[owner] & counts[place].get(entry, True)
@@ -416,28 +496,37 @@ def cut(working: WorkingGraph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> No
 
 
 def turn(working: WorkingGraph, pair: Pair, bases: npt.NDArray[np.float64]) -> None:
-    """Turn the channels of each head by its own of the orthogonal ``bases`` (heads, channels, channels).
+    """Turn the channels of each head by its own of the ``bases`` (heads, channels, channels).
 
-    Whatever constants a cut would change are turned in the same way, so the outputs of the consumers stay the
-    same but for rounding. The pair stays as it is.
+    Those of queries and keys may be any that are invertible, all others are orthogonal. Whatever constants a
+    cut would change are turned in the same way, so what reads the channels gives the same but for rounding.
+    The pair stays as it is.
     """
     nodes = {tensor.name: node for node in working.nodes for tensor in node.outputs}
     made = _Constants(working)
-    for place, axis, owner in pair.parts:
-        node = nodes[place.output]
-        values = np.asarray(constant_value(node.inputs[place.given]))
-        turned = np.moveaxis(values, axis, -1).astype(np.float64)
-        order = np.argsort(owner, kind="stable")[np.count_nonzero(owner < 0) :]
-        for at, basis in zip(order.reshape(pair.channels, -1).T, bases, strict=True):
-            turned[..., at] = turned[..., at] @ basis.T
-        made.put(node, int(place.given), np.moveaxis(turned, -1, axis).astype(values.dtype))
+    back = inverses(bases) if pair.product else bases
+    for matrices, parts in ((bases, pair.parts), (back, pair.opposite)):
+        for place, axis, owner in parts:
+            node = nodes[place.output]
+            values = np.asarray(constant_value(node.inputs[place.given]))
+            turned = np.moveaxis(values, axis, -1).astype(np.float64)
+            order = np.argsort(owner, kind="stable")[np.count_nonzero(owner < 0) :]
+            for at, matrix in zip(order.reshape(pair.channels, -1).T, matrices, strict=True):
+                turned[..., at] = turned[..., at] @ matrix.T
+            made.put(node, int(place.given), np.moveaxis(turned, -1, axis).astype(values.dtype))
     remove_orphans(working, made.replaced)
+
+
+def inverses(bases: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """By what keys are turned where queries are turned by ``bases``: products of the two stay the same."""
+    return np.asarray(np.linalg.inv(bases).transpose(0, 2, 1), dtype=np.float64)
 
 
 def cut_tensors(working: WorkingGraph, pair: Pair) -> set[str]:
     """Names of the stored tensors that a cut of ``pair`` would replace, weights of its layers included."""
     nodes = {tensor.name: node for node in working.nodes for tensor in node.outputs}
-    given = [nodes[place.output].inputs[int(place.given)] for place, _, _ in pair.parts]
+    parts = (*pair.parts, *pair.opposite)
+    given = [nodes[place.output].inputs[int(place.given)] for place, _, _ in parts]
     return {stored_tensor(tensor).name for tensor in given}
 
 

@@ -96,7 +96,8 @@ def _widths(
         return ", ".join(dict.fromkeys(by_output[e.output].name for e in ends if e.output in by_output))
 
     widths = {
-        f"{names(p.producers)} -> {names(p.consumers)}": p.channels * max(p.heads, 1) for p in chosen.values()
+        f"{names(p.producers)} -> {names(p.consumers) or 'their product'}": p.channels * max(p.heads, 1)
+        for p in chosen.values()
     }
     return widths, left_whole(stay, left, every)
 

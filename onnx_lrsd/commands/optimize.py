@@ -22,7 +22,7 @@ from onnx_lrsd.fit.calibrate import (
     Calibration,
     WeightOf,
 )
-from onnx_lrsd.fit.fitter import ORIGINAL, Fitted, Fitter
+from onnx_lrsd.fit.fitter import BOTH, LOW_RANK, ORIGINAL, Fitted, Fitter
 from onnx_lrsd.fit.reconstruct import biases_added
 from onnx_lrsd.graph.model import Model, check, save
 from onnx_lrsd.measure.compare import (
@@ -206,7 +206,7 @@ def _optimized(
         source=source,
         output=output,
         layers=known.layers,
-        narrow=narrower.cut(chosen if delivered is None or delivered.factors else {})[1],
+        narrow=narrower.cut(chosen if delivered is None or delivered.planned else {})[1],
         declined=found.declined,
         stay=found.stay,
         plan=plan,
@@ -238,7 +238,7 @@ def _details(
     """What the report page draws; ``planner`` is None where a plan was given."""
     weighed = planner if planner is not None and planner.weighed else None
     with run.journal.clock("details"):
-        unchanged = delivered is None or (not delivered.factors and delivered.int8 is None)
+        unchanged = delivered is None or (not delivered.planned and delivered.int8 is None)
         return collect(
             curves=curves.layers,
             spectra=spectrum,
@@ -319,7 +319,9 @@ def _deliver(
     if kept is None:
         found = _unchanged(run, original, check_on, measured[fitted.step])
         promise = promised(None, run.options, run.cost)
-        return chosen, Delivered(model=original, factors={}, verification=found, promise=promise)
+        return chosen, Delivered(
+            model=original, factors={}, verification=found, promise=promise, planned=False
+        )
     run.journal.warn(*kept.notes, *measured[kept.step].warnings)
     int8 = Int8(kept.step, kept.nodes, kept.left, measured) if run.options.int8 else None
     return chosen, Delivered(
@@ -327,6 +329,7 @@ def _deliver(
         factors=kept.factors,
         verification=measured[kept.step],
         promise=outcome.promise,
+        planned=kept.step in (LOW_RANK, BOTH),
         int8=int8,
         loading=LoadCosts(opening_cost(original), opening_cost(kept.model)) if kept.packed else None,
     )

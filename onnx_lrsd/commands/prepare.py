@@ -295,18 +295,18 @@ def _narrower(found: Found, known: Calibration, *, judged: bool) -> Narrower:
     ``judged``: errors of their widths are wanted, by cross-validation.
     """
     run, pairs = found.run, found.pairs
-    readers = {end.output for pair in pairs.values() for end in pair.consumers}
+    deciding = {end.output for pair in pairs.values() for end in pair.deciding}
     plain = Narrower(
         model=found.source,
         layers=known.layers,
         weight_of=found.weight_of,
-        moments=_only(known.moments, readers),
+        moments=_only(known.moments, deciding),
         inner={},
         device=run.options.device,
     )
 
     def finite(pair: Pair) -> bool:
-        found = [known.moments[end.output] for end in pair.consumers if end.output in known.moments]
+        found = [known.moments[end.output] for end in pair.deciding if end.output in known.moments]
         return all(np.isfinite(moments.mean).all() for moments in found)
 
     keys = [key for key, pair in pairs.items() if finite(pair)]
@@ -338,7 +338,7 @@ def asked_for(
     """Whether there shall be moments of a layer: a form is worth trying for it, or ``plan`` splits it."""
     kinds = run.options.forms or KINDS
     planned = {name for name, choice in plan.choices.items() if not choice.form.dense} if plan else set()
-    planned |= {end.output for pair in pairs.values() for end in pair.consumers}
+    planned |= {end.output for pair in pairs.values() for end in pair.deciding}
     # Of layers that apply one weight all are asked for: only the one that stores it would gain bytes.
     together = {layer.output for group in groups(layers) if len(group) > 1 for layer in group}
     wanted = planned | together

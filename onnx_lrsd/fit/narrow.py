@@ -17,11 +17,18 @@ import numpy.typing as npt
 from onnx_lrsd.fit.calibrate import Calibration, WeightOf, original_inputs, original_outputs
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
-from onnx_lrsd.passes.pairs import End, Pair, cut, turn
+from onnx_lrsd.passes.pairs import End, Pair, cut, inverses, turn
 from onnx_lrsd.passes.split import split
 from onnx_lrsd.scratch import made_for_each
 from onnx_lrsd.solver.cross_validation import some_rows, width_errors
-from onnx_lrsd.solver.heads import Bases, head_bases, turned, turned_inputs, turned_outputs
+from onnx_lrsd.solver.heads import (
+    Bases,
+    head_bases,
+    product_bases,
+    turned,
+    turned_inputs,
+    turned_outputs,
+)
 from onnx_lrsd.solver.problem import Problem, pose
 from onnx_lrsd.solver.width import Widths, fit_width, widths
 from onnx_lrsd.types import DENSE, WIDTH, Declined, Factors, Form, Layer, Moments, Rows, Values
@@ -42,7 +49,7 @@ class Inner:
 
     Where rows were given, the errors of the widths are those on rows that the readers were not fitted to.
     With ``bases`` the channels are those of attention heads in other bases: the network is written in these
-    before it is cut.
+    before it is cut. Those of keys are then the inverses of the ones of queries, transposed.
     """
 
     pair: Pair
@@ -158,29 +165,52 @@ class Narrower:
         for inner in (self.inner[key] for key in cuts):
             if inner.bases is None:
                 continue
-            for end in inner.pair.producers if giving else inner.pair.consumers:
+            for number, end in enumerate(inner.pair.producers if giving else inner.pair.consumers):
                 if end.output == layer.output:
-                    found.append((rows(layer, end) if giving else columns(layer, end), inner.bases))
+                    of_keys = bool(inner.pair.product) and number == 1
+                    bases = inverses(inner.bases) if of_keys else inner.bases
+                    found.append((rows(layer, end) if giving else columns(layer, end), bases))
         return found
 
-    def readers(self, key: str) -> tuple[Layer, ...]:
-        """The layers that read the channels of a pair, in the order of the graph."""
-        outputs = {end.output for end in self.inner[key].pair.consumers}
+    def masking(self, key: str) -> tuple[Layer, ...]:
+        """The layers that ``masked`` gives, in the order of the graph: readers of a pair, or queries."""
+        pair = self.inner[key].pair
+        outputs = {end.output for end in pair.consumers or pair.producers[:1]}
         return tuple(layer for layer in self.layers if layer.output in outputs)
 
     def masked(self, key: str, width: int) -> dict[str, Factors]:
         """The readers of a pair at that width, by output, in the original network.
 
         They have weights of zero for the channels that are cut, so they give the same as in the narrower
-        network, which need not be made.
+        network, which need not be made. Where queries have zeros in place of channels, keys need none.
         """
         pair, kept = self.inner[key].pair, self.inner[key].widths.kept(width)
+        if pair.product:
+            (layer,) = self.masking(key)
+            return {layer.output: self._masked_queries(layer, self.inner[key], kept)}
         ends = {end.output: end for end in pair.consumers}
         found = {}
-        for layer in self.readers(key):
+        for layer in self.masking(key):
             factors = fit_width(self.problem(layer, [key]), columns(layer, ends[layer.output]), kept)
             found[layer.output] = _in_place(layer, factors, self._turns(layer, [key], giving=False))
         return found
+
+    def _masked_queries(self, layer: Layer, inner: Inner, kept: Sequence[int]) -> Factors:
+        """The ``layer`` of the queries without the channels that are not ``kept``, in the original bases."""
+        assert inner.bases is not None
+        weight, bias = self.weight_of(layer)
+        at = rows(layer, inner.pair.producers[0])
+        affine = turned(np.column_stack([weight, bias]).T.astype(np.float64), at, inner.bases)
+        affine[:, np.delete(at, list(kept), axis=0).ravel()] = 0.0
+        affine = turned(affine, at, inverses(inner.bases), back=True).T
+        return Factors(
+            form=Form(DENSE),
+            kernels=(),
+            bias=affine[:, -1],
+            sparse=affine[:, :-1].reshape(layer.n, layer.channels, *layer.kernel),
+            channels=tuple(range(layer.channels)),
+            error=float(inner.widths.errors[0, len(kept)]),
+        )
 
     def _calibration(
         self, known: Calibration, layers: tuple[Layer, ...], kept: Mapping[str, _Kept], cuts: Sequence[str]
@@ -322,12 +352,13 @@ def planned_pairs(
     for pair in pairs:
         gives = {end.output for end in pair.producers}
         reads = {end.output for end in pair.consumers}
+        deciding = {end.output for end in pair.deciding}
         reason = ""
         if pair.channels * max(pair.heads, 1) < FEWEST_CHANNELS:
             reason = f"they are fewer than {FEWEST_CHANNELS}"
         elif len(gives | reads) > MOST_LAYERS:
             reason = f"more than {MOST_LAYERS} layers give or read them"
-        elif not reads <= layers or not gives & layers or gives & excluded:
+        elif not deciding <= layers or not gives & layers or gives & excluded:
             reason = "a layer that gives or reads them is left alone, or shares its weight"
         elif gives & giving or reads & reading:
             reason = "another set of channels is planned between the same layers"
@@ -366,20 +397,25 @@ def least_width(pair: Pair) -> int:
 
 
 def key_of(pair: Pair) -> str:
-    """What identifies a pair in a plan: the tensors of the first layers that give and that read it."""
+    """What identifies a pair in a plan: the tensors of the first layers that give and that read it.
+
+    For a product those of the layers that give its operands.
+    """
+    if pair.product:
+        return " x ".join(end.output for end in pair.producers)
     return f"{pair.producers[0].output} -> {pair.consumers[0].output}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrderTask:
-    """A pair and the layers that read it, for a worker.
+    """A pair and the layers that decide what a cut of it loses, for a worker.
 
     By the output of each: ``affine``, W (n, m) and b (n,), ``moments`` of its inputs, and ``rows`` (count, m)
     of these that judge the errors of the widths. A layer without rows has the errors of the damped metric.
     """
 
     pair: Pair
-    readers: tuple[Layer, ...]
+    layers: tuple[Layer, ...]
     affine: Mapping[str, tuple[Values, Values]]
     moments: Mapping[str, Moments]
     rows: Mapping[str, Rows]
@@ -389,36 +425,43 @@ class OrderTask:
 def order_task(pair: Pair, narrower: Narrower, judged_by: Calibration | None = None) -> OrderTask:
     """The task for ``pair``, whose widths the original inputs in ``judged_by`` judge, if it is not None."""
     by_output = {layer.output: layer for layer in narrower.layers}
-    readers = tuple(by_output[end.output] for end in pair.consumers)
+    layers = tuple(by_output[end.output] for end in pair.deciding)
     rows = {}
-    for layer in readers:
+    for layer in () if pair.product else layers:
         seen = None if judged_by is None else original_inputs(layer, judged_by)
         if seen is not None:
             rows[layer.output] = some_rows(seen)
     return OrderTask(
         pair=pair,
-        readers=readers,
-        affine={layer.output: narrower.weight_of(layer) for layer in readers},
-        moments={la.output: narrower.moments[la.output] for la in readers if la.output in narrower.moments},
+        layers=layers,
+        affine={layer.output: narrower.weight_of(layer) for layer in layers},
+        moments={la.output: narrower.moments[la.output] for la in layers if la.output in narrower.moments},
         rows=rows,
         device=narrower.device,
     )
 
 
 def drop_order(task: OrderTask) -> tuple[Widths, Bases | None]:
-    """The order in which a pair's channels go, down to an eighth of them, and the bases they are in."""
+    """The order in which a pair's channels go, down to an eighth of them, and the bases they are in.
+
+    Errors of a product are those of the damped metric: bases of so few channels fit other rows as well.
+    """
     pair = task.pair
     problems = [
         pose(layer, *task.affine[layer.output], task.moments.get(layer.output), task.device)
-        for layer in task.readers
+        for layer in task.layers
     ]
-    own = [columns(layer, end) for layer, end in zip(task.readers, pair.consumers, strict=True)]
+    if pair.product:
+        places = [rows(layer, end) for layer, end in zip(task.layers, pair.producers, strict=True)]
+        turns, found = product_bases(problems[0], problems[1], (places[0], places[1]), shifted=pair.softmax)
+        return replace(found, dropped=found.dropped[: pair.channels - least_width(pair)]), turns
+    own = [columns(layer, end) for layer, end in zip(task.layers, pair.consumers, strict=True)]
     bases = head_bases(problems, own) if pair.heads else None
     if bases is not None:
         problems = [turned_inputs(p, at, bases) for p, at in zip(problems, own, strict=True)]
     order = widths(problems, own, least=least_width(pair))
     errors = order.errors.copy()
-    for reader, layer in enumerate(task.readers):
+    for reader, layer in enumerate(task.layers):
         seen = task.rows.get(layer.output)
         if seen is not None:
             seen = seen if bases is None else turned(seen, own[reader], bases)

@@ -150,7 +150,7 @@ def _probes(
             found.append(_Probe(first, unit, form))
     for key, form in forms.items():
         if form.kind == WIDTH and narrower is not None:
-            found.append(_Probe(key, narrower.readers(key), form))
+            found.append(_Probe(key, narrower.masking(key), form))
     place = {layer.output: index for index, layer in enumerate(layers)}
     return sorted(found, key=lambda probe: min(place[layer.output] for layer in probe.layers))
 

@@ -59,11 +59,12 @@ def pair_curves(
 
 def _macs_between(pair: Pair, macs: Mapping[str, float]) -> float:
     """MACs that are spent on the channels between the layers: of depthwise convolutions, and of attention."""
-    return sum(
+    between = sum(
         macs[name] * float(np.mean(carried.owner >= 0))
         for name, carried in pair.carried.items()
         if name in macs
     )
+    return between + macs.get(pair.product, 0.0)
 
 
 def _pair_curve(key: str, inner: Inner, between: float) -> PairCurve:
@@ -75,7 +76,7 @@ def _pair_curve(key: str, inner: Inner, between: float) -> PairCurve:
     errors = inner.widths.errors.sum(axis=0)
     found = [Point(Form(DENSE), 0.0, NO_PRICE)]
     for width in widths_to_try(inner):
-        if errors[width] <= MOST_ERROR * len(pair.consumers) and width < total:
+        if errors[width] <= MOST_ERROR * max(len(pair.consumers), 1) and width < total:
             saved = replace(NO_PRICE, macs=-round(between * (1 - width / total)))
             found.append(Point(Form(WIDTH, width), float(errors[width]), saved))
     giving, reading = (tuple(end.output for end in ends) for ends in (pair.producers, pair.consumers))
@@ -86,7 +87,7 @@ def widths_to_try(inner: Inner) -> list[int]:
     """Sixteenths of the channels, rounded to what runtimes like, the largest first."""
     total = inner.pair.channels
     each = max(end.positions.shape[1] for end in inner.pair.producers)
-    block = HEAD_MULTIPLE if inner.pair.heads else max(RANK_MULTIPLE // each, 1)
+    block = max(RANK_MULTIPLE // each, HEAD_MULTIPLE if inner.pair.heads else 1)
     shares = {max(round(total * part / SHARES / block), 1) * block for part in range(2, SHARES)}
     return sorted((width for width in shares if width < total), reverse=True)
 

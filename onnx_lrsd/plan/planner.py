@@ -156,15 +156,16 @@ class Planner:
     def _layers_behind(self, measured: Collection[str]) -> dict[str, int]:
         """By layer and pair, how many layers that can be rewritten lie on every path to the outputs.
 
-        Those are the layers in ``measured``, and those that read the channels of a pair.
+        Those are the layers in ``measured``, and those that read the channels of a pair. Queries and keys are
+        read by a product, behind which lies what is behind the layer of the queries.
         """
         layers = [curve.layer for curve in self.curves.layers]
+        first = {pair.key: (pair.consumers or pair.producers)[0] for pair in self.curves.pairs}
+        asked = {*measured, *self.curves.reading, *first.values()}
         able = [layer for layer in layers if layer.output in measured]
-        able += [
-            layer for layer in layers if layer.output in self.curves.reading and layer.output not in measured
-        ]
+        able += [layer for layer in layers if layer.output in asked and layer.output not in measured]
         behind = count_post_dominators(self.source.graph(), able)
-        return behind | {pair.key: behind[pair.consumers[0]] for pair in self.curves.pairs}
+        return behind | {key: behind[output] for key, output in first.items()}
 
     def _at_other_errors(self, points: Mapping[str, Point], moderate: Mapping[str, Point]) -> Forms:
         """Forms of layers with all channels whose errors are far from those that were measured."""

@@ -318,7 +318,7 @@ class _Priced:
             before = dict(now)
             for pair in self.unit.pairs:
                 worth = self.pairs[pair.key].copy()
-                for output in (*pair.producers, *pair.consumers):
+                for output in dict.fromkeys((*pair.producers, *pair.consumers)):
                     if output in self.least:
                         worth += self._by_width_of(pair.key, output, now)
                 now[pair.key] = int(worth.argmin())

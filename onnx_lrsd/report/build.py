@@ -32,13 +32,15 @@ from onnx_lrsd.types import DENSE, N_OF_M, Choice, Declined, Factors, Form, Laye
 class Delivered:
     """What is handed out: the model, the factors of its layers by output, and what was measured of it.
 
-    ``loading`` is what opening the original and the model takes, where weights are in codes.
+    ``planned``: the forms of the plan are in it. ``loading`` is what opening the original and the model
+    takes, where weights are in codes.
     """
 
     model: Model
     factors: Mapping[str, Factors]
     verification: Verification
     promise: Promise | None
+    planned: bool
     int8: Int8 | None = None
     loading: LoadCosts | None = None
 
