@@ -296,6 +296,11 @@ def test_a_fixed_batch_is_fed_whole_and_the_rest_left_out_with_a_note() -> None:
         read_samples({"image": x[:3]}, [FIXED])
 
 
+def test_too_few_samples_are_those_that_may_be_used() -> None:
+    with pytest.raises(DataError, match="Only 1 sample of the given data may be used but one is needed"):
+        read_samples({"image": images(10)}, [IMAGE], limit=1)
+
+
 @pytest.mark.parametrize(("each", "most", "kept"), [(24, 32, 24), (64, 32, 64), (4, 32, 32), (1, 32, 32)])
 def test_some_samples_fill_whole_batches(each: int, most: int, kept: int) -> None:
     samples = Samples(groups=({"x": np.zeros((192, 3), np.float32)},), fixed=each)

@@ -110,6 +110,19 @@ def test_a_model_that_bears_nothing_comes_back_as_it_was(tmp_path: Path, fast: N
     assert relative_error(tmp_path, "model.lrsd.onnx") <= 1e-6
 
 
+def test_a_model_without_layers_is_told_what_may_help(folder: Path) -> None:
+    found = run("optimize", folder / "model.onnx", "--ratio", "2", "--include", "stem")
+    assert found.exit_code == 1 and "name layers as `onnx-lrsd inspect` lists them" in found.stderr
+    table = numpy_helper.from_array(np.ones((300, 64), np.float32), "table")
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["N"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 64])
+    graph = helper.make_graph([helper.make_node("Gather", ["table", "ids"], ["y"])], "g", [ids], [y], [table])
+    path = folder / "table.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    found = run("optimize", path, "--ratio", "2")
+    assert found.exit_code == 1 and found.stderr.endswith("or make its file smaller with --target size.\n")
+
+
 def test_without_samples_the_weights_decide_and_a_warning_says_so(folder: Path, fast: None) -> None:
     result = run("optimize", folder / "model.onnx", "--ratio", 2)
     assert result.exit_code == 0, result.stderr

@@ -203,6 +203,8 @@ def test_a_score_that_cannot_be_had_is_refused_only_when_asked_for() -> None:
         assert quickly(model, model, data).metric is None
         with pytest.raises(DataError, match="no class labels for top1: add an integer array named labels"):
             quickly(model, model, data, metric="top1")
+    with pytest.raises(DataError, match="25 labels for 50 samples: top1 wants a class for each"):
+        quickly(model, model, samples(model, labels=np.zeros(25, int)), metric="top1")
     with pytest.raises(DataError, match="There is no metric 'top5': choose top1"):
         quickly(model, model, samples(model), metric="top5")
     del model.proto.graph.output[1]

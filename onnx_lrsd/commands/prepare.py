@@ -58,7 +58,7 @@ from onnx_lrsd.plan.planner import Planner
 from onnx_lrsd.plan.promise import STORED
 from onnx_lrsd.plan.search import Forms
 from onnx_lrsd.plan.units import Curves
-from onnx_lrsd.run import Options, Run, with_work_dir
+from onnx_lrsd.run import Run, with_work_dir
 from onnx_lrsd.runtime.session import sound
 from onnx_lrsd.scratch import OnDemand
 from onnx_lrsd.solver.width import Widths
@@ -144,7 +144,7 @@ def find(
             if run.target.stores_codes and DENSE in (options.forms or KINDS):
                 named = None if plan is None else plan.choices
                 layers, declined = find_constants(graph, layers, declined, named)
-            layers, declined = _select(layers, declined, options)
+            layers, declined = _select(graph, layers, declined, run)
             constants = tuple(layer for layer in layers if layer.constant)
             others = share_weights(graph, [layer for layer in layers if not layer.constant])
             if run.cost in STORED:
@@ -232,12 +232,13 @@ def _workable(run: Run, original: Model) -> tuple[Model, WorkingGraph]:
 
 
 def _select(
-    found: Sequence[Layer], declined: Sequence[Declined], options: Options
+    graph: WorkingGraph, found: Sequence[Layer], declined: Sequence[Declined], run: Run
 ) -> tuple[tuple[Layer, ...], tuple[Declined, ...]]:
     """The layers that --include and --exclude leave, and all others with the reason.
 
     Raises UnsupportedModelError where none is left.
     """
+    options = run.options
     kept, out = [], list(declined)
     for layer in found:
         if options.include is not None and not re.search(options.include, layer.name):
@@ -246,15 +247,19 @@ def _select(
             out.append(Declined(layer.name, layer.op, "named by --exclude"))
         else:
             kept.append(layer)
-    if not kept and not out:
-        raise UnsupportedModelError(
-            "The model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight: use it as it is."
-        )
-    if not kept:
+    if kept:
+        return tuple(kept), tuple(out)
+    said = "The model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight"
+    if out:
         reasons = Counter(entry.reason for entry in out)
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-        raise UnsupportedModelError(f"No layer of the model can be worked on ({listed}): use it as it is.")
-    return tuple(kept), tuple(out)
+        said = f"No layer of the model can be worked on ({listed})"
+    remedy = "use it as it is"
+    if found:
+        remedy = "name layers as `onnx-lrsd inspect` lists them"
+    elif not run.target.stores_codes and find_constants(graph, found, declined)[0]:
+        remedy += ", or make its file smaller with --target size"
+    raise UnsupportedModelError(f"{said}: {remedy}.")
 
 
 def _pairs(

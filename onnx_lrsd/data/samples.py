@@ -436,7 +436,7 @@ class _Gathered:
             slots=self.slots,
             labelled=labelled,
         )
-        found = self._whole_batches(found)
+        found = self._whole_batches(found, cut=limit is not None and self.count >= limit)
         if found.ragged:
             self.notes.append(
                 f"The samples in {self.source} differ in shape: those of one shape are run together, and "
@@ -514,8 +514,11 @@ class _Gathered:
             order += [np.arange(starts[index], starts[index + 1]) for index in run]
         return tuple(groups), np.concatenate(order)
 
-    def _whole_batches(self, samples: Samples) -> Samples:
-        """Without what fills no batch, or shares a label with what is missing."""
+    def _whole_batches(self, samples: Samples, *, cut: bool) -> Samples:
+        """Without what fills no batch, or shares a label with what is missing.
+
+        ``cut``: more samples were there than are to be used.
+        """
         count, fixed, labelled = samples.count, samples.fixed or 1, samples.labelled
         if len(samples.groups) == 1:
             kept = samples.take(slice(count - count % lcm(fixed, labelled)))
@@ -536,7 +539,10 @@ class _Gathered:
         if kept.count < 2:
             why = f"the model takes batches of {fixed}" if fixed > 1 else "one is needed to verify on"
             held = counted(count, "sample")
-            raise DataError(f"{self.source} holds {held} but {why}: give at least {2 * fixed}.")
+            said = f"{self.source} holds {held}"
+            if cut:
+                said = f"Only {held} of {self.source} may be used"
+            raise DataError(f"{said} but {why}: give at least {2 * fixed}.")
         if kept.count < count:
             why = f"The model takes batches of {fixed}" if fixed > 1 else f"{labelled} samples share a label"
             each = " of one shape" if len(samples.groups) > 1 else ""

@@ -347,7 +347,10 @@ def labels_for(metric: str | Score | None, samples: Samples) -> npt.NDArray[Any]
     if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) == samples.count:
         return labels
     if metric is not None:
-        raise DataError(f"{samples.source} has no class labels for top1: add an integer array named labels.")
+        said = "no class labels for top1: add an integer array named labels"
+        if labels is not None and len(labels) != samples.count:
+            said = f"{len(labels)} labels for {samples.count} samples: top1 wants a class for each"
+        raise DataError(f"{samples.source} has {said}.")
     return None
 
 
