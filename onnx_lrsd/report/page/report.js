@@ -179,7 +179,8 @@ function figures(report) {
   if (outputs.length) {
     const parts = outputs.flatMap(partsOf);
     const worst = parts.reduce((a, b) => ((b.relative_error ?? Infinity) > (a.relative_error ?? Infinity) ? b : a));
-    const where = parts.length > 1 ? `${shorten(worst.name, 26)}, the worst of ${parts.length}` : shorten(worst.name, 26);
+    const alone = parts.length === 1 ? shorten(worst.name, 26) : `${shorten(worst.name, 26)}, the worst of ${parts.length}`;
+    const where = worst.relative_error === 0 && parts.length > 1 ? `all ${parts.length} outputs` : alone;
     const sure = worst.interval && worst.relative_error > 0 ? `${format.error(worst.interval[0])} to ${format.error(worst.interval[1])} at 95${THIN}%` : null;
     list.append(figure('Output error', format.error(worst.relative_error), where, null, sure, `of its ${worst.of ?? 'variance'}${report.data ? '' : ', on samples kept apart'}`));
   }
@@ -259,6 +260,14 @@ const COLUMNS = [
   { key: 'error', title: 'Error', class: 'number error', of: (layer) => layer.error, width: '78px' },
 ];
 
+/** Wide enough for every form where the names leave room, in CSS; letters are about 7 pixels wide. */
+function formWidth(layers) {
+  const longest = (texts) => Math.max(...texts.map((text) => text.length));
+  const wanted = 14 + 7 * longest(layers.map((layer) => layer.label));
+  const free = 268 - 14 - 8 * longest(layers.map((layer) => layer.short));
+  return `${Math.max(112, Math.min(wanted, free))}px`;
+}
+
 function layersSection(report, layers, marks) {
   const known = layers.filter((layer) => layer.macs_before > 0);
   if (!known.length) return null;
@@ -306,7 +315,7 @@ function layersSection(report, layers, marks) {
   const headers = COLUMNS.map((column) => {
     const button = html('button', { type: 'button' }, column.title);
     const header = html('th', { role: 'columnheader', scope: 'col', class: column.class.replace('name', '') }, button);
-    header.style.width = column.width;
+    header.style.width = column.key === 'form' ? formWidth(known) : column.width;
     button.addEventListener('click', () => {
       if (state.sort !== column.key) [state.sort, state.down] = [column.key, !column.text];
       else if (state.down === !column.text) state.down = !state.down;
