@@ -103,6 +103,28 @@ def test_layers_behind_an_operator_of_another_domain_are_int8_as_well() -> None:
     assert found.nodes == quantised_nodes(found.model) == 2 and not found.left
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (16,), (1, 1), (1, 16), (4, 1), (4, 16)])
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_a_gemm_is_int8_with_a_c_of_any_shape(shape: tuple[int, ...], beta: float) -> None:
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((16, 16)) / 4, "c": rng.standard_normal(shape)}
+    batch = 4 if shape[:1] == (4,) else "N"
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "w", "c"], ["y"], beta=beta, alpha=2.0)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 16])],
+        [numpy_helper.from_array(np.asarray(v, dtype=np.float32), name) for name, v in weights.items()],
+    )
+    opset = helper.make_opsetid("", 17)
+    model = load(helper.make_model(graph, opset_imports=[opset], ir_version=8))
+    x = rng.standard_normal((64, 16)).astype(np.float32)
+    samples = onnx_lrsd.read_samples({"x": x}, inputs_of(model.proto))
+    found = quantise(model, samples, tolerance=0.5)
+    assert found.nodes == quantised_nodes(found.model) == 1
+    assert compare(model, found.model, samples, latency=False).error < 0.002
+
+
 def test_one_odd_sample_does_not_set_the_scale_for_all_others() -> None:
     model = load(MODEL)
     with np.load(CALIB) as stored:

@@ -293,6 +293,12 @@ def test_nothing_gained_is_said_with_what_would_gain() -> None:
     assert said.startswith("No gain") and "13 %" in said and said.endswith("or try --int8.")
 
 
+def test_outputs_that_are_not_finite_are_no_error_to_allow() -> None:
+    search = Search(1.5, lambda ratio: ratio, lambda ratio: inf, ErrorLimit(0.01, ", or try --int8"))
+    assert search.propose() is None
+    assert "not finite" in search.why_nothing() and "--max-error" not in search.why_nothing()
+
+
 def test_what_a_gain_would_cost_is_said_of_one_that_is_worth_having() -> None:
     def error(ratio: float) -> float:
         return 0.0098 + 0.13 * (ratio - 1)

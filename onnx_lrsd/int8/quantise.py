@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 
 from onnx_lrsd.data.samples import Samples, batch_to_run
 from onnx_lrsd.errors import LrsdError, ModelError
@@ -30,7 +31,7 @@ from onnx_lrsd.fit.sensitivity import Reference
 from onnx_lrsd.graph.model import Model, in_memory, model_bytes, raised
 from onnx_lrsd.int8.balance import balanced
 from onnx_lrsd.passes.count import compute_tensors, node_macs
-from onnx_lrsd.passes.nodes import domain_of
+from onnx_lrsd.passes.nodes import attribute, domain_of
 from onnx_lrsd.passes.operators import OPERATORS
 from onnx_lrsd.runtime.quantiser import quantization, saturates
 from onnx_lrsd.runtime.session import shapes, simplified, typed
@@ -137,7 +138,37 @@ def _ready(model: Model) -> onnx.ModelProto:
                 name for name in (node.output[0], f"{node.output[0]}_{index}") if name not in taken
             )
             taken.add(node.name)
+    _part_biases(proto)
     return typed(proto)
+
+
+def _part_biases(proto: onnx.ModelProto) -> None:
+    """Make every constant C of a Gemm a vector with beta within, or add it behind.
+
+    The quantiser fails with others.
+    """
+    values = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for index, node in reversed([*enumerate(proto.graph.node)]):
+        if node.op_type != "Gemm" or len(node.input) < 3 or not {*node.input[1:3]} <= values.keys():
+            continue
+        outputs = values[node.input[1]].dims[0 if attribute(node, "transB") else 1]
+        c = numpy_helper.to_array(values[node.input[2]])
+        beta = next((a for a in node.attribute if a.name == "beta"), None)
+        if c.shape == (outputs,) and (beta is None or beta.f == 1):
+            continue
+        if beta is not None:
+            c = c * c.dtype.type(beta.f)
+            node.attribute.remove(beta)
+        name = f"{node.name} bias for int8"
+        if c.size in (1, outputs) and c.shape[:-1] in ((), (1,)):
+            c = np.ascontiguousarray(np.broadcast_to(c.reshape(-1), (outputs,)))
+            node.input[2] = name
+        else:
+            del node.input[2]
+            given, product = node.output[0], f"{node.name} product for int8"
+            node.output[0] = product
+            proto.graph.node.insert(index + 1, helper.make_node("Add", [product, name], [given], name))
+        proto.graph.initializer.append(numpy_helper.from_array(c, name))
 
 
 def _without_kernel(proto: onnx.ModelProto) -> Counter[str]:

@@ -354,10 +354,12 @@ class ErrorLimit:
 
     def why_nothing(self, ratio: float, error: float) -> str:
         """What the least gain that was tried costs."""
-        return (
-            f"No gain by low rank within {100 * self._most:g} %: at {ratio:.2f} x the output error is up to "
-            f"{100 * error:.2g} %; allow more with --max-error{self._hint}."
-        )
+        said = f"No gain by low rank within {100 * self._most:g} %: at {ratio:.2f} x the"
+        if not isfinite(error):
+            return (
+                f"{said} outputs have values that are not finite where the original's are: leave it as it is."
+            )
+        return f"{said} output error is up to {100 * error:.2g} %; allow more with --max-error{self._hint}."
 
 
 class Drop(NamedTuple):
