@@ -125,6 +125,27 @@ def test_a_gemm_is_int8_with_a_c_of_any_shape(shape: tuple[int, ...], beta: floa
     assert compare(model, found.model, samples, latency=False).error < 0.002
 
 
+def test_weights_among_the_inputs_of_an_old_model_are_none_of_the_result() -> None:
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((16, 16)).astype(np.float32) / 4 for name in ("v", "w")}
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 16]) for name in "xy"]
+    defaults = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [16, 16]) for name in weights]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "v"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])],
+        "g",
+        [ends[0], *defaults],
+        ends[1:],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 9)], ir_version=3))
+    x = rng.standard_normal((64, 16)).astype(np.float32)
+    samples = onnx_lrsd.read_samples({"x": x}, inputs_of(model.proto))
+    found = quantise(model, samples, tolerance=0.5)
+    assert found.nodes == quantised_nodes(found.model) == 2
+    assert [value.name for value in found.model.proto.graph.input] == ["x"]
+    assert compare(model, found.model, samples, latency=False).error < 0.01
+
+
 def test_one_odd_sample_does_not_set_the_scale_for_all_others() -> None:
     model = load(MODEL)
     with np.load(CALIB) as stored:

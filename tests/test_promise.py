@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import inf
@@ -21,7 +21,7 @@ from onnx_lrsd.cli import main
 from onnx_lrsd.data.holdout import search_and_confirm
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import BudgetError, DataError, OptionError
-from onnx_lrsd.facts import ModelCost, OutputError, ScoreChange, Verification
+from onnx_lrsd.facts import ModelCost, OutputError, ScoreChange, Trial, Verification
 from onnx_lrsd.fit.fitter import BOTH, INT8, LOW_RANK, ORIGINAL
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
@@ -103,8 +103,8 @@ class Fixed:
     def refused(self, searched: float, found: Verification) -> None:
         pass
 
-    def why_nothing(self, ratio: float, error: float) -> str:
-        return f"at {ratio:.2f} x {error:.4f}"
+    def why_nothing(self, tried: Sequence[Trial]) -> str:
+        return f"at {tried[0].ratio:.2f} x {tried[0].error:.4f}"
 
 
 SAME = ModelCost(4, 1, 1, None)
@@ -308,9 +308,9 @@ def test_what_a_gain_would_cost_is_said_of_one_that_is_worth_having() -> None:
     while (ratio := search.propose()) is not None:
         found.append(ratio)
         search.refuse(NOTHING)
-    (said,) = re.findall(r"at ([0-9.]+) x", search.why_nothing())
+    ((ratio, lost),) = re.findall(r"at ([0-9.]+) x .* ([0-9.]+) %;", search.why_nothing())
     least = min(trial.ratio for trial in search.tried())
-    assert least < 1.05 <= float(said) < 1.2
+    assert least < 1.05 <= float(ratio) < 1.2 and float(lost) > 1
 
 
 def test_what_was_refused_is_not_found_again() -> None:

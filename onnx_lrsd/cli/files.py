@@ -94,7 +94,7 @@ def write_text(path: Path, text: str) -> None:
 
 def samples_of(model: Model, data: str | None) -> Samples:
     """The samples at ``data``, without padding; made up where there are none."""
-    samples = made_up_samples(model) if data is None else read_samples(data, inputs_of(model.proto))
+    samples = made_up_samples(model) if data is None else read_samples(data, inputs_of(model.proto), fewest=1)
     return without_padding(model, samples)
 
 

@@ -41,7 +41,7 @@ _READ = 64
 def inspect(
     model: str | Path | onnx.ModelProto, calibration: Any = None, *, shapes: InputShapes | None = None
 ) -> Inspection:
-    """The layers of ``model`` that a smaller form is predicted to speed up, with the price of each as it is.
+    """The layers of ``model`` that a smaller form, or fewer channels, may speed up, each with its price.
 
     Also the nodes that were declined, with the reason, and the price of the whole model. MACs are those of
     one run: on the first sample of ``calibration``, anything that ``read_samples`` takes, or on made-up data
@@ -60,12 +60,12 @@ def inspect(
             graph = source.graph()
         every, declined = find_layers(graph)
         layers = share_weights(graph, every)
-        widths, stay = _widths(source, graph, every, layers)
+        widths, stay, cut = _widths(source, graph, every, layers)
     check_shapes(shapes or {}, inputs_of(source.proto))
     samples = made_up_samples(source, shapes) if calibration is None else _first(calibration, source)
     located = locate(layers, input_shapes(source, layers, samples), samples)
     forms = TARGETS[DEFAULT_TARGET].forms
-    useful = [layer for layer in located if forms(layer, KINDS)]
+    useful = [layer for layer in located if layer.output in cut or forms(layer, KINDS)]
     useless = [Declined(layer.name, layer.op, NO_FORM) for layer in located if layer not in useful]
     feed = samples.example()
     whole = cost(original, model_bytes(original), feed, samples.size_of(feed))
@@ -85,8 +85,11 @@ def inspect(
 
 def _widths(
     source: Model, graph: WorkingGraph, every: Sequence[Layer], layers: Sequence[Layer]
-) -> tuple[dict[str, int], tuple[Declined, ...]]:
-    """The channels that may be cut, by who gives and reads them, and the layers whose channels must stay."""
+) -> tuple[dict[str, int], tuple[Declined, ...], set[str]]:
+    """The channels that may be cut, by who gives and reads them, and the layers whose channels must stay.
+
+    And the outputs of the layers that become smaller by a cut.
+    """
     found, stay = find_pairs(graph, every, inferred_shapes(source.proto))
     own = {group[0].output for group in groups(layers) if len(group) == 1 and not group[0].also_read}
     chosen, left = planned_pairs(found, own, {layer.output for layer in every} - own)
@@ -99,14 +102,15 @@ def _widths(
         f"{names(p.producers)} -> {names(p.consumers) or 'their product'}": p.channels * max(p.heads, 1)
         for p in chosen.values()
     }
-    return widths, left_whole(stay, left, every)
+    cut = {end.output for p in chosen.values() for end in (*p.producers, *p.consumers)}
+    return widths, left_whole(stay, left, every), cut
 
 
 def _first(calibration: Any, model: Model) -> Samples:
     """The first samples that fill a batch."""
     inputs = inputs_of(model.proto)
     batch = input_layout_of(inputs).fixed or 1
-    samples = read_samples(calibration, inputs, limit=max(_READ, 2 * batch))
+    samples = read_samples(calibration, inputs, limit=max(_READ, batch), fewest=1)
     return samples.take(slice(samples.smallest_batch))
 
 

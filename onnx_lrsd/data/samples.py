@@ -222,7 +222,9 @@ class Samples:
         )
 
 
-def read_samples(source: Any, inputs: Sequence[InputSpec], *, limit: int | None = None) -> Samples:
+def read_samples(
+    source: Any, inputs: Sequence[InputSpec], *, limit: int | None = None, fewest: int = 2
+) -> Samples:
     """Read samples and check them against the model's ``inputs``; at most ``limit``, the first ones.
 
     ``source`` is a path: .npz with arrays named like the inputs (and ``labels``), .npy for a model
@@ -237,7 +239,7 @@ def read_samples(source: Any, inputs: Sequence[InputSpec], *, limit: int | None 
     Samples may differ in shape: from feed to feed; in a dict that holds lists of arrays; in an .npz whose
     arrays are numbered, ``ids/0``, ``ids/1``, and so on, or, for a model with one input, were given to
     numpy.savez one after the other. Those of one shape are put together then, labels with them.
-    Raises DataError when there are fewer than two samples, or they do not fit.
+    Raises DataError when there are fewer than ``fewest`` samples, 2 or 1, or they do not fit.
 
     >>> import numpy as np
     >>> image = InputSpec("image", "float32", ("N", 3, None, None))
@@ -259,7 +261,7 @@ def read_samples(source: Any, inputs: Sequence[InputSpec], *, limit: int | None 
         return {} if limit is None else gathered.needed(shapes, limit)
 
     gathered.source, stream = read_feeds(source, [spec.name for spec in inputs], needed)
-    return gathered.take_in(stream, limit).samples(limit)
+    return gathered.take_in(stream, limit).samples(limit, fewest)
 
 
 def batch_to_run(samples: Samples) -> int:
@@ -414,8 +416,8 @@ class _Gathered:
                 )
         return _Part(arrays, size)
 
-    def samples(self, limit: int | None) -> Samples:
-        """Everything taken in, at most the first ``limit``, as samples."""
+    def samples(self, limit: int | None, fewest: int) -> Samples:
+        """Everything taken in, at most the first ``limit``, as samples: ``fewest`` or more."""
         count = self.count if limit is None else min(limit, self.count)
         labels, labelled = self._labels(count)
         self._end_at(count)
@@ -436,7 +438,7 @@ class _Gathered:
             slots=self.slots,
             labelled=labelled,
         )
-        found = self._whole_batches(found, cut=limit is not None and self.count >= limit)
+        found = self._whole_batches(found, fewest, cut=limit is not None and self.count >= limit)
         if found.ragged:
             self.notes.append(
                 f"The samples in {self.source} differ in shape: those of one shape are run together, and "
@@ -514,7 +516,7 @@ class _Gathered:
             order += [np.arange(starts[index], starts[index + 1]) for index in run]
         return tuple(groups), np.concatenate(order)
 
-    def _whole_batches(self, samples: Samples, *, cut: bool) -> Samples:
+    def _whole_batches(self, samples: Samples, fewest: int, *, cut: bool) -> Samples:
         """Without what fills no batch, or shares a label with what is missing.
 
         ``cut``: more samples were there than are to be used.
@@ -536,13 +538,13 @@ class _Gathered:
             )
         if not samples.groups[0]:  # nothing but constants
             kept = samples
-        if kept.count < 2:
+        if kept.count < fewest:
             why = f"the model takes batches of {fixed}" if fixed > 1 else "one is needed to verify on"
             held = counted(count, "sample")
             said = f"{self.source} holds {held}"
             if cut:
                 said = f"Only {held} of {self.source} may be used"
-            raise DataError(f"{said} but {why}: give at least {2 * fixed}.")
+            raise DataError(f"{said} but {why}: give at least {fewest * fixed}.")
         if kept.count < count:
             why = f"The model takes batches of {fixed}" if fixed > 1 else f"{labelled} samples share a label"
             each = " of one shape" if len(samples.groups) > 1 else ""

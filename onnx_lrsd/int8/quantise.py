@@ -290,10 +290,10 @@ def _finished(proto: onnx.ModelProto, model: Model) -> Model:
     del proto.metadata_props[:]
     proto.metadata_props.extend(model.proto.metadata_props)
     proto.graph.doc_string = model.proto.graph.doc_string
-    for ends, originals in (
-        (proto.graph.input, model.proto.graph.input),
-        (proto.graph.output, model.proto.graph.output),
-    ):
+    stored = {tensor.name for tensor in model.proto.graph.initializer}
+    gone = stored - {tensor.name for tensor in proto.graph.initializer}  # defaults of old models, now int8
+    inputs = [value for value in model.proto.graph.input if value.name not in gone]
+    for ends, originals in ((proto.graph.input, inputs), (proto.graph.output, model.proto.graph.output)):
         del ends[:]
         ends.extend(originals)
     return replace(model, proto=proto)

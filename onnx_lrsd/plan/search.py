@@ -164,8 +164,8 @@ class Limit(Protocol):
         """Take in a model that the search found to have the error ``searched`` and that broke the promise."""
         ...
 
-    def why_nothing(self, ratio: float, error: float) -> str:
-        """A sentence for the user where nothing is within the limit: the least ``ratio`` has ``error``."""
+    def why_nothing(self, tried: Sequence[Trial]) -> str:
+        """A sentence for the user where nothing of what was ``tried``, least ratio first, will do."""
         ...
 
 
@@ -237,10 +237,7 @@ class Search(Generic[_Made]):
         """Why nothing is within the limit, for the user, and what might gain."""
         if not self._tried:
             return self._out_of_reach
-        tried = self.tried()
-        # A gain of less than that is none, whatever it costs.
-        worth = next((trial for trial in tried if trial.ratio >= NEAR), tried[-1])
-        return self._limit.why_nothing(worth.ratio, worth.error)
+        return self._limit.why_nothing(self.tried())
 
     def tried(self) -> Sequence[Trial]:
         """Ratio and output error of all that was made, in the order of the ratios."""
@@ -352,14 +349,17 @@ class ErrorLimit:
         share = searched / found.error_bound if isfinite(found.error_bound) else 0.0
         self._limit = min(self._limit, MARGIN * self._most * share)
 
-    def why_nothing(self, ratio: float, error: float) -> str:
-        """What the least gain that was tried costs."""
-        said = f"No gain by low rank within {100 * self._most:g} %: at {ratio:.2f} x the"
-        if not isfinite(error):
+    def why_nothing(self, tried: Sequence[Trial]) -> str:
+        """What the least gain worth having costs, of those that cost too much."""
+        gains = (trial for trial in tried if trial.ratio >= NEAR and trial.error > self._most)
+        found = next(gains, tried[-1])
+        said = f"No gain by low rank within {100 * self._most:g} %: at {found.ratio:.2f} x the"
+        if not isfinite(found.error):
             return (
                 f"{said} outputs have values that are not finite where the original's are: leave it as it is."
             )
-        return f"{said} output error is up to {100 * error:.2g} %; allow more with --max-error{self._hint}."
+        lost = f"{100 * found.error:.2g} %"
+        return f"{said} output error is up to {lost}; allow more with --max-error{self._hint}."
 
 
 class Drop(NamedTuple):
@@ -438,7 +438,7 @@ class DropLimit:
         """Take in the fall of a finished model, which had the error ``searched`` in the search."""
         self._refused.append(drop_of(found)._replace(error=searched))
 
-    def why_nothing(self, ratio: float, error: float) -> str:
+    def why_nothing(self, tried: Sequence[Trial]) -> str:
         """How much the best of the models tried lost."""
         least = min(drop.drop for drop in self._searched)
         return (
