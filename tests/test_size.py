@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 from plain_layers import linear
 
 import onnx_lrsd
@@ -334,6 +335,36 @@ def test_an_old_opset_is_raised_or_the_remedy_named() -> None:
     strange.graph.node[1].op_type = "Nothing"
     with pytest.raises(ModelError, match="needs opset 13 and the model, of opset 11"):
         raised(onnx_lrsd.load(strange), 13, "It")
+
+
+@pytest.mark.parametrize(("op", "opset"), [("Upsample", 9), ("Resize", 10)])
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("scale", [0.5, 1.5, 2, 3])
+def test_what_an_old_model_resizes_it_resizes_alike_in_a_new_opset(
+    op: str, opset: int, mode: str, scale: float
+) -> None:
+    if op == "Upsample" and scale < 1:
+        return
+    x = np.random.default_rng(0).standard_normal((1, 2, 6, 6)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x", "s"], ["y"], mode=mode)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.array([1, 1, scale, scale], np.float32), "s")],
+    )
+    old = onnx_lrsd.load(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=4)
+    )
+    before, after = (open_session(m.proto).run({"x": x})["y"] for m in (old, raised(old, 13, "It")))
+    np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-6)
+
+
+def test_an_operator_that_would_mean_another_thing_is_not_raised() -> None:
+    old = model_of("Gemm", opset=11)
+    old.graph.node[1].op_type = "Hardmax"
+    with pytest.raises(ModelError, match="needs opset 13 and the model, of opset 11"):
+        raised(onnx_lrsd.load(old), 13, "It")
 
 
 def test_a_plain_model_has_nothing_to_unpack() -> None:

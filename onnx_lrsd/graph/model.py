@@ -51,6 +51,8 @@ EXTERNAL_THRESHOLD = 1024
 ALIGNMENT = 4096
 DEFAULTS_FROM = 4
 """IR version from which an initializer among the inputs is a default; before every one had to be there."""
+HALF_PIXELS_FROM, LAST_AXIS_FROM = 11, 13
+"""Opsets from which Resize has other defaults, and from which the axis of Hardmax stands for itself alone."""
 EDITED = ("node", "initializer", "sparse_initializer", "input", "value_info", "quantization_annotation")
 """Fields of a graph that a splice writes anew."""
 ATTRIBUTE_FIELDS = {
@@ -499,13 +501,18 @@ def raised(model: Model, opset: int, why: str) -> Model:
     present = max((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
     if present >= opset:
         return model
+    refusal = ModelError(
+        f"{why} needs opset {opset} and the model, of opset {present}, cannot be converted: "
+        "export it anew, or leave that out."
+    )
+    if present < LAST_AXIS_FROM <= opset and any(n.op_type == "Hardmax" for n in _nodes(model.proto.graph)):
+        raise refusal  # the converter keeps its axis, which means another thing
     try:
         converted = onnx.version_converter.convert_version(in_memory(model), opset)
     except Exception as error:  # the converter raises RuntimeError and more for what it does not know
-        raise ModelError(
-            f"{why} needs opset {opset} and the model, of opset {present}, cannot be converted: "
-            "export it anew, or leave that out."
-        ) from error
+        raise refusal from error
+    if present < HALF_PIXELS_FROM <= opset:
+        _resize_as_before(converted.graph)
     newest = max(onnx.helper.find_min_ir_version_for(converted.opset_import), converted.ir_version)
     if converted.ir_version < DEFAULTS_FROM <= newest:
         stored = {tensor.name for tensor in converted.graph.initializer}
@@ -514,6 +521,16 @@ def raised(model: Model, opset: int, why: str) -> Model:
         converted.graph.input.extend(fed)
     converted.ir_version = newest
     return replace(model, proto=converted, external=False)
+
+
+def _resize_as_before(graph: onnx.GraphProto) -> None:
+    """Give every Resize, converted without these attributes, what Upsample and the first Resize meant."""
+    meant = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    for node in _nodes(graph):
+        if node.op_type == "Resize":
+            given = {attribute.name for attribute in node.attribute}
+            missing = {name: value for name, value in meant.items() if name not in given}
+            node.attribute.extend(onnx.helper.make_attribute(*each) for each in missing.items())
 
 
 def size_on_disk(path: str | Path) -> int:
