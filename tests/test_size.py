@@ -237,6 +237,28 @@ def test_the_example_takes_an_eighth_and_unpacks_to_the_same_answers(tmp_path: P
 
 
 @pytest.mark.slow
+def test_channels_are_cut_where_bytes_count_and_what_is_left_is_stored_in_codes(tmp_path: Path) -> None:
+    report_path, plan = tmp_path / "report.json", tmp_path / "plan.json"
+    written = ("--json", report_path, "--save-plan", plan, "--samples", 40, "--forms", "dense,width")
+    result, out = optimised(tmp_path, "--ratio", 12, "--eval", EXAMPLE / "digits_eval.npz", *written)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(report_path.read_text())
+    assert report["ratio"]["bytes"] >= 12 * 0.995 and report["ratio"]["macs"] > 1.2
+    assert report["metric"]["after"] >= report["metric"]["before"] - 0.02
+    cut = [layer for layer in report["layers"] if layer["gives"] or layer["reads"]]
+    assert len(cut) >= 4 and any(layer["weights"] for layer in cut)
+    after = sum(layer["parameters_after"] - layer["parameters_before"] for layer in report["layers"])
+    assert report["after"]["parameters"] == report["before"]["parameters"] + after
+    assert after < 0
+    kept, calibration = onnx_lrsd.plan_from_json(plan.read_text()), EXAMPLE / "digits_calib.npz"
+    assert kept.widths
+    again = onnx_lrsd.optimize(
+        EXAMPLE / "digits.onnx", calibration, plan=kept, evaluation=calibration, samples=40
+    )
+    assert again.model.proto == onnx.load(out)
+
+
+@pytest.mark.slow
 def test_one_storage_for_all_weights(tmp_path: Path) -> None:
     result, _ = optimised(tmp_path, "--weights", "int4", "--ratio", 6, "--json", tmp_path / "r.json")
     assert result.exit_code == 0, result.stderr

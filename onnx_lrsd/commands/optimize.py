@@ -43,7 +43,6 @@ from onnx_lrsd.run import OUT_OF_REACH, Options, Run, start
 from onnx_lrsd.targets import price
 from onnx_lrsd.time_limit import CHECKED, OutOfTime
 from onnx_lrsd.types import (
-    Factors,
     Form,
     Layer,
     Plan,
@@ -368,14 +367,17 @@ def verify(
     )
     if not fitted.packed:
         return found
-    return replace(found, after=replace(found.after, parameters=_held(found, layers, fitted.factors)))
+    return replace(found, after=replace(found.after, parameters=_held(found, layers, fitted)))
 
 
-def _held(found: Verification, layers: Sequence[Layer], factors: Mapping[str, Factors]) -> int:
+def _held(found: Verification, layers: Sequence[Layer], fitted: Fitted) -> int:
     """Parameters that a model in codes stands for: numbers of factors and entries, not bytes."""
-    rewritten = [layer for layer in layers if layer.output in factors]
-    held = {layer.output: price(layer, factors[layer.output].form).parameters for layer in rewritten}
-    return found.before.parameters - sum(price(x, Form()).parameters - held[x.output] for x in rewritten)
+    held = found.before.parameters
+    for layer, narrow in zip(layers, fitted.narrow or layers, strict=True):
+        factors = fitted.factors.get(layer.output)
+        after = price(narrow, Form() if factors is None else factors.form)
+        held += after.parameters - price(layer, Form()).parameters
+    return held
 
 
 def _unchanged(run: Run, original: Model, check_on: Samples, found: Verification) -> Verification:

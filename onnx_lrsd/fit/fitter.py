@@ -15,7 +15,7 @@ from onnx_lrsd.fit.narrow import Narrower
 from onnx_lrsd.fit.reconstruct import reconstruct
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.scratch import Scratch
-from onnx_lrsd.types import Codes, Entries, Factors, Form, Packed, Pattern, Progress
+from onnx_lrsd.types import Codes, Entries, Factors, Form, Layer, Packed, Pattern, Progress
 from onnx_lrsd.work_dir import KEEP_NOTHING, Keep
 from onnx_lrsd.workers import IN_PROCESS, Workers
 
@@ -36,15 +36,16 @@ Clock: TypeAlias = Callable[[str], AbstractContextManager[None]]
 class Fitted:
     """A fitted model and its factors by layer.
 
-    ``step`` says what was done to it. Where that is BOTH, ``alternatives`` makes the models with either step
-    alone, as one of these may be the fastest. ``nodes`` counts the nodes in int8; ``left`` are those that
-    stayed in float, with the relative error of the outputs that each alone causes in int8. ``notes`` go to
-    the user if the model is kept.
+    ``step`` says what was done to it; ``narrow`` are its layers, where channels of some were cut. Where it is
+    BOTH, ``alternatives`` makes the models with either step alone, as one of these may be the fastest.
+    ``nodes`` counts the nodes in int8; ``left`` are those that stayed in float, with the relative error of
+    outputs that each alone causes in int8. ``notes`` go to the user if the model is kept.
     """
 
     step: str
     model: Model
     factors: Mapping[str, Factors]
+    narrow: Sequence[Layer] = ()
     alternatives: Callable[[], Sequence[Fitted]] = tuple
     nodes: int = 0
     left: Mapping[str, float] = field(default_factory=dict)
@@ -87,6 +88,7 @@ class LowRankFitter:
         """The model with every layer in ``forms`` rewritten; the original without any."""
         if not forms:
             return Fitted(step=ORIGINAL, model=self.original, factors={})
+        narrow = self.narrower.priced(forms)
         with self.clock("decompose"):
             if self.scratch is not None:
                 # A file for each model, which is gone when the model is; no other run could read it.
@@ -94,9 +96,10 @@ class LowRankFitter:
                     self.narrower, model=replace(self.narrower.model, aside=self.scratch.new())
                 )
                 model, factors = self._fitted(narrower, forms)
-                return Fitted(step=LOW_RANK, model=model, factors=factors)
+                return Fitted(step=LOW_RANK, model=model, factors=factors, narrow=narrow)
             proto, factors = self.keep("fit", forms, partial(self._kept, forms), CLASSES)
-        return Fitted(step=LOW_RANK, model=replace(self.narrower.model, proto=proto), factors=factors)
+        model = replace(self.narrower.model, proto=proto)
+        return Fitted(step=LOW_RANK, model=model, factors=factors, narrow=narrow)
 
     def _kept(self, forms: Mapping[str, Form]) -> tuple[onnx.ModelProto, Mapping[str, Factors]]:
         """What is kept between runs: the rewritten model and the factors by layer."""

@@ -137,6 +137,12 @@ class Narrower:
         found = {layer.output: layer for layer in find_layers(model.graph())[0]}
         return model, tuple(_Kept.of(la, cuts).of_layer(la, found.get(la.output)) for la in self.layers)
 
+    def priced(self, forms: Mapping[str, Form]) -> tuple[Layer, ...]:
+        """The layers of the network with the widths in ``forms``, enough to tell what they cost."""
+        widths = {key: form.rank for key, form in forms.items() if form.kind == WIDTH}
+        pairs = {key: self.inner[key].pair for key in widths}
+        return tuple(narrow_layer(layer, widths, pairs) for layer in self.layers)
+
     def _cuts(self, forms: Mapping[str, Form]) -> list[tuple[Pair, tuple[int, ...]]]:
         """The pairs that ``forms`` cuts, and the channels that they keep."""
         return [
