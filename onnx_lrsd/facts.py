@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 
 from onnx_lrsd.types import DENSE, Declined, Layer, Price
@@ -93,6 +93,28 @@ class OutputError:
         """Relative error of the group that changed most."""
         return max((group.relative_error for group in self.groups), default=self.relative_error)
 
+    def unchanged(self) -> OutputError:
+        """What is found where the second model is the first."""
+        groups = tuple(
+            replace(
+                group,
+                relative_error=0.0,
+                interval=(0.0, 0.0),
+                logits_error=None if group.logits_error is None else 0.0,
+            )
+            for group in self.groups
+        )
+        return replace(
+            self,
+            relative_error=0.0,
+            groups=groups,
+            error_interval=(0.0, 0.0),
+            largest=None if self.largest is None else 0.0,
+            cosine=None if self.cosine is None else 1.0,
+            agreement=None if self.agreement is None else 1.0,
+            decided_alike=None if self.decided_alike is None else 1.0,
+        )
+
 
 @dataclass(frozen=True)
 class ModelCost:
@@ -137,7 +159,10 @@ class ScoreChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Two models side by side: measured, not predicted. ``device`` is where ONNX Runtime ran both."""
+    """Two models side by side: measured, not predicted. ``device`` is where ONNX Runtime ran both.
+
+    ``samples`` were run, drawn from as many as were ``given``; 0 says that these were all.
+    """
 
     before: ModelCost
     after: ModelCost
@@ -148,6 +173,7 @@ class Verification:
     metric: ScoreChange | None = None
     warnings: tuple[str, ...] = ()
     device: str = "cpu"
+    given: int = 0
 
     @property
     def error(self) -> float:

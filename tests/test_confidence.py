@@ -145,6 +145,13 @@ def test_a_model_that_gave_nothing_away_needs_no_warning() -> None:
     assert compared(np.ones((5, 6)), after=WEIGHT).warnings == ()
 
 
+@pytest.mark.parametrize(("count", "checked"), [(20, 7), (60, 20), (100, 30), (150, 30), (400, 80)])
+def test_a_fifth_is_kept_to_check_on_or_enough_for_an_interval(count: int, checked: int) -> None:
+    found = fit_and_check(linear(WEIGHT), {"x": RNG.standard_normal((count, 6)).astype(np.float32)}, None)
+    assert found.fit_on is not None
+    assert (found.check_on.count, found.fit_on.count) == (checked, count - checked)
+
+
 def test_samples_that_are_all_the_same_are_refused() -> None:
     model = linear(WEIGHT)
     with pytest.raises(DataError, match=r"The 40 samples of .* are all the same.*: give samples as varied"):

@@ -446,6 +446,15 @@ def test_a_split_takes_a_number_of_samples_too() -> None:
         Samples(groups=({"x": np.zeros((1, 1))},)).split(1, seed=0)
 
 
+@settings(max_examples=50)
+@given(st.integers(1, 4), st.integers(1, 20), st.integers(1, 50), st.integers(0, 9))
+def test_parts_hold_every_sample_once(each: int, groups: int, size: int, seed: int) -> None:
+    samples = Samples(groups=({"x": np.arange(each * groups)[:, None]},), fixed=each)
+    found = [part.by_input()["x"][:, 0] for part in samples.parts(size, seed)]
+    assert all(len(part) <= max(size, each) and np.all(np.diff(part) > 0) for part in found)
+    assert sorted(np.concatenate(found)) == list(range(each * groups))
+
+
 def test_batches_fit_memory() -> None:
     samples = read_samples({"image": images(40)}, [IMAGE])
     assert samples.batch_size() == 32

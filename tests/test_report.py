@@ -128,7 +128,19 @@ plans = st.builds(
 
 
 KEYS = (
-    *("schema", "tool", "model", "target", "cost", "calibration", "before", "after", "ratio", "outputs"),
+    *(
+        "schema",
+        "tool",
+        "model",
+        "target",
+        "cost",
+        "calibration",
+        "before",
+        "after",
+        "ratio",
+        "outputs",
+        "checked_on",
+    ),
     *("metric", "promise", "int8", "loading", "tensorrt", "predicted", "layers", "whole", "warnings"),
     *("seconds", "time", "versions"),
 )

@@ -29,6 +29,7 @@ OPSET = helper.make_opsetid("", 17)
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((6, 4)).astype(np.float32)
 X = RNG.standard_normal((50, 6)).astype(np.float32) + 3
+X_MANY = np.random.default_rng(1).standard_normal((1500, 6)).astype(np.float32) + 3
 
 
 def classifier(weight: np.ndarray, repeats: int = 0, batch: str | int = "N") -> Model:
@@ -82,6 +83,40 @@ def test_the_error_is_that_of_all_samples_however_they_are_batched() -> None:
     assert by_name["scores"] == pytest.approx(relative(old, new), rel=1e-4)
     assert by_name["class"] == pytest.approx(np.mean(old.argmax(1) != new.argmax(1)))
     assert (found.before.bytes, found.after.bytes) == (10, 5)
+
+
+def test_where_samples_are_many_some_are_drawn_until_the_error_is_known() -> None:
+    before, after = classifier(WEIGHT), classifier(WEIGHT + 0.1)
+    ordered = X_MANY[np.argsort(X_MANY.sum(axis=1))]  # the first ones alone would say nothing of the others
+    every = quickly(before, after, samples(before, ordered))
+    some = quickly(before, after, samples(before, ordered), as_needed=True)
+    assert every.samples == every.given == some.given == 1500
+    assert some.samples < 1500
+    errors = {output.name: output.relative_error for output in every.outputs}
+    for output in some.outputs:
+        assert output.error_interval is not None
+        low, high = output.error_interval
+        assert low <= errors[output.name] <= high
+        assert high - low <= 0.2 * output.worst
+
+
+def test_where_an_error_stays_unknown_or_a_score_is_asked_for_all_samples_count() -> None:
+    changed = np.zeros((6, 4), np.float32)
+    changed[0] = 0.1
+    before = classifier(np.where(changed > 0, 0, WEIGHT))
+    after = classifier(np.where(changed > 0, changed, WEIGHT))
+    rare = X_MANY.copy()
+    rare[:, 0] = np.random.default_rng(2).random(1500) < 0.02  # only these are moved
+    given = quickly(before, after, samples(before, rare), as_needed=True)
+    assert given.samples == 1500
+    every = quickly(before, after, samples(before, rare))
+    assert [x.relative_error for x in given.outputs] == pytest.approx(
+        [x.relative_error for x in every.outputs]
+    )
+    labels = np.zeros(1500, np.int64)
+    scored = quickly(before, after, samples(before, X_MANY, labels), as_needed=True)
+    assert scored.samples == 1500
+    assert scored.metric is not None and scored.metric.samples == 1500
 
 
 @pytest.mark.parametrize("batch", ["N", 1, 5])

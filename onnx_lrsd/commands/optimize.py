@@ -316,7 +316,7 @@ def _deliver(
         run.journal.leave(fitted.factors, outcome.reason)
     kept = steps.get(best)
     if kept is None:
-        found = _unchanged(run, original, check_on, measured[fitted.step])
+        found = _unchanged(measured[fitted.step])
         promise = promised(None, run.options, run.cost)
         return chosen, Delivered(
             model=original, factors={}, verification=found, promise=promise, planned=False
@@ -363,6 +363,7 @@ def verify(
         groups=run.groups,
         latency=latency and not original.parted,
         seconds=max(min(COMPARE_SECONDS, CHECKED * run.time.seconds), TRIAL_SECONDS),
+        as_needed=True,
         progress=run.progress,
     )
     if not fitted.packed:
@@ -380,13 +381,15 @@ def _held(found: Verification, layers: Sequence[Layer], fitted: Fitted) -> int:
     return held
 
 
-def _unchanged(run: Run, original: Model, check_on: Samples, found: Verification) -> Verification:
-    """The original against itself, with the latency that it was ``found`` to have."""
-    same = compare(original, original, check_on, metric=run.metric, groups=run.groups, latency=False)
+def _unchanged(found: Verification) -> Verification:
+    """The original against itself, on the samples and with the latency that were ``found`` for a model."""
+    timed, score = found.latency_ratio is not None, found.metric
     return replace(
-        same,
-        before=found.before,
+        found,
         after=found.before,
-        latency_ratio=None if found.latency_ratio is None else 1.0,
-        latency_interval=None if found.latency_ratio is None else (1.0, 1.0),
+        latency_ratio=1.0 if timed else None,
+        latency_interval=(1.0, 1.0) if timed else None,
+        outputs=tuple(output.unchanged() for output in found.outputs),
+        metric=None if score is None else replace(score, after=score.before, interval=(0.0, 0.0)),
+        warnings=(),
     )

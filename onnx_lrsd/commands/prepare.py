@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from onnx_lrsd.commands.memory import ensure_fits, rows_of, scratch_for
-from onnx_lrsd.data.holdout import fit_and_check
+from onnx_lrsd.data.holdout import FEW, fit_and_check
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import UnsupportedModelError
 from onnx_lrsd.fit.calibrate import (
@@ -43,7 +43,6 @@ from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.int8.fit import Int8Fitter
 from onnx_lrsd.measure.compare import labels_for, price_and_macs_beside
-from onnx_lrsd.measure.judge import FEW
 from onnx_lrsd.measure.layer_times import LayerTimes, seconds_of_a_sample, time_layers
 from onnx_lrsd.passes.bytes_outside import bytes_outside
 from onnx_lrsd.passes.find_constants import find_constants

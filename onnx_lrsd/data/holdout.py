@@ -11,8 +11,11 @@ from onnx_lrsd.errors import DataError
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.subgraph import inputs_of
 
-HELD_OUT = 0.2
-"""Share of the calibration samples that are kept for verification, where no evaluation data is given."""
+HELD_OUT, MOST_HELD_OUT = 0.2, 1 / 3
+"""Share of the calibration samples that are kept for verification, where no evaluation data is given; and the
+largest share, where a smaller one would leave fewer than FEW."""
+FEW = 30
+"""Samples to check on below which a warning is due: on fewer an error is not well known."""
 
 
 class Data(NamedTuple):
@@ -49,8 +52,13 @@ def fit_and_check(
             "give samples as varied as those the model will meet."
         )
     if held is None:
-        samples, held = samples.split(HELD_OUT, seed)
+        samples, held = samples.split(_held_out(samples.count), seed)
     return Data(samples, held, tuple(dict.fromkeys((*samples.notes, *held.notes))))
+
+
+def _held_out(count: int) -> float:
+    """The share of ``count`` samples that is kept for verification."""
+    return max(HELD_OUT, min(FEW / count, MOST_HELD_OUT))
 
 
 def search_and_confirm(samples: Samples) -> tuple[Samples, Samples]:

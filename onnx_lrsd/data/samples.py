@@ -221,6 +221,15 @@ class Samples:
             self.take(_blocks(np.sort(order[:second]), each)),
         )
 
+    def parts(self, size: int, seed: int = 0) -> Iterator[Samples]:
+        """All samples in disjoint parts of about ``size``, drawn at random, each in its old order."""
+        each = lcm(self.smallest_batch, self.labelled)
+        order = np.random.default_rng(seed).permutation(ceil(self.count / each))
+        some = max(size // each, 1)
+        for start in range(0, len(order), some):
+            positions = _blocks(np.sort(order[start : start + some]), each)
+            yield self.take(positions[positions < self.count])
+
 
 def read_samples(
     source: Any, inputs: Sequence[InputSpec], *, limit: int | None = None, fewest: int = 2

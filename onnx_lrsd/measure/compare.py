@@ -18,7 +18,7 @@ import onnx
 from onnx_lrsd.data.made_up import MADE_UP
 from onnx_lrsd.data.samples import Samples, as_fed, batch_to_run, position_axes
 from onnx_lrsd.errors import DataError, LrsdError, VerificationError
-from onnx_lrsd.facts import ModelCost, OutputError, ScoreChange, Verification
+from onnx_lrsd.facts import ModelCost, ScoreChange, Verification
 from onnx_lrsd.graph.model import Model, model_bytes
 from onnx_lrsd.measure.judge import GroupsOf, OutputJudge
 from onnx_lrsd.passes.count import compute_tensors, node_macs, not_counted, parameters, without_functions
@@ -32,6 +32,9 @@ SCALES_ON = 32
 """Samples on which the groups of channels are found that all comparisons of a run judge by."""
 ENOUGH = 0.01
 """Timing ends once the interval of the ratio is narrower than this: sessions differ by more."""
+PART, KNOWN_WITHIN = 256, 0.1
+"""Samples after which it is looked whether errors are known well enough, and within which share of them their
+intervals must lie then."""
 BASELINE_BYTES = 256 << 20
 """Outputs of the original that are kept between the comparisons of a search, at most."""
 STARTS = 6
@@ -108,6 +111,7 @@ def compare(
     threads: int | None = THREADS,
     seconds: float = COMPARE_SECONDS,
     baseline: Baseline | None = None,
+    as_needed: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Run both models over ``samples``: errors of every output, costs, latency of one smallest batch.
@@ -117,6 +121,7 @@ def compare(
     labels of classes and an output with scores. ``groups`` are those that outputs are judged in, by default
     such as ``groups_on`` finds on the first of the samples. ``latency`` takes ``seconds`` on ``threads``.
     With ``baseline``, that of ``before`` on ``samples``, the runs of ``before`` serve many comparisons.
+    ``as_needed``: where nothing is scored, samples are drawn at random until errors are known within a tenth.
     Raises VerificationError when the models differ in their inputs or outputs or only the first one runs,
     DataError when the metric cannot be had.
 
@@ -135,7 +140,9 @@ def compare(
     if labels is not None:
         collect = _whole if callable(metric) else _classes
     baseline = baseline or Baseline(before, samples, most=0)
-    outputs, warnings, kept = _differences(baseline, after, collect, groups, progress)
+    size = PART if as_needed and collect is None else None
+    found, kept = _differences(baseline, after, collect, groups, size, progress)
+    outputs, warnings = found.errors(), found.warnings()
     score = None
     if labels is not None:
         score = _scored(metric, *kept, labels, samples) if callable(metric) else _score(*kept, labels, metric)
@@ -155,7 +162,8 @@ def compare(
         latency_ratio=ratio,
         latency_interval=interval,
         outputs=outputs,
-        samples=samples.count,
+        samples=found.samples,
+        given=samples.count,
         metric=score,
         warnings=() if samples.source == MADE_UP or not any(output.worst for output in outputs) else warnings,
         device=before.device,
@@ -299,28 +307,34 @@ def _differences(
     after: Model,
     collect: Collect | None,
     groups: GroupsOf | None,
+    part: int | None,
     progress: Progress | None,
-) -> tuple[tuple[OutputError, ...], tuple[str, ...], tuple[list[Any], list[Any]]]:
-    """Errors of all outputs where there is no padding, warnings, and what ``collect`` keeps of both."""
+) -> tuple[OutputJudge, tuple[list[Any], list[Any]]]:
+    """What tells errors of all outputs where there is no padding, and what ``collect`` keeps of both.
+
+    With ``part`` samples are taken in such parts until the errors are known.
+    """
     samples, old = baseline.samples, baseline.session
     with _second():
         new = open_model(after)
     judge = OutputJudge(baseline.model, old.outputs, baseline.axes, groups)
     kept: tuple[list[Any], list[Any]] = [], []
-    done = 0
-    for index, feed in enumerate(samples.batches(batch_to_run(samples))):
-        one = baseline.outputs(index, feed)
-        with _second():
-            two = new.run(feed)
-        size = samples.size_of(feed)
-        judge.add(feed, one, two, samples.real(feed), size)
-        if collect is not None:
-            for outputs, part in zip((one, two), kept, strict=True):
-                part.extend(collect(outputs, size))
-        done += size
-        if progress is not None:
-            progress("verify", done, samples.count)
-    return judge.errors(), judge.warnings(), kept
+    size, index = batch_to_run(samples), 0
+    for some in [samples] if part is None else samples.parts(part):
+        for feed in some.batches(size):
+            one = baseline.outputs(index, feed)
+            with _second():
+                two = new.run(feed)
+            index, count = index + 1, samples.size_of(feed)
+            judge.add(feed, one, two, samples.real(feed), count)
+            if collect is not None:
+                for outputs, part_kept in zip((one, two), kept, strict=True):
+                    part_kept.extend(collect(outputs, count))
+            if progress is not None:
+                progress("verify", judge.samples, samples.count)
+        if part is not None and judge.known_within(KNOWN_WITHIN):
+            break
+    return judge, kept
 
 
 @contextmanager

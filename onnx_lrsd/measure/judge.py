@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from onnx_lrsd.data.holdout import FEW
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.facts import GroupError, OutputError
 from onnx_lrsd.graph.model import Model
@@ -46,8 +47,8 @@ CLASSES = (SOFTMAX, LOG_SOFTMAX)
 
 LOOK = 16
 """Samples on which scales are found."""
-FEW, NAMED = 30, 3
-"""Samples below which a warning is due, and outputs that it names."""
+NAMED = 3
+"""Outputs that a warning names, at most."""
 
 Range = tuple[int, int]
 
@@ -157,6 +158,11 @@ class OutputJudge:
         """What was found of every output."""
         self._flush()
         return tuple(stream.error() for stream in self._streams.values())
+
+    def known_within(self, share: float) -> bool:
+        """Whether no end of an interval is farther from its error than this share of it."""
+        found = [(output.worst, output.error_interval or (inf, inf)) for output in self.errors()]
+        return all((1 - share) * e <= low and high <= (1 + share) * e for e, (low, high) in found)
 
     def warnings(self) -> tuple[str, ...]:
         """Why the errors say less than they seem to, and what to do about it."""

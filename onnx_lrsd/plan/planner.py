@@ -10,7 +10,7 @@ from math import inf, log
 from statistics import median
 from typing import NamedTuple
 
-from onnx_lrsd.data.holdout import search_and_confirm
+from onnx_lrsd.data.holdout import FEW, search_and_confirm
 from onnx_lrsd.data.samples import Samples
 from onnx_lrsd.errors import BudgetError, OptionError
 from onnx_lrsd.facts import Trial, Verification
@@ -18,7 +18,6 @@ from onnx_lrsd.fit.fitter import Fitter
 from onnx_lrsd.fit.narrow import Narrower
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.compare import Baseline, compare
-from onnx_lrsd.measure.judge import FEW
 from onnx_lrsd.measure.speedup import CLEARLY, speedups, speedups_within, whole_speedup
 from onnx_lrsd.passes.post_dominators import count_post_dominators
 from onnx_lrsd.plan.allocate import allocate, by_time, spend
@@ -336,6 +335,7 @@ class Planner:
             metric=run.metric,
             groups=run.groups,
             baseline=self._baselines.setdefault(id(samples), Baseline(self.source, samples)),
+            as_needed=True,
             progress=run.progress,
         )
 

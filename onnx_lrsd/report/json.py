@@ -69,6 +69,7 @@ def report_to_json(report: Report) -> str:
         "cost": report.cost,
         "calibration": {"samples": report.calibration_samples, "source": report.calibration_source or None},
         **(_sides(found) if found else {"before": None, "after": None, "ratio": None, "outputs": []}),
+        "checked_on": None if found is None else {"samples": found.samples, "given": _given(found)},
         "metric": _metric(found),
         "promise": None if report.promise is None else asdict(report.promise),
         "int8": None if report.int8 is None else _int8(report.int8),
@@ -111,6 +112,10 @@ def comparison_to_json(
         facts["drift"] = {which: tensor and tensor.name for which, tensor in named.items()}
         facts["tensors"] = [asdict(tensor) for tensor in drift.tensors]
     return _dump(facts)
+
+
+def _given(found: Verification) -> int:
+    return found.given or found.samples
 
 
 def sweep_to_json(found: Sweep) -> str:

@@ -218,6 +218,8 @@ def _facts(
         rows.append(_metric(found.metric))
     grid = grid_of(("", "before", "after", "ratio", ""), rows, "lrrrl", ink)
     measured = f"over {counted(found.samples, 'sample')}"
+    if found.samples < found.given:
+        measured = f"over {found.samples:,} of {counted(found.given, 'sample')}, drawn at random"
     errors = [f"output error  {line}, {measured}" for line in _errors(found.outputs)]
     if len(errors) > ROWS_SHOWN:
         errors = [*errors[:ROWS_SHOWN], f"and {counted(len(errors) - ROWS_SHOWN, 'error')} more"]
