@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -139,9 +139,13 @@ class Workers:
 IN_PROCESS = Workers()
 
 
-def one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
-    """``items`` in their order, the next one being made in another thread while one is worked on."""
-    with ThreadPoolExecutor(1) as thread:
+def one_ahead(items: Iterator[_Item]) -> Generator[_Item]:
+    """``items`` in their order, the next one being made in another thread while one is worked on.
+
+    Half of the cores are left to BLAS then: its idle threads wait in a busy loop, which the other thread's,
+    most often ONNX Runtime's, would pay for (results/time.md).
+    """
+    with threadpool_limits(max(_cores() // 2, 1)), ThreadPoolExecutor(1) as thread:
         upcoming = thread.submit(next, items, None)
         while (item := upcoming.result()) is not None:
             upcoming = thread.submit(next, items, None)

@@ -7,6 +7,7 @@ compared on a few dozen samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ from onnx_lrsd.wording import counted
 from onnx_lrsd.work_dir import KEEP_NOTHING, Keep
 from onnx_lrsd.workers import one_ahead
 
-_FEWEST, _MOST_SAMPLES = 8, 32
+_FEWEST, _MOST_SAMPLES = 8, 16
 """Samples that are run once for every layer: enough to know a sensitivity within a fourth or so."""
 _RUNS = 2
 """Runs of the network for each calibration sample, unless that leaves fewer than _FEWEST for a layer."""
@@ -88,8 +89,7 @@ def sensitivities(
     is a floating number, or nothing was lost.
     """
     probes = _probes(layers, forms, moments, narrower)
-    of_layers = sum(probe.form.kind != WIDTH for probe in probes)
-    wanted = max(_FEWEST, min(_MOST_SAMPLES, _RUNS * samples.count // max(of_layers, 1)))
+    wanted = max(_FEWEST, min(_MOST_SAMPLES, _RUNS * samples.count // max(len(probes), 1)))
     if samples.count >= wanted + 2 * samples.smallest_batch:
         samples = samples.split(wanted, 0)[1]
     known = {probe.key: keep.look("sensitivity", (probe.key, probe.form, wanted)) for probe in probes}
@@ -104,24 +104,26 @@ def sensitivities(
             return narrower.masked(probe.key, probe.form.rank)
         return fit_shared(probe.layers, probe.form, weight_of, moments, device, BRIEF)
 
-    fits = one_ahead(map(fitted_to, probes))
-    for done, (probe, rest) in enumerate(zip(probes, resumed(model, samples, changing), strict=True)):
-        if time is not None and time.passed(WEIGHED):
-            time.leave_out(f"{counted(len(probes) - done, 'sensitivity', 'sensitivities')} of {len(probes)}")
-            break
-        fitted = next(fits)
-        # The error on the rows that the fit saw: outputs are compared on the same samples.
-        error = sum(factors.error for factors in fitted.values())
-        if probe.form.kind != WIDTH:
-            error /= len(fitted)
-        working = rest.model.graph()
-        for layer in probe.layers:
-            split(working, layer, fitted[layer.output])
-        moved = reference().moved(rest.outputs(rest.model.splice(working)))
-        value = moved / error if error > 0 and moved > 0 else 0.0
-        measured[probe.key] = keep("sensitivity", (probe.key, probe.form, wanted), partial(float, value))
-        if progress is not None:
-            progress("sensitivity", done + 1, len(probes))
+    with closing(one_ahead(map(fitted_to, probes))) as fits:
+        for done, (probe, rest) in enumerate(zip(probes, resumed(model, samples, changing), strict=True)):
+            if time is not None and time.passed(WEIGHED):
+                time.leave_out(
+                    f"{counted(len(probes) - done, 'sensitivity', 'sensitivities')} of {len(probes)}"
+                )
+                break
+            fitted = next(fits)
+            # The error on the rows that the fit saw: outputs are compared on the same samples.
+            error = sum(factors.error for factors in fitted.values())
+            if probe.form.kind != WIDTH:
+                error /= len(fitted)
+            working = rest.model.graph()
+            for layer in probe.layers:
+                split(working, layer, fitted[layer.output])
+            moved = reference().moved(rest.outputs(rest.model.splice(working)))
+            value = moved / error if error > 0 and moved > 0 else 0.0
+            measured[probe.key] = keep("sensitivity", (probe.key, probe.form, wanted), partial(float, value))
+            if progress is not None:
+                progress("sensitivity", done + 1, len(probes))
     found = {key: value for key, value in measured.items() if value > 0}
     middle = float(np.median(list(found.values()))) if found else 0.0
     return {name: min(max(value, _LEAST * middle), MOST * middle) for name, value in found.items()}
