@@ -17,7 +17,7 @@ from onnx_lrsd.solver import separable
 from onnx_lrsd.solver.decompose import choose_channels, decompose, group
 from onnx_lrsd.solver.effort import FAST
 from onnx_lrsd.solver.layout import shared_groups
-from onnx_lrsd.solver.lowrank import low_rank_errors
+from onnx_lrsd.solver.lowrank import LowRank, low_rank, low_rank_errors
 from onnx_lrsd.solver.problem import Metric, Problem
 from onnx_lrsd.solver.resolvent import Resolvent
 from onnx_lrsd.types import CHANNEL, CHANNELS, N_OF_M, TUCKER, UNSTRUCTURED, Form, Pattern
@@ -37,20 +37,27 @@ def errors(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
             families[form.pattern].append(form)
     if free:
         found |= _free_entries(problem, free)
+    low = low_rank(problem.weight, problem.metric) if _need_factors(problem, forms) else None
     for pattern, family in families.items():
         if pattern.kind == CHANNELS:
             if problem.metric.rows is not None:
                 continue  # the conditional metric would be the (m, m) matrix that rows avoid
             for kind in sorted({form.kind for form in family}):
                 alike = sorted(form for form in family if form.kind == kind)
-                chosen = choose_channels(problem, alike[len(alike) // 2])
+                chosen = choose_channels(problem, alike[len(alike) // 2], low)
                 rest = replace(
                     problem, weight=problem.weight[:, chosen.rest], metric=Metric(chosen.metric, None, 0.0)
                 )
                 found |= _family(rest, alike)
         else:
-            found |= _family(problem, family)
+            found |= _family(problem, family, low)
     return found
+
+
+def _need_factors(problem: Problem, forms: Sequence[Form]) -> bool:
+    """Whether channels are to be chosen beside factors that are not grouped: one set serves all counts."""
+    beside = (form.pattern.kind == CHANNELS and form.kind == CHANNEL and form.rank > 0 for form in forms)
+    return problem.metric.rows is None and any(beside)
 
 
 def _free_entries(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
@@ -61,8 +68,11 @@ def _free_entries(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
     return {form: decompose(problem, form, effort=FAST, resolvent=resolvent).error for form in forms}
 
 
-def _family(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
-    """tr(D H D^T) / energy of forms without S, from one product W H and a factorisation for each grouping."""
+def _family(problem: Problem, forms: Sequence[Form], low: LowRank | None = None) -> dict[Form, float]:
+    """tr(D H D^T) / energy of forms without S, from one product W H and a factorisation for each grouping.
+
+    ``low``, if it is known, is ``low_rank`` of the problem.
+    """
     weight, metric = problem.weight, problem.metric
     if problem.energy <= 0:
         return dict.fromkeys(forms, 0.0)
@@ -74,7 +84,7 @@ def _family(problem: Problem, forms: Sequence[Form]) -> dict[Form, float]:
         if form.rank and form.kind != CHANNEL:
             alike[shared_groups(problem.layer.kernel, form.kind)].append(form)
         elif form.rank and form not in found:
-            tail = to_numpy(low_rank_errors(weight, metric, image))
+            tail = to_numpy(low_rank_errors(weight, metric, image) if low is None else low.errors)
             found |= {f: float(tail[f.rank]) * total for f in forms if f.rank and f.kind == CHANNEL}
     for shared in alike.values():
         ranks = [form.rank for form in shared if form.kind == TUCKER]

@@ -16,7 +16,7 @@ from onnx_lrsd.solver.channels import Elimination, best_channels, channel_gains,
 from onnx_lrsd.solver.codes.fit import code_dense, code_factors
 from onnx_lrsd.solver.effort import STANDARD, Effort
 from onnx_lrsd.solver.layout import factor_kernels, group_metric, group_weight, shared_groups, ungroup_weight
-from onnx_lrsd.solver.lowrank import low_rank
+from onnx_lrsd.solver.lowrank import LowRank, low_rank
 from onnx_lrsd.solver.parts import SharedFactors
 from onnx_lrsd.solver.pattern import check_pattern
 from onnx_lrsd.solver.problem import Metric, Problem, regress
@@ -281,11 +281,16 @@ def group(
     return separable.separable_problem(group_weight(weight, groups), grouped, product)
 
 
-def choose_channels(problem: Problem, form: Form) -> Elimination:
-    """The channels that S keeps: those that lower the error most beside factors of the form's rank."""
+def choose_channels(problem: Problem, form: Form, low: LowRank | None = None) -> Elimination:
+    """The channels that S keeps: those that lower the error most beside factors of the form's rank.
+
+    ``low``, if it is known, is ``low_rank`` of the problem, for factors that are not grouped.
+    """
     weight, metric = problem.weight, problem.metric.matrix(problem.weight)
     difference = weight
-    if form.rank:
+    if form.rank and form.kind == CHANNEL and low is not None:
+        difference = weight - low.left[:, : form.rank] @ low.right[: form.rank, :]
+    elif form.rank:
         v, h = factors(problem.layer, weight, problem.metric, form, 0)
         difference = weight - ungroup_weight(namespace(weight).matmul(h, v))
     taps = prod(problem.layer.kernel)
