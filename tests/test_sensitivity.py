@@ -55,6 +55,16 @@ def measured(model: Model) -> dict[str, float]:
     return sensitivities(model, known.layers, forms, weight_of, known.moments, samples)
 
 
+def test_an_output_without_axes_does_not_get_in_the_way() -> None:
+    model = two_branches((2.0, 1.0))
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    proto.graph.node.append(helper.make_node("ReduceMean", ["y"], ["loss"], keepdims=0))
+    proto.graph.output.append(helper.make_tensor_value_info("loss", TensorProto.FLOAT, []))
+    found = measured(load(proto))
+    assert len(found) == 2 and all(value > 0 for value in found.values())
+
+
 def test_a_sensitivity_is_the_share_of_the_output_that_a_layer_makes() -> None:
     found = measured(two_branches((2.0, 1.0)))
     assert sum(found.values()) == pytest.approx(1.0, rel=0.25)

@@ -142,6 +142,16 @@ def test_a_slower_model_is_found_slower() -> None:
     assert found.latency_interval[0] <= found.latency_ratio <= found.latency_interval[1] < 1
 
 
+def test_an_output_without_axes_counts_batch_by_batch() -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[n, 4] x) => (float loss, float[n, 4] y)
+        <float factor = {%s}> { y = Mul (x, factor)  loss = ReduceSum <keepdims = 0> (y) }"""
+    before, after = (load(onnx.parser.parse_model(text % factor)) for factor in ("1", "1.1"))
+    found = quickly(before, after, samples(before, np.abs(X_MANY[:, :4])))
+    assert [output.relative_error > 0 for output in found.outputs] == [True, True]
+    same = quickly(before, before, samples(before, np.abs(X_MANY[:, :4])))
+    assert [output.relative_error for output in same.outputs] == [0, 0]
+
+
 def test_models_with_other_inputs_or_outputs_are_not_compared() -> None:
     before = classifier(WEIGHT)
     for change, says in (("input", "differ in their inputs"), ("output", "differ in their outputs")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ LITTLE = 1e-4
 """A spread below this share of the energy is little: 1 % of the values, as a root."""
 MOST_LOGIT = 8.0
 """Logits count up to here: beyond it, where probabilities are within .0004 of 0 or 1, nobody looks."""
+
+BLOCK = 1 << 16
+"""Entries of a block that is worked on at once."""
 
 Owners = npt.NDArray[np.int64]
 
@@ -63,16 +67,19 @@ class Divergence:
             sizes = np.full(len(differ), old.size / max(len(differ), 1))
             self._keep(_per_owner(differ, owner, count), _per_owner(sizes, owner, count), np.zeros(count))
         elif old.size:
-            self._add_numbers(_by_row(old.astype(np.float64)), _by_row(new.astype(np.float64)), owner, count)
+            self._add_numbers(_by_row(old), _by_row(new), owner, count)
 
     def _add_numbers(self, old: Values, new: Values, owner: Owners, count: int) -> None:
-        missed = _squared_change(old, new)
-        with np.errstate(over="ignore", invalid="ignore"):
-            energy = np.einsum("ij,ij->i", old, old)
+        missed, energy = np.empty(len(old)), np.empty(len(old))
+        for rows in row_blocks(old.shape):
+            known = old[rows].astype(np.float64)
+            missed[rows] = _squared_change(known, new[rows])
+            energy[rows] = _squares(known)
         if not np.isfinite(energy).all():
             old = _finite(old)
-            with np.errstate(over="ignore"):
-                energy = (old**2).sum(axis=1)
+            energy = np.concatenate(
+                [_squares(old[rows].astype(np.float64)) for rows in row_blocks(old.shape)]
+            )
         self._keep(
             _per_owner(missed, owner, count),
             _per_owner(energy, owner, count),
@@ -83,15 +90,19 @@ class Divergence:
         """Squared deviations of ``rows`` from the mean so far, scaled to what they add to the exact sum."""
         first = self._mean is None
         if self._mean is None:
-            self._mean = rows.mean(axis=0)
+            self._mean = rows.mean(axis=0, dtype=np.float64)
         if rows.shape[1] != len(self._mean):
             self._uneven = True
             return np.zeros(len(rows))
-        centred = rows - self._mean
+        found, shift = np.empty(len(rows)), np.zeros_like(self._mean)
+        for block in row_blocks(rows.shape):
+            centred = rows[block] - self._mean
+            found[block] = _squares(centred)
+            with np.errstate(over="ignore", invalid="ignore"):
+                shift += centred.sum(axis=0)
         with np.errstate(over="ignore", invalid="ignore"):
-            found: Values = (centred**2).sum(axis=1)
             total, known = float(found.sum()), 0 if first else self._rows
-            shift = centred.mean(axis=0)
+            shift /= len(rows)
             self._rows = known + len(rows)
             self._mean = self._mean + shift * (len(rows) / self._rows)
             exact = total - float(np.sum(shift**2)) * len(rows) ** 2 / self._rows
@@ -152,9 +163,12 @@ def clipped_logits(probabilities: Values) -> Values:
     difference that they hide themselves, and logits that are far from any decision count for nothing.
     """
     edge = 1 / (1 + np.exp(MOST_LOGIT))
-    p = np.clip(probabilities, edge, 1 - edge)
-    values: Values = np.log(p / (1 - p))
-    return values
+    given = _by_row(probabilities)
+    values = np.empty(given.shape)
+    for rows in row_blocks(given.shape):
+        p = np.clip(given[rows].astype(np.float64), edge, 1 - edge)
+        values[rows] = np.log(p / (1 - p))
+    return values.reshape(probabilities.shape)
 
 
 def change(old: Values, new: Values) -> float:
@@ -168,6 +182,19 @@ def _energy(values: Values) -> float:
     """The sum of the squares of what is finite, in float64."""
     with np.errstate(over="ignore"):
         return float(np.sum(np.square(_finite(values), dtype=np.float64)))
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the rows of (rows, entries), small enough for a processor's cache in double precision."""
+    size = max(BLOCK // max(shape[1], 1), 1)
+    return (slice(start, start + size) for start in range(0, shape[0], size))
+
+
+def _squares(rows: Values) -> Values:
+    """|row|^2 of each row; not finite where an entry is not, or overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found: Values = np.einsum("ij,ij->i", rows, rows)
+    return found
 
 
 def _squared_change(old: Values, new: Values) -> Values:
@@ -199,7 +226,11 @@ def as_array(value: Any) -> Values:
 
 
 def positions_first(values: Values, real: Values | None, positions: tuple[int, ...]) -> Values:
-    """``values`` without padding, as ``unpadded`` has them, or with ``positions`` counted as samples."""
+    """``values`` without padding, as ``unpadded`` has them, or with ``positions`` counted as samples.
+
+    A value without axes is one row.
+    """
+    values = np.atleast_1d(values)
     found = unpadded(values, real)
     if found is not values or not positions or values.ndim <= max(positions):
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from onnx_lrsd.runtime.divergence import row_blocks
 from onnx_lrsd.types import Values
 
 
@@ -27,14 +28,16 @@ class Likeness:
             classes = (values.reshape(size, -1).argmax(axis=1) for values in (old, new))
             self._same += int(np.equal(*classes).sum())
             self._rows += size
-        one, two = old.astype(np.float64).ravel(), new.astype(np.float64).ravel()
-        finite = np.isfinite(one) & np.isfinite(two)  # masks of attention hold infinities
-        if not finite.all():
-            one, two = one[finite], two[finite]
-        self.largest = max(self.largest, float(np.max(np.abs(one - two), initial=0.0)))
-        self._dot += float(one @ two)
-        self._old += float(one @ one)
-        self._new += float(two @ two)
+        old, new = (values.reshape(len(values), -1) for values in (old, new))
+        for rows in row_blocks(old.shape):
+            one, two = (values[rows].astype(np.float64).ravel() for values in (old, new))
+            finite = np.isfinite(one) & np.isfinite(two)  # masks of attention hold infinities
+            if not finite.all():
+                one, two = one[finite], two[finite]
+            self.largest = max(self.largest, float(np.max(np.abs(one - two), initial=0.0)))
+            self._dot += float(one @ two)
+            self._old += float(one @ one)
+            self._new += float(two @ two)
 
     @property
     def cosine(self) -> float | None:
