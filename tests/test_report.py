@@ -205,6 +205,7 @@ def test_the_json_has_every_key_of_schema_1() -> None:
             "cosine": None,
             "agreement": None,
             "decided_alike": None,
+            "of": "variance",
         }
     ]
     assert facts["metric"]["interval"] == [-0.0094, 0.0044]

@@ -32,7 +32,7 @@ SCALES_ON = 32
 """Samples on which the groups of channels are found that all comparisons of a run judge by."""
 ENOUGH = 0.01
 """Timing ends once the interval of the ratio is narrower than this: sessions differ by more."""
-PART, KNOWN_WITHIN = 256, 0.1
+LOOKED_AFTER, KNOWN_WITHIN = 256, 0.1
 """Samples after which it is looked whether errors are known well enough, and within which share of them their
 intervals must lie then."""
 BASELINE_BYTES = 256 << 20
@@ -140,7 +140,7 @@ def compare(
     if labels is not None:
         collect = _whole if callable(metric) else _classes
     baseline = baseline or Baseline(before, samples, most=0)
-    size = PART if as_needed and collect is None else None
+    size = LOOKED_AFTER if as_needed and collect is None else None
     found, kept = _differences(baseline, after, collect, groups, size, progress)
     outputs, warnings = found.errors(), found.warnings()
     score = None

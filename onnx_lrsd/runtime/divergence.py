@@ -17,7 +17,7 @@ LITTLE = 1e-4
 MOST_LOGIT = 8.0
 """Logits count up to here: beyond it, where probabilities are within .0004 of 0 or 1, nobody looks."""
 
-BLOCK = 1 << 16
+CACHED_ENTRIES = 1 << 16
 """Entries of a block that is worked on at once."""
 
 Owners = npt.NDArray[np.int64]
@@ -186,7 +186,7 @@ def _energy(values: Values) -> float:
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Slices of the rows of (rows, entries), small enough for a processor's cache in double precision."""
-    size = max(BLOCK // max(shape[1], 1), 1)
+    size = max(CACHED_ENTRIES // max(shape[1], 1), 1)
     return (slice(start, start + size) for start in range(0, shape[0], size))
 
 
