@@ -28,7 +28,7 @@ DEEPEST = 3
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Part(NamedTuple):
+class Operand(NamedTuple):
     """One operand of a Concat; ``activation`` is one of PROBABLE where it holds probabilities, else ''."""
 
     tensor: str
@@ -51,7 +51,7 @@ class Ending(NamedTuple):
     """
 
     output: str
-    parts: tuple[Part, ...]
+    parts: tuple[Operand, ...]
     axis: int
     path: tuple[onnx.NodeProto, ...]
     before: tuple[Ending, ...] = ()
@@ -64,7 +64,7 @@ class Ending(NamedTuple):
         own = (*(part.tensor for part in self.parts), *(node.output[0] for node in self.path))
         return (*own, *(tensor for ending in self.before for tensor in ending.tensors))
 
-    def partitions(self, shapes: _Shapes) -> list[tuple[tuple[Part, ...], Slices]]:
+    def partitions(self, shapes: _Shapes) -> list[tuple[tuple[Operand, ...], Slices]]:
         """The parts that the output can be cut into, and where they lie.
 
         By the last Concat, and by those in front of it where all of its operands are joined alike, as those
@@ -130,10 +130,10 @@ def _ending(
     start, path = tensor, list[onnx.NodeProto]()
     while (node := makers.get(tensor)) is not None and domain_of(node.domain) == DOMAIN:
         if node.op_type == "Concat":
-            parts = list[Part]()
+            parts = list[Operand]()
             for name in node.input:
                 own = activation or _activation(name, makers)
-                parts.append(Part(name, "" if scaled else own))
+                parts.append(Operand(name, "" if scaled else own))
             way = (node, *reversed(path), *behind)
             before = tuple(
                 _ending(
@@ -159,7 +159,7 @@ def _ending(
         tensor = following
     if not scaled:
         activation = activation or _activation(tensor, makers)
-    return Ending(output, (Part(start, activation),), 0, ())
+    return Ending(output, (Operand(start, activation),), 0, ())
 
 
 def _operand(node: onnx.NodeProto, constants: set[str]) -> str | None:

@@ -113,7 +113,7 @@ def optimize(
     >>> x = np.random.default_rng(0).standard_normal((40, 64)).astype(np.float32)
     >>> optimised, report, plan = onnx_lrsd.optimize(model, {"x": x}, ratio=2, dry_run=True)
     >>> report.calibration_samples, list(plan.choices)
-    (27, ["y"])
+    (27, ['y'])
     """
     options = Options(
         target=target,

@@ -19,7 +19,7 @@ from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.facts import GroupError, OutputError
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.measure.confidence import ratio_interval
-from onnx_lrsd.passes.output_groups import LOG_SOFTMAX, SOFTMAX, Ending, Part, endings
+from onnx_lrsd.passes.output_groups import LOG_SOFTMAX, SOFTMAX, Ending, Operand, endings
 from onnx_lrsd.runtime.divergence import (
     LITTLE,
     Divergence,
@@ -42,7 +42,7 @@ MOST_CHANNELS, MOST_KINDS = 4096, 4
 STILL = 1e-6
 """A channel that deviates by less than this share of its largest value has no scale to go by."""
 SUMS_TO_ONE = 1e-3
-CLASSES = (SOFTMAX, LOG_SOFTMAX)
+OVER_CLASSES = (SOFTMAX, LOG_SOFTMAX)
 """Activations of classes of which the largest value is the answer."""
 
 LOOK = 16
@@ -220,7 +220,7 @@ class _Stream:
 
     def _decide(self, one: Values, two: Values, owner: Owners, size: int) -> None:
         """Count the samples whose most probable class, at every step, is the same."""
-        if len(self.groups) > 1 or self.groups[0].activation not in CLASSES or one.shape != two.shape:
+        if len(self.groups) > 1 or self.groups[0].activation not in OVER_CLASSES or one.shape != two.shape:
             return
         if one.ndim < 2 or not one.size:
             return
@@ -230,7 +230,7 @@ class _Stream:
 
     def _see(self, group: OutputGroup, rows: Values) -> None:
         """Note the classes that are most probable somewhere."""
-        if group.activation in CLASSES and rows.size:
+        if group.activation in OVER_CLASSES and rows.size:
             self.classes.update(np.unique(rows.argmax(axis=-1)).tolist())
         elif prod(rows.shape[1:]) == 1:
             self.classes.update(np.unique(rows > 0.5).astype(int).tolist())
@@ -359,7 +359,7 @@ def _groups(
 
 def _of_parts(
     output: str,
-    parts: Sequence[Part],
+    parts: Sequence[Operand],
     axis: int,
     bounds: Sequence[int],
     deviations: Values,
