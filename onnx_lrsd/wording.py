@@ -20,6 +20,15 @@ def counted(count: int, one: str, many: str = "") -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+def percent(share: float) -> str:
+    """``share`` in per cent, of two digits.
+
+    >>> percent(0.00921), percent(2.13), percent(1e9)
+    ('0.92 %', '210 %', '1e+11 %')
+    """
+    return f"{float(f'{100 * share:.2g}'):g} %"
+
+
 def bytes_in_words(size: int) -> str:
     """``size`` as ``bytes_of`` reads it, rounded up to three digits.
 

@@ -107,6 +107,13 @@ REPORT = Report(
     versions={"onnx-lrsd": "0.1.0"},
 )
 
+
+@pytest.mark.parametrize(("error", "text"), [(0.0012, "0.12 %"), (2.5, "250 %"), (1.2e287, "1.2e+289 %")])
+def test_an_error_is_short_however_large(error: float, text: str) -> None:
+    found = replace(VERIFIED, outputs=(OutputError("scores", error),))
+    assert f"scores  {text} of its variance" in report_table(replace(REPORT, verification=found))
+
+
 prices = st.builds(Price, st.integers(0, 2**50), st.integers(0, 2**40), st.integers(0, 2**42))
 forms = st.just(Form()) | st.builds(
     Form,

@@ -12,7 +12,7 @@ from onnx_lrsd.measure.speedup import CLEARLY
 from onnx_lrsd.run import Options
 from onnx_lrsd.targets import Target
 from onnx_lrsd.types import COSTS, DENSE, Form, Point, Price
-from onnx_lrsd.wording import counted
+from onnx_lrsd.wording import counted, percent
 
 MUCH = 0.1
 """Output error, or share of samples that are classed otherwise, from which a result that only met its ratio
@@ -85,10 +85,10 @@ def judge(
     if options.ratio is not None and max(found.error, found.decided_otherwise) > MUCH:
         decided = ""
         if found.decided_otherwise > 0:
-            decided = f", and in {found.decided_otherwise:.0%} of the samples they name another class"
+            decided = f", and in {percent(found.decided_otherwise)} of the samples they name another class"
         warnings.append(
-            f"The outputs changed by {found.error:.0%} of their {found.error_of}{decided}: this model does "
-            f"not bear {options.ratio:g} x; ask for less, or name what may be lost with --max-error."
+            f"The outputs changed by {percent(found.error)} of their {found.error_of}{decided}: this model "
+            f"does not bear {options.ratio:g} x; ask for less, or name what may be lost with --max-error."
         )
     if found.after.bytes > found.before.bytes and LARGER not in said:
         times = found.after.bytes / found.before.bytes
@@ -114,7 +114,7 @@ def _refusal(promise: Promise, found: Verification) -> str:
         )
     return (
         f"A model within {100 * promise.asked:g} % where it was searched changed the outputs by up to "
-        f"{100 * promise.got:.2g} % on the samples that confirm: a smaller gain was looked for."
+        f"{percent(promise.got)} on the samples that confirm: a smaller gain was looked for."
     )
 
 
@@ -180,5 +180,5 @@ def no_gain(found: Verification, options: Options, target: Target, cost: str) ->
         return said
     least = 1 + PAYS * (found.before.macs / found.after.macs - 1)
     if options.ratio is not None and found.error > MUCH and ratio < least:
-        return f"{said} and changes the outputs by {found.error:.0%} of their {found.error_of}"
+        return f"{said} and changes the outputs by {percent(found.error)} of their {found.error_of}"
     return ""

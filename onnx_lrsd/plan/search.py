@@ -11,6 +11,7 @@ from onnx_lrsd.errors import BudgetError
 from onnx_lrsd.facts import Trial, Verification
 from onnx_lrsd.time_limit import OutOfTime, TimeLimit
 from onnx_lrsd.types import Form
+from onnx_lrsd.wording import percent
 
 SEARCHES = 6
 """Fits of the whole model that a search may take before its first proposal."""
@@ -358,7 +359,7 @@ class ErrorLimit:
             return (
                 f"{said} outputs have values that are not finite where the original's are: leave it as it is."
             )
-        lost = f"{100 * found.error:.2g} %"
+        lost = percent(found.error)
         return f"{said} output error is up to {lost}; allow more with --max-error{self._hint}."
 
 

@@ -190,6 +190,8 @@ def error_text(error: float) -> str:
     if error <= 0:
         return "0 %"
     percent = 100 * error
+    if percent > 1e6:
+        return f"{percent:.1e} %"
     digits = max(1 - math.floor(math.log10(percent)), 0)
     if digits > 6:
         return "< 0.00001 %"

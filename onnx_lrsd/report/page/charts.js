@@ -51,6 +51,7 @@ const format = {
     if (error === null || error === undefined || !Number.isFinite(error)) return 'not finite';
     if (error <= 0) return '0' + THIN + '%';
     const percent = 100 * error;
+    if (percent > 1e6) return percent.toExponential(1) + THIN + '%';
     const digits = Math.max(1 - Math.floor(Math.log10(percent)), 0);
     if (digits > 6) return '<' + THIN + '0.00001' + THIN + '%';
     const power = 10 ** digits;
