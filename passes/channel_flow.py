@@ -20,6 +20,8 @@ from onnx_lrsd.passes.nodes import DOMAIN, domain_of, is_op, label
 
 Owner: TypeAlias = npt.NDArray[np.int64]
 OpenShapes: TypeAlias = Mapping[str, Sequence[int | str | None]]
+OpenShape: TypeAlias = tuple[int | str | None, ...]
+"""Symbols, or None, for sizes that are open."""
 
 UNARY = {
     *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cast", "Ceil", "Celu", "Cos", "Cosh", "Elu"),
@@ -117,14 +119,21 @@ class Flow:
     ties: list[tuple[int, int]] = field(default_factory=list)
     """Channels that stay or go together."""
     products: list[HeadProduct] = field(default_factory=list)
+    seen: dict[str, OpenShape] = field(default_factory=dict)
+    """Shapes that were found on the way, of tensors of which nothing else was known."""
 
-    def shape(self, tensor: gs.Tensor) -> Sequence[int | str | None] | None:
+    def shape(self, tensor: gs.Tensor) -> OpenShape | None:
         """The shape of ``tensor`` as far as it is known."""
         value = constant_value(tensor)
         if value is not None:
             return value.shape
         found = self.shapes.get(tensor.name, tensor.shape)
-        return None if found is None else tuple(found)
+        return self.seen.get(tensor.name) if found is None else tuple(found)
+
+    def note(self, tensor: gs.Tensor, shape: Sequence[int | str | None]) -> None:
+        """Note the ``shape`` that was found of ``tensor``, if nothing is known of it."""
+        if self.shape(tensor) is None:
+            self.seen[tensor.name] = tuple(shape)
 
     def take(self, node: gs.Node, index: int, axis: int, owner: Owner) -> str:
         """Note that a constant input is cut along ``axis``; returns why it cannot be, '' where it can."""
@@ -192,16 +201,32 @@ def _weighted(flow: Flow, node: gs.Node, given: Given) -> Handed:
     if one is not None and two is not None:
         return _summed(flow, node, one, two)
     side = 0 if given[0] is not None else 1
-    own, shape = given[side], flow.shape(node.inputs[1 - side])
+    own, other = given[side], _rank(flow, node.inputs[1 - side])
     kept = -2 if side == 0 else -1  # the axis of this operand that is not summed over
-    if own is None or given[1 - side] is not None or own.rank is None or shape is None:
+    if own is None or given[1 - side] is not None or own.rank is None or other is None:
         return _mixed(node)
-    if own.axis != kept or min(own.rank, len(shape)) < 2:
+    if own.axis != kept or min(own.rank, other) < 2:
         return _mixed(node)
+    shape = flow.shape(node.inputs[side])
+    if shape is not None and own.rank >= other:
+        given_axes = [size if axis == kept else None for axis, size in zip((-2, -1), shape[-2:], strict=True)]
+        flow.note(node.outputs[0], (*shape[:-2], *given_axes))
     # The last two axes are those of the product: heads must lie in front of them.
     in_front = own.heads is not None and (own.heads == 0 or own.heads < -2)
     heads = own.heads if in_front else None
-    return [own._replace(rank=max(own.rank, len(shape)), heads=heads)]
+    return [own._replace(rank=max(own.rank, other), heads=heads)]
+
+
+def _rank(flow: Flow, tensor: gs.Tensor) -> int | None:
+    """The rank of ``tensor``: what a softmax or a scale gives has that of what it reads."""
+    shape = flow.shape(tensor)
+    while shape is None and tensor.inputs and is_op(tensor.inputs[0], "Softmax", *SCALES):
+        read = [other for other in tensor.inputs[0].inputs if not _is_number(other)]
+        if len(read) != 1:
+            return None
+        (tensor,) = read
+        shape = flow.shape(tensor)
+    return None if shape is None else len(shape)
 
 
 def _summed(flow: Flow, node: gs.Node, one: Carried, two: Carried) -> Handed:
@@ -216,6 +241,8 @@ def _summed(flow: Flow, node: gs.Node, one: Carried, two: Carried) -> Handed:
         return f"{node.op} {label(node)} multiplies what is not linear in them, or not alike in all heads"
     ranks = one.rank, two.rank
     rank = None if None in ranks else max(rank for rank in ranks if rank is not None)
+    if rank is not None:
+        flow.note(node.outputs[0], [None] * rank)
     softmax = _softmax_alone(node.outputs[0], rank)
     flow.products.append(
         HeadProduct(node.outputs[0].name, f"{node.op} {label(node)}", one.owner, two.owner, softmax)
@@ -414,13 +441,19 @@ def _transposed(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
     def moved(axis: int) -> int:
         return int(order.index(axis + rank)) - rank
 
+    shape = flow.shape(node.inputs[0])
+    if shape is not None:
+        flow.note(node.outputs[0], [shape[axis] for axis in order])
     heads = moved(carried.heads) if carried.heads else carried.heads
     return [Carried(moved(carried.axis), rank, carried.owner, heads)]
 
 
 def _reshaped(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
     """Reshape and Flatten that keep each channel on one axis, perhaps at many positions."""
-    before, after = flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
+    before = flow.shape(node.inputs[0])
+    if before is None and carried.axis == -1:
+        before = (None, len(carried.owner))  # whatever lies in front counts as one axis
+    after = flow.shape(node.outputs[0]) or _target(flow, node)
     spread = f"{node.op} {label(node)} spreads them over axes, or its shapes are not known"
     if before is None or after is None:
         return spread
@@ -437,6 +470,7 @@ def _reshaped(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
     if found is None:
         return spread
     axis, owner = block.after[0] + found[0], found[1]
+    flow.note(node.outputs[0], after)
     heads = _heads(carried, blocks, len(before), len(after))
     if is_op(node, "Reshape"):
         reason = _count_entry(flow, node, axis, carried.axis + len(before), owner)
@@ -520,8 +554,60 @@ def _heads(carried: Carried, blocks: Sequence[_Block], before: int, after: int) 
     return of_heads.after[0] - after if alone else None
 
 
+def _target(flow: Flow, node: gs.Node) -> OpenShape | None:
+    """The shape that a Reshape asks for, as far as it is constant; None for sizes that are copied or left."""
+    if len(node.inputs) < 2:
+        return None
+    source = node.inputs[1]
+    value = constant_value(source)
+    if value is not None:
+        return tuple(int(size) if size > 0 else None for size in value.ravel())
+    if not source.inputs or not is_op(source.inputs[0], "Concat"):
+        return None
+    found = list[int | str | None]()
+    for piece in source.inputs[0].inputs:
+        value = constant_value(piece)
+        if value is not None:
+            found += [int(size) if size > 0 else None for size in value.ravel()]
+            continue
+        length = _length(flow.shape(piece), 0) if flow.shape(piece) else 0
+        if not length:
+            return None
+        found += [None] * length
+    return tuple(found)
+
+
 def _aligned(before: Sequence[int | str | None], after: Sequence[int | str | None]) -> list[_Block]:
-    """The axes of two shapes in blocks of like size, the least ones; none where they do not align."""
+    """The axes of two shapes in blocks of like size, the least ones; none where they do not align.
+
+    From the front if all sizes can be told, else from the end as far as they are known: what is left on both
+    sides is one block.
+    """
+    return _from_the_front(before, after) or _from_the_end(before, after)
+
+
+def _from_the_end(before: Sequence[int | str | None], after: Sequence[int | str | None]) -> list[_Block]:
+    blocks: list[_Block] = []
+    i, j = len(before), len(after)
+    while i and j:
+        first, second = i, j  # the block has the axes from these on
+        held_before = held_after = 1
+        while (first, second) == (i, j) or held_before != held_after or second == j:
+            fewer_before = first == i or (held_before < held_after and second < j)
+            shape, axis = (before, first - 1) if fewer_before else (after, second - 1)
+            size = _known_size(shape, axis) if axis >= 0 else None
+            if size is None:
+                return [_Block([*range(i)], [*range(j)]), *blocks] if blocks else []
+            if fewer_before:
+                held_before, first = held_before * size, axis
+            else:
+                held_after, second = held_after * size, axis
+        blocks.insert(0, _Block([*range(first, i)], [*range(second, j)]))
+        i, j = first, second
+    return [_Block([*range(i)], [*range(j)]), *blocks]
+
+
+def _from_the_front(before: Sequence[int | str | None], after: Sequence[int | str | None]) -> list[_Block]:
     blocks: list[_Block] = []
     i = j = 0
     while i < len(before) and j < len(after):

@@ -194,6 +194,45 @@ def test_all_channels_give_the_same_and_fewer_give_their_part_of_the_products(
     assert sizes["wv"] == [WIDE, heads * size]
 
 
+@pytest.mark.parametrize("written", ["copied", "at run time", "left open"])
+def test_heads_are_found_where_only_their_number_and_size_are_known(written: str) -> None:
+    """Exporters put sizes of the batch together with those of the heads, so that no shape is known."""
+    text = attention(QUERIES["scaled heads"], KEYS["twice"])
+    del text.graph.input[0].type.tensor_type.shape.dim[:]
+    text.graph.input[0].type.tensor_type.ClearField("shape")
+    if written != "copied":
+        sizes = onnx.parser.parse_graph("""
+        g (float[n, s, 24] x) => (int64[4] split) {
+            sizes = Shape (x) zero = Constant <value = int64[1] {0}> () next = Constant <value = int64[1] {1}> ()
+            first = Gather (sizes, zero) second = Gather (sizes, next)
+            rest = Constant <value = int64[1] {-1}> ()
+            ends = Constant <value = int64[2] {4, 8}> () all = Constant <value = int64[1] {32}> ()
+        }""")
+        leading = ["first", "second" if written == "at run time" else "rest"]
+        made = [(leading, "ends", "split"), (leading, "all", "flat")]
+        joined = [helper.make_node("Concat", [*lead, end], [name], axis=0) for lead, end, name in made]
+        nodes = [*sizes.node, *joined, *text.graph.node]
+        stay = [tensor for tensor in text.graph.initializer if tensor.name not in ("split", "flat")]
+        del text.graph.node[:], text.graph.initializer[:]
+        text.graph.node.extend(nodes)
+        text.graph.initializer.extend(stay)
+    working, feed = load(text).graph(), rows(3)
+    pairs, _ = find_pairs(working, find_layers(working)[0], inferred_shapes(text))
+    assert sorted((pair.channels, pair.heads, bool(pair.product)) for pair in pairs) == [
+        (SIZE, HEADS, False),
+        (SIZE, HEADS, True),
+    ]
+    whole = outputs(load(text), feed)
+    for pair in pairs:
+        turn(working, pair, np.linalg.qr(invertible(HEADS, SIZE, 3))[0])
+    np.testing.assert_allclose(outputs(load(text).splice(working), feed), whole, atol=1e-4)
+    cut(working, [(pair, range(5)) for pair in pairs])
+    smaller = load(text).splice(working)
+    sizes_of = {name: list(values.shape) for name, values in stored(smaller).items() if values.ndim == 2}
+    assert sizes_of["wq"] == sizes_of["wk"] == sizes_of["wv"] == [WIDE, 20] and sizes_of["wo"] == [20, 12]
+    assert outputs(smaller, feed).shape == whole.shape
+
+
 def test_one_head_needs_no_reshape() -> None:
     whole = "qb = Add (q, bq) qt = Identity (qb)", "kb = Add (k, bk) kt = Transpose <perm = [0, 2, 1]> (kb)"
     text = attention(*whole, "p = Softmax (a)", heads=1, size=32)
@@ -201,8 +240,8 @@ def test_one_head_needs_no_reshape() -> None:
         if node.output[0] == "vt":
             node.input[0] = "v"
             node.attribute[0].ints[:] = [0, 1, 2]
-        if node.output[0] == "cf":
-            node.input[0] = "c"
+        if node.output[0] == "ct":
+            node.attribute[0].ints[:] = [0, 1, 2]
     (pair,), _ = found_in(load(text))
     assert (pair.heads, pair.channels) == (1, 32)
 
