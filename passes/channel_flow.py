@@ -14,14 +14,14 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
+from onnx_lrsd.graph.shapes import OpenShape
 from onnx_lrsd.passes.constants import constant_value, overridable
 from onnx_lrsd.passes.nodes import DOMAIN, domain_of, is_op, label
 
 Owner: TypeAlias = npt.NDArray[np.int64]
 OpenShapes: TypeAlias = Mapping[str, Sequence[int | str | None]]
-OpenShape: TypeAlias = tuple[int | str | None, ...]
-"""Symbols, or None, for sizes that are open."""
 
 UNARY = {
     *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cast", "Ceil", "Celu", "Cos", "Cosh", "Elu"),
@@ -41,6 +41,7 @@ SCALES = ("Mul", "Div")
 """Linear operators as well, where all channels of a head are scaled alike."""
 KEEP_HEADS = ("Reshape", "Transpose", "Split", "Slice")
 """Handlers of these say themselves on which axis heads lie behind them; behind others none may be turned."""
+FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 POOLS = ("MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool")
 REDUCTIONS = {
     *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"),
@@ -106,6 +107,17 @@ class HeadProduct(NamedTuple):
     softmax: bool
 
 
+class WrittenSize(NamedTuple):
+    """The tensor ``output``, of that ``shape``, is how many positions ``owner`` has, for calculations alone.
+
+    A scale of attention, 1 / sqrt(size), stays what it was where channels go.
+    """
+
+    output: str
+    shape: tuple[int, ...]
+    owner: Owner
+
+
 @dataclass
 class Flow:
     """What was found on the way through the graph; channels are numbered over all of it."""
@@ -119,6 +131,7 @@ class Flow:
     ties: list[tuple[int, int]] = field(default_factory=list)
     """Channels that stay or go together."""
     products: list[HeadProduct] = field(default_factory=list)
+    sizes: list[WrittenSize] = field(default_factory=list)
     seen: dict[str, OpenShape] = field(default_factory=dict)
     """Shapes that were found on the way, of tensors of which nothing else was known."""
 
@@ -221,7 +234,7 @@ def _rank(flow: Flow, tensor: gs.Tensor) -> int | None:
     """The rank of ``tensor``: what a softmax or a scale gives has that of what it reads."""
     shape = flow.shape(tensor)
     while shape is None and tensor.inputs and is_op(tensor.inputs[0], "Softmax", *SCALES):
-        read = [other for other in tensor.inputs[0].inputs if not _is_number(other)]
+        read = [other for other in tensor.inputs[0].inputs if not _is_number(flow, other)]
         if len(read) != 1:
             return None
         (tensor,) = read
@@ -243,30 +256,30 @@ def _summed(flow: Flow, node: gs.Node, one: Carried, two: Carried) -> Handed:
     rank = None if None in ranks else max(rank for rank in ranks if rank is not None)
     if rank is not None:
         flow.note(node.outputs[0], [None] * rank)
-    softmax = _softmax_alone(node.outputs[0], rank)
+    softmax = _softmax_alone(flow, node.outputs[0], rank)
     flow.products.append(
         HeadProduct(node.outputs[0].name, f"{node.op} {label(node)}", one.owner, two.owner, softmax)
     )
     return [None]
 
 
-def _softmax_alone(tensor: gs.Tensor, rank: int | None) -> bool:
+def _softmax_alone(flow: Flow, tensor: gs.Tensor, rank: int | None) -> bool:
     """Whether a Softmax over the last of ``rank`` axes alone reads ``tensor``, scaled and masked perhaps."""
     while len(tensor.outputs) == 1:
         reader = tensor.outputs[0]
         if is_op(reader, "Softmax"):
             return reader.attrs.get("axis", -1) in (-1, None if rank is None else rank - 1)
         others = [other for other in reader.inputs if other is not tensor]
-        scale = is_op(reader, *SCALES) and all(_is_number(other) for other in others)
+        scale = is_op(reader, *SCALES) and all(_is_number(flow, other) for other in others)
         if not scale and not is_op(reader, "Add", "Where", "Cast"):
             return False
         tensor = reader.outputs[0]
     return False
 
 
-def _is_number(tensor: gs.Tensor) -> bool:
-    value = constant_value(tensor)
-    return value is not None and value.size == 1
+def _is_number(flow: Flow, tensor: gs.Tensor) -> bool:
+    shape = flow.shape(tensor)
+    return shape is not None and all(size == 1 for size in shape)
 
 
 def _mixed(node: gs.Node) -> str:
@@ -791,7 +804,7 @@ def _numbers(node: gs.Node, name: str, index: int) -> list[int] | None:
 
 
 def _shape(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
-    """Shape: harmless where the size of the axis of the channels is read by nobody."""
+    """Shape: harmless where the size of the axis of the channels is read by nobody, or as a number alone."""
     reason = f"{node.op} {label(node)} reads how many they are"
     if carried.rank is None:
         return reason
@@ -799,9 +812,20 @@ def _shape(flow: Flow, node: gs.Node, carried: Carried) -> Handed:
     sizes = list(range(carried.rank))[start : node.attrs.get("end", carried.rank)]
     at = carried.axis + carried.rank
     for reader in node.outputs[0].outputs:
-        if at in _picked(reader, sizes):
+        picked = _picked(reader, sizes)
+        if at not in picked:
+            continue
+        size = reader.outputs[0] if is_op(reader, "Gather", "Slice") else node.outputs[0]
+        if picked != [at] or not all(_to_float(other) for other in size.outputs):
             return reason
+        index = constant_value(reader.inputs[1]) if is_op(reader, "Gather") else None
+        flow.sizes.append(WrittenSize(size.name, (1,) if index is None else index.shape, carried.owner))
     return [None]
+
+
+def _to_float(node: gs.Node) -> bool:
+    """Whether ``node`` casts to a floating type: what it gives is no size of a tensor any more."""
+    return is_op(node, "Cast") and node.attrs.get("to") in FLOATING
 
 
 def _picked(reader: gs.Node, sizes: list[int]) -> list[int]:

@@ -32,6 +32,7 @@ from onnx_lrsd.passes.channel_flow import (
     OpenShapes,
     Owner,
     Place,
+    WrittenSize,
     hand_on,
 )
 from onnx_lrsd.passes.constants import constant_value, overridable, stored_tensor
@@ -39,7 +40,7 @@ from onnx_lrsd.passes.find_layers import producer
 from onnx_lrsd.passes.nodes import is_op, label, unused_name
 from onnx_lrsd.passes.operators import operator_at
 from onnx_lrsd.passes.operators.operator import ChannelAxes
-from onnx_lrsd.passes.tidy import captured_names, remove_orphans
+from onnx_lrsd.passes.tidy import captured_names, remove_node, remove_orphans
 from onnx_lrsd.passes.writer import PART
 from onnx_lrsd.types import OUTPUT_OF_MODEL, Declined, Layer
 
@@ -67,7 +68,9 @@ class Pair:
     """``channels`` that ``producers`` give and ``consumers`` alone read; each stays or goes as a whole.
 
     ``name`` is what a person calls the first producer. The rest is what a cut changes, by channel: ``parts``
-    of constants, ``counts`` of channels, axes of tensors. All of it is of the graph the pair was found in.
+    of constants, ``counts`` of channels, axes of tensors, and ``sizes``, which must stay what they were. All
+    of it is of the graph the pair was found in.
+
     Where there are ``heads``, each has a position of every channel, in order, and its channels may be turned.
 
     Where a ``product`` alone reads the channels, the tensor of that name, there are no consumers. The first
@@ -82,6 +85,7 @@ class Pair:
     parts: tuple[ConstantPart, ...]
     counts: tuple[Count, ...]
     carried: Mapping[str, Carried]
+    sizes: tuple[WrittenSize, ...] = ()
     heads: int = 0
     product: str = ""
     softmax: bool = False
@@ -187,10 +191,12 @@ def find_pairs(
                 seen.block(carried, handed, label(node))
                 continue
             flow.carried |= {t.name: c for t, c in zip(node.outputs, handed, strict=False) if c is not None}
+    sized = {size.output: Carried(-1, None, size.owner) for size in flow.sizes}
     for output in working.outputs:
-        seen.block([flow.carried.get(output.name)], OUTPUT_OF_MODEL)
+        seen.block([flow.carried.get(output.name), sized.get(output.name)], OUTPUT_OF_MODEL)
     for captured in captured_names(working.graph):
-        seen.block([flow.carried.get(captured)], "a branch or a loop reads them")
+        reason = "a branch or a loop reads them"
+        seen.block([flow.carried.get(captured), sized.get(captured)], reason)
     return _pairs(flow, seen)
 
 
@@ -390,6 +396,7 @@ def _pair(flow: Flow, giving: Sequence[_Member], reading: Sequence[_Member], num
             for name, owner in owned.items()
             if (owner >= 0).any()
         },
+        sizes=tuple(z._replace(owner=number[z.owner]) for z in flow.sizes if (number[z.owner] >= 0).any()),
     )
 
 
@@ -466,6 +473,7 @@ def cut(working: WorkingGraph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> No
     The pairs can no longer be used then. Consumers are not refitted: they lose what the other channels gave
     them. Constants that another node reads are copied.
     """
+    cuts = list(cuts)
     masks = _masks(cuts)
     nodes = {tensor.name: node for node in working.nodes for tensor in node.outputs}
     made = _Constants(working)
@@ -492,7 +500,25 @@ def cut(working: WorkingGraph, cuts: Iterable[tuple[Pair, Sequence[int]]]) -> No
             sizes = list(shape)
             sizes[axis] = np.count_nonzero(mask)
             tensors[name].shape = sizes
+    for size in (size for pair, _ in cuts for size in pair.sizes):
+        _write(working, made, tensors[size.output], np.full(size.shape, len(size.owner)))
     remove_orphans(working, made.replaced)
+
+
+def _write(working: WorkingGraph, made: _Constants, size: gs.Tensor, value: npt.NDArray[np.int64]) -> None:
+    """Write the ``value`` of a size in the places where it is read, and take away what found it."""
+    for reader in list(size.outputs):
+        for index, given in enumerate(reader.inputs):
+            if given is size:
+                made.put(reader, index, value)
+    waiting = list(size.inputs)
+    while waiting:
+        node = waiting.pop()
+        if is_op(node, "Gather", "Slice", "Shape") and not any(tensor.outputs for tensor in node.outputs):
+            waiting += node.inputs[0].inputs
+            node.inputs.clear()
+            node.outputs.clear()
+            remove_node(working, node)
 
 
 def turn(working: WorkingGraph, pair: Pair, bases: npt.NDArray[np.float64]) -> None:

@@ -50,7 +50,17 @@ KEYS = {
     "scaled": "kb = Add (k, bk) kh = Reshape (kb, split) kn = Transpose <perm = [0, 2, 3, 1]> (kh) "
     "kt = Mul (half, kn)",
 }
+SIZED = (
+    "sh = Shape <start = -1> (qt) f = Cast <to = 1> (sh)",
+    "al = Shape (qt) ls = Constant <value = int64 {-1}> () sh = Gather (al, ls) f = Cast <to = 1> (sh)",
+    "al = Shape (kh) th = Constant <value = int64[1] {3}> () fo = Constant <value = int64[1] {99}> () "
+    "sh = Slice (al, th, fo) f = Cast <to = 1> (sh)",
+)
+"""The size of a head as scales of attention read it."""
 BEHIND = {
+    "size": f"{SIZED[0]} r = Sqrt (f) s = Div (a, r) p = Softmax <axis = -1> (s)",
+    "gathered size": f"{SIZED[1]} r = Sqrt (f) s = Div (a, r) p = Softmax <axis = -1> (s)",
+    "sliced size": f"{SIZED[2]} r = Sqrt (f) s = Div (a, r) p = Softmax <axis = -1> (s)",
     "softmax": "p = Softmax <axis = -1> (a)",
     "scaled": "s = Div (a, half) p = Softmax <axis = 3> (s)",
     "masked": "s = Add (a, mask) p = Softmax (s)",
@@ -176,7 +186,7 @@ def test_all_channels_give_the_same_and_fewer_give_their_part_of_the_products(
     smaller = model.splice(working)
     onnx.checker.check_model(smaller.proto, full_check=True)
     nodes = [[node.op_type for node in each.proto.graph.node] for each in (model, smaller)]
-    assert nodes[0] == nodes[1]
+    assert nodes[1] == [op for op in nodes[0] if op not in ("Shape", "Gather", "Slice")]
     # What is left reads as if the queries had nothing of the other channels.
     reference, weights = onnx.ModelProto(), stored(model)
     reference.CopyFrom(model.proto)
@@ -203,7 +213,8 @@ def test_heads_are_found_where_only_their_number_and_size_are_known(written: str
     if written != "copied":
         sizes = onnx.parser.parse_graph("""
         g (float[n, s, 24] x) => (int64[4] split) {
-            sizes = Shape (x) zero = Constant <value = int64[1] {0}> () next = Constant <value = int64[1] {1}> ()
+            sizes = Shape (x)
+            zero = Constant <value = int64[1] {0}> () next = Constant <value = int64[1] {1}> ()
             first = Gather (sizes, zero) second = Gather (sizes, next)
             rest = Constant <value = int64[1] {-1}> ()
             ends = Constant <value = int64[2] {4, 8}> () all = Constant <value = int64[1] {32}> ()
@@ -233,6 +244,30 @@ def test_heads_are_found_where_only_their_number_and_size_are_known(written: str
     assert outputs(smaller, feed).shape == whole.shape
 
 
+def test_a_scale_of_the_size_of_heads_stays_what_it_was() -> None:
+    """As PyTorch exports scaled_dot_product_attention: both operands times the root of 1 / sqrt(size)."""
+    queries = (
+        "qb = Add (q, bq) qh = Reshape (qb, split) qn = Transpose <perm = [0, 2, 1, 3]> (qh) al = Shape (qn) "
+        "lo = Constant <value = int64[1] {-1}> () hi = Constant <value = int64[1] {9223372036854775807}> () "
+        "sh = Slice (al, lo, hi) f = Cast <to = 1> (sh) r = Sqrt (f) d = Div (one, r) w = Sqrt (d) "
+        "qt = Mul (qn, w)"
+    )
+    keys = "kh = Reshape (k, split) kn = Transpose <perm = [0, 2, 3, 1]> (kh) kt = Mul (kn, w)"
+    model, feed = load(attention(queries, keys, "p = Softmax (a)")), rows(3)
+    (pair,), _ = found_in(model)
+    assert pair.softmax and [size.output for size in pair.sizes] == ["sh"]
+    working = model.graph()
+    cut(working, [(pair, range(SIZE))])  # nothing: all that changes is where the size comes from
+    np.testing.assert_allclose(outputs(model.splice(working), feed), outputs(model, feed), atol=1e-5)
+    working = model.graph()
+    turn(working, pair, np.linalg.qr(invertible(HEADS, SIZE, 1))[0])
+    cut(working, [(pair, range(4))])
+    smaller = model.splice(working)
+    assert not {"Shape", "Slice"} & {node.op_type for node in smaller.proto.graph.node}
+    assert stored(smaller)["sh"].tolist() == [SIZE] and stored(smaller)["wq"].shape == (WIDE, HEADS * 4)
+    assert outputs(smaller, feed).shape == (3, 6, 12)
+
+
 def test_one_head_needs_no_reshape() -> None:
     whole = "qb = Add (q, bq) qt = Identity (qb)", "kb = Add (k, bk) kt = Transpose <perm = [0, 2, 1]> (kb)"
     text = attention(*whole, "p = Softmax (a)", heads=1, size=32)
@@ -252,10 +287,6 @@ ROTATED = (
     "qc = Mul (qn, angles) qd = Mul (qr, angles) qt = Add (qc, qd)"
 )
 SPLIT = "qh = Reshape (qe, split) qt = Transpose <perm = [0, 2, 1, 3]> (qh)"
-SIZED = (
-    "sh = Shape <start = -1> (qt) f = Cast <to = 1> (sh) r = Sqrt (f) s = Div (a, r) "
-    "p = Softmax <axis = -1> (s)"
-)
 FROM_QUERIES = "kb = Add (q, bk) kh = Reshape (kb, split) kt = Transpose <perm = [0, 2, 3, 1]> (kh)"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rotary embeddings": ({"queries": ROTATED}, "channels that are mixed, or read by others, in between"),
@@ -269,7 +300,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "channels that are mixed, or read by others, in between",
     ),
     "one layer for both": ({"keys": FROM_QUERIES}, "multiplies some of them twice, or with each other"),
-    "a scale of their number": ({"behind": SIZED}, "reads how many they are"),
+    "a size that shapes something": (
+        {"back": "sh = Shape <start = -1> (qh) xr = Expand (one, sh)"},
+        "reads how many they are",
+    ),
+    "a size that is an output": (
+        {"back": f"{SIZED[0]}", "more": ", int64[1] sh"},
+        "they are an output of the model",
+    ),
     "a size that is not known": ({"target": "asked"}, "its shapes are not known"),
 }
 
