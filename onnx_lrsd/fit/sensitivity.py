@@ -91,7 +91,7 @@ def sensitivities(
     probes = _probes(layers, forms, moments, narrower)
     wanted = max(_FEWEST, min(_MOST_SAMPLES, _RUNS * samples.count // max(len(probes), 1)))
     if samples.count >= wanted + 2 * samples.smallest_batch:
-        samples = samples.split(wanted, 0)[1]
+        samples = next(samples.parts(wanted))
     known = {probe.key: keep.look("sensitivity", (probe.key, probe.form, wanted)) for probe in probes}
     measured = {key: float(value[0]) for key, value in known.items() if value is not None}
     probes = [probe for probe in probes if probe.key not in measured]
