@@ -125,6 +125,26 @@ def test_a_gemm_is_int8_with_a_c_of_any_shape(shape: tuple[int, ...], beta: floa
     assert compare(model, found.model, samples, latency=False).error < 0.002
 
 
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_weight_that_is_stored_sparse_is_int8(linear: bool) -> None:
+    rng = np.random.default_rng(0)
+    weight = np.where(rng.random((16, 16)) < 0.5, rng.standard_normal((16, 16)) / 4, 0).astype(np.float32)
+    places = np.argwhere(weight)
+    indices = places @ [16, 1] if linear else places
+    values = numpy_helper.from_array(weight[tuple(places.T)], "w")
+    stored = helper.make_sparse_tensor(values, numpy_helper.from_array(indices, "at"), weight.shape)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 16]) for name in "xy"]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], sparse_initializer=[stored]
+    )
+    model = load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    x = rng.standard_normal((64, 16)).astype(np.float32)
+    samples = onnx_lrsd.read_samples({"x": x}, inputs_of(model.proto))
+    found = quantise(model, samples, tolerance=0.5)
+    assert found.nodes == quantised_nodes(found.model) == 1
+    assert compare(model, found.model, samples, latency=False).error < 0.01
+
+
 def test_weights_among_the_inputs_of_an_old_model_are_none_of_the_result() -> None:
     rng = np.random.default_rng(0)
     weights = {name: rng.standard_normal((16, 16)).astype(np.float32) / 4 for name in ("v", "w")}

@@ -138,8 +138,19 @@ def _ready(model: Model) -> onnx.ModelProto:
                 name for name in (node.output[0], f"{node.output[0]}_{index}") if name not in taken
             )
             taken.add(node.name)
+    _make_dense(proto)
     _part_biases(proto)
     return typed(proto)
+
+
+def _make_dense(proto: onnx.ModelProto) -> None:
+    """Write sparse initializers in full: the quantiser sees no others."""
+    for sparse in proto.graph.sparse_initializer:
+        values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        whole = np.zeros(tuple(sparse.dims), values.dtype)
+        whole[np.unravel_index(places, whole.shape) if places.ndim == 1 else tuple(places.T)] = values
+        proto.graph.initializer.append(numpy_helper.from_array(whole, sparse.values.name))
+    del proto.graph.sparse_initializer[:]
 
 
 def _part_biases(proto: onnx.ModelProto) -> None:
