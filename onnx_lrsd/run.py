@@ -272,7 +272,8 @@ class Run:
     ``target`` has the times of ``machine``, which is None where the target has none. ``device``, 'cpu' or
     'cuda', is where ONNX Runtime runs the models. ``cost`` is what a ratio is of. ``groups`` are those that
     all comparisons judge outputs in, so that a search and the check of what it found go by the same; None
-    until there are samples. ``keep`` looks into the work dir first, where there is one. ``time`` and
+    until there are samples. ``bears_int8`` tells whether the model has weights that --int8 could work on.
+    ``keep`` looks into the work dir first, where there is one. ``time`` and
     ``memory`` are what the run may take; ``workers`` do what is shared out.
     """
 
@@ -282,6 +283,7 @@ class Run:
     machine: Machine | None = None
     device: str = "cpu"
     groups: GroupsOf | None = None
+    bears_int8: bool = True
     journal: Journal = field(default_factory=Journal)
     progress: Progress | None = None
     keep: Keep = KEEP_NOTHING
@@ -350,7 +352,7 @@ class Run:
     @property
     def int8_may_gain(self) -> bool:
         """Whether --int8, which was not asked for, is likely to make the result faster on this processor."""
-        return not self.options.int8 and self.target.timed_here and not saturates()
+        return self.bears_int8 and not self.options.int8 and self.target.timed_here and not saturates()
 
     @property
     def weights(self) -> str | None:

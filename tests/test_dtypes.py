@@ -16,10 +16,12 @@ from onnx.reference import ReferenceEvaluator
 
 import onnx_lrsd
 from onnx_lrsd.cli import main
+from onnx_lrsd.commands.prepare import find
 from onnx_lrsd.errors import LrsdError
 from onnx_lrsd.graph.model import Model, check, load
 from onnx_lrsd.passes.find_layers import find_layers, read_weight
 from onnx_lrsd.passes.split import split
+from onnx_lrsd.run import Options, start
 from onnx_lrsd.runtime.session import open_session
 from onnx_lrsd.solver.decompose import decompose
 from onnx_lrsd.solver.layout import expand
@@ -296,3 +298,12 @@ def test_a_model_that_is_quantised_throughout_is_refused_with_the_reason(
     done = CliRunner().invoke(main, ["optimize", str(path), "--ratio", "2"])
     assert done.exit_code == 1 and "already quantised" in done.output and "use it as it is" in done.output
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize(
+    ("made", "bears"), [(qdq, False), (qlinear, False), (dynamic_matmul, False), (nbits, True)]
+)
+def test_int8_is_not_named_where_a_model_is_quantised_already(made: Callable[[], Any], bears: bool) -> None:
+    x = np.random.default_rng(3).standard_normal((4, 64, 8, 8)).astype(np.float32)
+    found = find(start(Options(ratio=2)), model_with(made, floats=True), {"x": x}, None)
+    assert found.run.bears_int8 is bears

@@ -263,6 +263,7 @@ def test_int8_may_gain_where_the_processor_has_instructions_for_it(
 ) -> None:
     monkeypatch.setattr("onnx_lrsd.run.saturates", lambda: saturating)
     assert start(Options(ratio=2)).int8_may_gain is not saturating
+    assert not replace(start(Options(ratio=2)), bears_int8=False).int8_may_gain
     assert not start(Options(ratio=2, int8=True)).int8_may_gain
     assert not start(Options(ratio=2, target="tensorrt")).int8_may_gain
 

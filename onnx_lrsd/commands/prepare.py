@@ -42,6 +42,7 @@ from onnx_lrsd.graph.model import Model, ensure_writable, load, raised
 from onnx_lrsd.graph.shapes import inferred_shapes
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.int8.fit import Int8Fitter
+from onnx_lrsd.int8.quantise import already_quantised
 from onnx_lrsd.measure.compare import labels_for, price_and_macs_beside
 from onnx_lrsd.measure.layer_times import LayerTimes, seconds_of_a_sample, time_layers
 from onnx_lrsd.passes.bytes_outside import bytes_outside
@@ -146,6 +147,8 @@ def find(
             layers, declined = _select(graph, layers, declined, run)
             constants = tuple(layer for layer in layers if layer.constant)
             others = share_weights(graph, [layer for layer in layers if not layer.constant])
+            plain = any(layer.dtype == "float32" for layer in others)
+            run = replace(run, bears_int8=plain and not already_quantised(original.proto))
             if run.cost in STORED:
                 run.journal.warn(bytes_outside(graph, [*constants, *others]))
     weight_of = partial(read_weight, graph)

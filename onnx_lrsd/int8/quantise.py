@@ -41,6 +41,7 @@ from onnx_lrsd.whole_files import PROTOBUF_LIMIT
 _WEIGHTED = tuple(op for (_, op), operator in OPERATORS.items() if not operator.NOT_INT8)
 _QUANTISED = (*_WEIGHTED, "Relu", "Clip", "MaxPool")
 """What stands between convolutions and takes int8 as it is goes with them."""
+_QUANTISING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 _OPSET = 13
 """The first with scales per channel."""
 RANGE_SAMPLES, ERROR_SAMPLES = 128, 16
@@ -124,11 +125,16 @@ def quantise(
     return Quantised(best, len(layers) - count, left, lost, _without_kernel(ready))
 
 
+def already_quantised(proto: onnx.ModelProto) -> bool:
+    """Whether a model is quantised already, which the quantiser does not take."""
+    return any(node.op_type in _QUANTISING for node in proto.graph.node)
+
+
 def _ready(model: Model) -> onnx.ModelProto:
     """A copy that the quantiser takes: simplified, every node named, the opset new enough."""
     if model_bytes(model) > PROTOBUF_LIMIT:
         raise ModelError("ONNX Runtime quantises models below 2 GB: leave out --int8 for this one.")
-    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.proto.graph.node):
+    if already_quantised(model.proto):
         raise ModelError("The model is quantised already: leave out --int8.")
     proto = simplified(in_memory(raised(model, _OPSET, "Int8")))
     taken = {node.name for node in proto.graph.node}
