@@ -34,7 +34,7 @@ import numpy as np
 
 import onnx_lrsd
 from benchmarks.options import FOLDERS, JSON, LIMIT, heading
-from benchmarks.prepared import TOP1, Prepared, outputs, read, score, spearman
+from benchmarks.prepared import TOP1, Prepared, outputs, read, score, spearman_of
 from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.errors import LrsdError
@@ -234,15 +234,15 @@ def rows_as_fast(case: Prepared, drop: float) -> list[str]:
     calibration = without_padding(source, case.calibration)
     evaluation = without_padding(source, read_samples(case.folder / "eval.npz", inputs_of(source.proto)))
     shown, held = evaluation.split(0.5, 0)
-    metric: Any = TOP1 if kind == TOP1 else spearman
+    metric: Any = TOP1 if kind == TOP1 else spearman_of(case.output)
     result = onnx_lrsd.optimize(source.proto, calibration, evaluation=shown, max_drop=drop, metric=metric)
     found = result.report.verification
     assert found is not None and held.labels is not None
     labels = held.labels
-    before = score(kind, outputs(source, held), labels)
+    before = score(kind, outputs(source, held, case.output), labels)
 
     def row(method: str, model: Model, ratio: float, interval: tuple[float, float] | None) -> str:
-        after = score(kind, outputs(model, held), labels)
+        after = score(kind, outputs(model, held, case.output), labels)
         low, high = interval or (ratio, ratio)
         error = compare(source, model, held, latency=False).error
         return (

@@ -12,7 +12,7 @@ FOLDERS.add_argument(
     type=Path,
     metavar="FOLDER",
     help="a prepared model: model.onnx, calib.npz, eval.npz with labels, and about.json "
-    'with {"score": "spearman"} where rows 2i and 2i+1 are a pair of sentences',
+    'with {"score": "spearman"} where rows 2i and 2i+1 are a pair of sentences, by the output that it names',
 )
 LIMIT.add_argument("--samples", type=int, metavar="N", help="calibration samples at most")
 JSON.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")

@@ -16,6 +16,7 @@ from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.runtime.session import open_session
+from onnx_lrsd.types import Score
 
 Values = npt.NDArray[Any]
 TOP1, SPEARMAN = "top1", "spearman"
@@ -23,7 +24,10 @@ TOP1, SPEARMAN = "top1", "spearman"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a folder holds. ``labels`` belong to ``evaluation``, which has them itself where top-1 counts."""
+    """What a folder holds. ``labels`` belong to ``evaluation``, which has them itself where top-1 counts.
+
+    ``output`` is the one that is scored.
+    """
 
     folder: Path
     scored_by: str
@@ -31,6 +35,7 @@ class Prepared:
     calibration: Samples = field(repr=False)
     evaluation: Samples = field(repr=False)
     labels: Values = field(repr=False)
+    output: str = ""
 
     @property
     def name(self) -> str:
@@ -49,13 +54,13 @@ class Prepared:
 
     def score(self, model: Model) -> float:
         """Score of ``model`` on the evaluation samples."""
-        return score(self.scored_by, outputs(model, self.evaluation), self.labels)
+        return score(self.scored_by, outputs(model, self.evaluation, self.output), self.labels)
 
 
 def read(folder: Path, limit: int | None = None) -> Prepared:
     """The model of a folder with its samples, ``limit`` for calibration at most."""
     source = load(folder / "model.onnx")
-    inputs, scored_by = inputs_of(source.proto), score_of(folder)
+    inputs, (scored_by, output) = inputs_of(source.proto), score_of(folder, source)
     with np.load(folder / "eval.npz") as stored:
         arrays = {name: stored[name] for name in stored.files}
     labels = arrays["labels"] if scored_by == TOP1 else arrays.pop("labels")
@@ -66,21 +71,24 @@ def read(folder: Path, limit: int | None = None) -> Prepared:
         calibration=read_samples(folder / "calib.npz", inputs, limit=limit),
         evaluation=read_samples(arrays, inputs),
         labels=labels,
+        output=output,
     )
 
 
-def score_of(folder: Path) -> str:
-    """How a folder's model is scored: 'top1', or what its about.json says."""
+def score_of(folder: Path, source: Model) -> tuple[str, str]:
+    """How a folder's model is scored, 'top1' or what its about.json says, and by which of its outputs."""
     about = folder / "about.json"
-    return str(json.loads(about.read_text()).get("score", TOP1)) if about.exists() else TOP1
+    said = json.loads(about.read_text()) if about.exists() else {}
+    names = [output.name for output in source.proto.graph.output]
+    return str(said.get("score", TOP1)), said["output"] if said.get("output") in names else names[0]
 
 
-def outputs(model: Model, samples: Samples) -> Values:
-    """The first output over all samples, (N, n); embeddings of tokens are averaged over the mask."""
+def outputs(model: Model, samples: Samples, name: str = "") -> Values:
+    """The output ``name``, or the first, over all samples (N, n); embeddings of tokens are averaged."""
     session = open_session(model.proto, folder=model.folder)
     parts = []
     for feed in samples.batches(samples.batch_size(1 << 22, 1 << 25)):
-        value = pooled(session.run(feed)[session.outputs[0]], feed)
+        value = pooled(session.run(feed)[name or session.outputs[0]], feed)
         parts.append(value.reshape(len(value), -1))
     return np.concatenate(parts)
 
@@ -102,9 +110,13 @@ def score(scored_by: str, values: Values, labels: Values) -> float:
     return float(np.corrcoef(ranks(cosine), ranks(labels))[0, 1])
 
 
-def spearman(values: dict[str, Values], labels: Values, inputs: dict[str, Values]) -> float:
-    """Spearman's correlation as a metric of the tool: of sentences, from the first output."""
-    return score(SPEARMAN, pooled(next(iter(values.values())), inputs), labels)
+def spearman_of(output: str) -> Score:
+    """Spearman's correlation of sentences, by this output, as a metric of the tool."""
+
+    def spearman(values: dict[str, Values], labels: Values, inputs: dict[str, Values]) -> float:
+        return score(SPEARMAN, pooled(values[output], inputs), labels)
+
+    return spearman
 
 
 def ranks(values: Values) -> Values:
