@@ -27,7 +27,7 @@ OF_WEIGHT, OF_SECOND, OF_OUTPUTS = 10, 6, 5
 OF_ROWS = 5
 """The same of single precision for its sampled rows, (count, n + m)."""
 METRIC_UP_TO = 4096
-"""Outputs of a layer up to which there is a metric of them, as fit.reconstruct has it."""
+"""Outputs of a layer, at most, whose errors are weighted by its readers: the metric of outputs is (n, n)."""
 
 
 class Need(NamedTuple):

@@ -25,13 +25,12 @@ from onnx_lrsd.cli import main
 from onnx_lrsd.data.samples import read_samples
 from onnx_lrsd.errors import LrsdError, OptionError
 from onnx_lrsd.fit.calibrate import original_inputs, original_outputs
-from onnx_lrsd.fit.reconstruct import MOST_OUTPUTS
 from onnx_lrsd.graph.external_data import is_aside
 from onnx_lrsd.graph.model import in_memory, load, save
 from onnx_lrsd.graph.subgraph import inputs_of
 from onnx_lrsd.measure.compare import price_and_macs_beside
 from onnx_lrsd.measure.load_cost import peak_memory
-from onnx_lrsd.memory_limit import METRIC_UP_TO, MemoryLimit, kept_bytes, working_bytes
+from onnx_lrsd.memory_limit import MemoryLimit, kept_bytes, working_bytes
 from onnx_lrsd.report import report_table, report_to_json
 from onnx_lrsd.runtime.session import PartedSession, open_model, open_session, shapes
 from onnx_lrsd.scratch import OnDemand, Scratch
@@ -372,7 +371,6 @@ def test_no_more_layers_are_held_than_there_is_room_for() -> None:
 
 def test_a_limit_counts_layers_processes_and_what_is_kept() -> None:
     limit = MemoryLimit(4e9)
-    assert METRIC_UP_TO == MOST_OUTPUTS
     assert working_bytes(1024, 1024, 4096) > 8 * 1024**2 and kept_bytes(64, 64, 100) > 4 * 100 * 128
     assert limit.limited and not MemoryLimit().limited and MemoryLimit().session_bytes is None
     assert limit.session_bytes is not None and 0 < limit.session_bytes < 4e9

@@ -25,7 +25,7 @@ from onnx_lrsd.fit.calibrate import Calibration, WeightOf, recalibrate
 from onnx_lrsd.fit.shared import fit_shared
 from onnx_lrsd.graph.model import Model
 from onnx_lrsd.graph.working_graph import WorkingGraph
-from onnx_lrsd.memory_limit import give_back
+from onnx_lrsd.memory_limit import METRIC_UP_TO, give_back
 from onnx_lrsd.passes.consumers import Reading, consumers
 from onnx_lrsd.passes.operators import operator_of
 from onnx_lrsd.passes.order_sums import order_sums
@@ -49,8 +49,6 @@ strong as for factors the ridge is that holds it to the weight it has. Both were
 (results/parts.md)."""
 TOUCHED = 1e-6
 """Relative error of a dense layer with its old weight from which it is refitted: its inputs have changed."""
-MOST_OUTPUTS = 4096
-"""Outputs of a layer, at most, whose errors are weighted by its readers: the metric of outputs is (n, n)."""
 
 
 def reconstruct(
@@ -329,7 +327,7 @@ def _with_dense(
 
 def _output_metric(layer: Layer, read: Sequence[Reading], weight_of: WeightOf) -> Values | None:
     """The metric (n, n) of the outputs of ``layer``, from the layers that read them; None if unknown."""
-    if not read or layer.n > MOST_OUTPUTS:
+    if not read or layer.n > METRIC_UP_TO:
         return None
     weights = []
     for reader, channels_last in read:
