@@ -191,6 +191,24 @@ def test_external_data_in_external_data_out(tmp_path: Path) -> None:
     assert size_on_disk(tmp_path / "out.onnx") >= model_bytes(changed) > 0
 
 
+@pytest.mark.parametrize("size", [200, 1100, 40_000, 1 << 20])
+def test_the_bytes_of_a_model_are_those_of_its_files(tmp_path: Path, size: int) -> None:
+    """However many tensors lie in the data file, as before it is written so behind it."""
+    weights = [weight(f"w{index}", size // 4 + index) for index in range(12)]
+    nodes = [helper.make_node("Add", [f"t{i}", f"w{i}"], [f"t{i + 1}"]) for i in range(12)]
+    ends = [helper.make_tensor_value_info(name, FLOAT, None) for name in ("t0", "t12")]
+    proto = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], weights))
+    inside = load(proto)
+    assert model_bytes(inside) == proto.ByteSize()
+    made = Model(inside.proto, None, True)
+    expected = model_bytes(made)
+    save(made, tmp_path / "model.onnx")
+    taken = size_on_disk(tmp_path / "model.onnx")
+    assert taken <= proto.ByteSize() + 12 * (85 + (4096 if size >= 1 << 20 else 16))
+    for said in (expected, model_bytes(load(tmp_path / "model.onnx"))):
+        assert 0.995 * taken <= said <= taken
+
+
 def test_small_nested_and_packed_tensors_leave_the_old_data_file(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     scale = helper.make_node("Constant", [], ["scale"], value=weight("scale", 64))

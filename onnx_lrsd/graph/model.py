@@ -48,7 +48,10 @@ from onnx_lrsd.whole_files import PROTOBUF_LIMIT, try_folder, written_whole
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # it logs to stdout, which belongs to the user
 
 EXTERNAL_THRESHOLD = 1024
-ALIGNMENT = 4096
+ALIGNMENT, SMALL_ALIGNMENT, ALIGNED_FROM = 4096, 16, 1 << 20
+"""Where tensors start in a data file: those from this many bytes on can be mapped by themselves."""
+REFERENCE_BYTES = 46
+"""What a file holds of where the data of a tensor lie, at least, but for the digits of two numbers."""
 DEFAULTS_FROM = 4
 """IR version from which an initializer among the inputs is a default; before every one had to be there."""
 HALF_PIXELS_FROM, LAST_AXIS_FROM = 11, 13
@@ -462,14 +465,14 @@ def _externalise(model: Model, file: BinaryIO, location: str, *, hollow: bool = 
         embed(tensor, model.folder)
     for tensor in model.proto.graph.initializer:
         kept = proto.graph.initializer.add()
-        if tensor.data_type == onnx.TensorProto.STRING or stored_bytes(tensor) < EXTERNAL_THRESHOLD:
+        if not _goes_outside(tensor):
             kept.CopyFrom(tensor)
             embed(kept, model.folder)
             continue
         for descriptor, value in tensor.ListFields():
             if descriptor.name in DESCRIPTION:
                 _assign(kept, descriptor, value)
-        file.write(b"\0" * (-file.tell() % ALIGNMENT))
+        file.write(b"\0" * (_start(file.tell(), stored_bytes(tensor)) - file.tell()))
         kept.data_location = onnx.TensorProto.EXTERNAL
         entries = {"location": location, "offset": file.tell(), "length": stored_bytes(tensor)}
         for key, entry in entries.items():
@@ -546,9 +549,31 @@ def size_on_disk(path: str | Path) -> int:
 
 
 def model_bytes(model: Model) -> int:
-    """Bytes the model takes when it is written: the file and what it keeps in data files."""
-    outside = (stored_bytes(t) for t in stored_tensors(model.proto) if uses_external_data(t))
-    return int(model.proto.ByteSize()) + sum(outside)
+    """Bytes the model takes when it is written: the file and its data file."""
+    total, end = int(model.proto.ByteSize()), 0
+    for index, tensor in enumerate(stored_tensors(model.proto)):
+        size, outside = stored_bytes(tensor), uses_external_data(tensor)
+        goes = index < len(model.proto.graph.initializer) and _goes_outside(tensor)
+        start = _start(end, size)
+        reference = REFERENCE_BYTES + len(f"{start}{size}")
+        if goes and (outside or model.external):
+            end = start + size
+        if outside and not goes:
+            total += size - reference
+        elif goes and model.external and not outside:
+            total += reference - size
+    return total + end
+
+
+def _goes_outside(tensor: onnx.TensorProto) -> bool:
+    """Whether an initializer is written to the data file, where there is one."""
+    return tensor.data_type != onnx.TensorProto.STRING and stored_bytes(tensor) >= EXTERNAL_THRESHOLD
+
+
+def _start(position: int, size: int) -> int:
+    """Where a tensor of ``size`` bytes starts in a data file that is filled up to ``position``."""
+    step = ALIGNMENT if size >= ALIGNED_FROM else SMALL_ALIGNMENT
+    return position + -position % step
 
 
 def weight_bytes(proto: onnx.ModelProto) -> int:
