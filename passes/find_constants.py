@@ -16,24 +16,27 @@ import onnx_graphsurgeon as gs
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.passes.constants import constant_value, overridable
 from onnx_lrsd.passes.find_layers import FLOATS
-from onnx_lrsd.passes.nodes import is_op, label
+from onnx_lrsd.passes.nodes import DOMAIN, domain_of, is_op, label
+from onnx_lrsd.passes.products import CONTRIB
 from onnx_lrsd.passes.shared_weights import share_weights
 from onnx_lrsd.passes.tidy import LAYOUTS, captured_names
 from onnx_lrsd.types import Declined, Layer
 
-READERS: Mapping[str, tuple[int, ...]] = {
-    "Gather": (0,),
-    "LSTM": (1, 2),
-    "GRU": (1, 2),
-    "RNN": (1, 2),
-    "Conv": (1,),
-    "ConvTranspose": (1,),
-    "Gemm": (0, 1, 2),
-    "MatMul": (0, 1),
-    "Einsum": (0, 1, 2, 3),
-    "Add": (0, 1),
-    "Sub": (0, 1),
-    "Mul": (0, 1),
+READERS: Mapping[tuple[str, str], tuple[int, ...]] = {
+    (DOMAIN, "Gather"): (0,),
+    (DOMAIN, "LSTM"): (1, 2),
+    (DOMAIN, "GRU"): (1, 2),
+    (DOMAIN, "RNN"): (1, 2),
+    (DOMAIN, "Conv"): (1,),
+    (DOMAIN, "ConvTranspose"): (1,),
+    (DOMAIN, "Gemm"): (0, 1, 2),
+    (DOMAIN, "MatMul"): (0, 1),
+    (DOMAIN, "Einsum"): (0, 1, 2, 3),
+    (DOMAIN, "Add"): (0, 1),
+    (DOMAIN, "Sub"): (0, 1),
+    (DOMAIN, "Mul"): (0, 1),
+    (CONTRIB, "Attention"): (1,),
+    (CONTRIB, "EmbedLayerNormalization"): (2, 3, 4),
 }
 """Nodes and those of their inputs that may be read out of codes: values enter linearly, one by one."""
 FEWEST = 4096
@@ -148,4 +151,4 @@ def _read(tensor: gs.Tensor, readers: Iterable[gs.Node], working: WorkingGraph) 
 
 
 def _is_known(node: gs.Node, index: int) -> bool:
-    return is_op(node, *READERS) and index in READERS[node.op]
+    return index in READERS.get((domain_of(node.domain), node.op), ())

@@ -48,6 +48,7 @@ def make(
     inputs: Mapping[str, tuple[int, Sequence[Any]]],
     outputs: tuple[str, ...] = ("y",),
     dtype: int = FLOATS,
+    domains: Sequence[str] = (),
 ) -> Model:
     graph = helper.make_graph(
         nodes,
@@ -56,7 +57,8 @@ def make(
         [helper.make_tensor_value_info(name, dtype, None) for name in outputs],
         [numpy_helper.from_array(value, name) for name, value in tensors.items()],
     )
-    return load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    opsets = [helper.make_opsetid("", 17), *(helper.make_opsetid(domain, 1) for domain in domains)]
+    return load(helper.make_model(graph, opset_imports=opsets, ir_version=8))
 
 
 def table_model(table: Values, axis: int = 0) -> Model:
@@ -123,6 +125,13 @@ def einsum() -> Model:
     return make([node], {"w": random(64, 4, 20)}, {"x": (FLOATS, ["n", 6, 64])})
 
 
+def fused_attention() -> Model:
+    """Attention as the transformer optimiser writes it, queries, keys and values in one weight."""
+    node = helper.make_node("Attention", ["x", "w", "b"], ["y"], num_heads=4, domain="com.microsoft")
+    tensors = {"w": random(64, 192) / 8, "b": random(192)}
+    return make([node], tensors, {"x": (FLOATS, ["n", 6, 64])}, domains=("com.microsoft",))
+
+
 @cache
 def models() -> dict[str, Model]:
     return {
@@ -140,6 +149,7 @@ def models() -> dict[str, Model]:
         "product": elementwise("Mul"),
         "batched product": batched_product(),
         "einsum": einsum(),
+        "fused attention": fused_attention(),
         "tied": tied(),
         "both ways": both_ways(),
     }

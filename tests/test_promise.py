@@ -196,6 +196,23 @@ def test_a_ratio_that_is_missed_by_a_hair_is_aimed_higher_until_it_is_met() -> N
     assert search.propose() is None
 
 
+def test_a_plan_that_was_refused_is_not_made_again() -> None:
+    """Plans are a few: one for all aims below 3.1, another above."""
+
+    def make(ratio: float) -> dict[str, Form]:
+        return {"w": Form("channel", 8 if ratio < 3.1 else 7)}
+
+    search = RatioSearch(3.0, make, lambda found: 2.998)
+    found = [search.propose()]
+    search.refuse(NOTHING)
+    found.append(search.propose())
+    assert [forms and forms["w"].rank for forms in found] == [8, 7]
+    stuck = RatioSearch(3.0, lambda ratio: {"w": Form("channel", 8)}, lambda found: 2.998)
+    assert stuck.propose() is not None
+    stuck.refuse(NOTHING)
+    assert stuck.propose() is not None  # the same, as there is no other
+
+
 def test_a_ratio_out_of_reach_says_which_one_is_not() -> None:
     def make(ratio: float) -> dict[str, Form]:
         raise BudgetError("At most 1.5 times: ask for less.")

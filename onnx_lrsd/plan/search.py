@@ -36,6 +36,8 @@ _ROUNDING = 1e-9
 """Rounding error of differences."""
 HAIR = 1.002
 """Factor by which a plan is made for more than the ratio asked for, which is then met exactly."""
+NUDGE, NUDGES = 1.01, 8
+"""Factor by which an aim is raised that gave the very plan that was refused, and how often at most."""
 HALVINGS = 7
 """How often the interval in which a predicted error is looked for is halved."""
 MISPREDICTED = 1.5
@@ -117,6 +119,7 @@ class RatioSearch:
         self._announce = announce
         self._aim, self._left = ratio * HAIR, CORRECTIONS
         self._beyond: BudgetError | OutOfTime | None = None
+        self._made: Forms | None = None
 
     def propose(self) -> Forms | None:
         """Forms for the present aim; None where it is out of reach or was corrected often enough."""
@@ -131,10 +134,22 @@ class RatioSearch:
         self._announce(f"fit {CORRECTIONS - self._left} of at most {CORRECTIONS}: {self._aim:.3g} x")
         for aim in (self._aim, self._ratio) if first else (self._aim,):
             try:
-                return self._make(aim)
+                self._made = self._another(aim)
             except (BudgetError, OutOfTime) as error:
                 self._beyond = error
+            else:
+                return self._made
         return None
+
+    def _another(self, aim: float) -> Forms:
+        """Forms for ``aim``, or a little more where these are what was refused: plans lie apart."""
+        for _ in range(NUDGES):
+            found = self._make(aim)
+            if found != self._made:
+                break
+            aim *= NUDGE
+        self._aim = max(self._aim, aim)
+        return found
 
     def refuse(self, found: Verification) -> None:
         """Aim higher by what was missed."""
