@@ -192,6 +192,9 @@ def find_pairs(
                 continue
             flow.carried |= {t.name: c for t, c in zip(node.outputs, handed, strict=False) if c is not None}
     sized = {size.output: Carried(-1, None, size.owner) for size in flow.sizes}
+    for node in working.nodes:
+        if is_op(node, "Shape") and node.inputs[0].name in flow.carried:
+            sized[node.outputs[0].name] = flow.carried[node.inputs[0].name]
     for output in working.outputs:
         seen.block([flow.carried.get(output.name), sized.get(output.name)], OUTPUT_OF_MODEL)
     for captured in captured_names(working.graph):

@@ -304,6 +304,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"back": "sh = Shape <start = -1> (qh) xr = Expand (one, sh)"},
         "reads how many they are",
     ),
+    "a shape that is an output": (
+        {"back": "sh = Shape (qt)", "more": ", int64[4] sh"},
+        "they are an output of the model",
+    ),
     "a size that is an output": (
         {"back": f"{SIZED[0]}", "more": ", int64[1] sh"},
         "they are an output of the model",
