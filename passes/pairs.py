@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from onnx_lrsd.graph.working_graph import WorkingGraph
-from onnx_lrsd.passes.channel_flow import (
+from onnx_lrsd.passes.carried_channels import (
     Carried,
     ConstantPart,
     Count,
@@ -33,8 +33,8 @@ from onnx_lrsd.passes.channel_flow import (
     Owner,
     Place,
     WrittenSize,
-    hand_on,
 )
+from onnx_lrsd.passes.channel_flow import hand_on
 from onnx_lrsd.passes.constants import constant_value, overridable, stored_tensor
 from onnx_lrsd.passes.find_layers import producer
 from onnx_lrsd.passes.nodes import is_op, label, unused_name
