@@ -1,7 +1,7 @@
 """How far an error of one layer's outputs moves the outputs of the network, measured without labels.
 
 One layer at a time is written in a reduced form in the original network, and the outputs of both networks are
-compared on a few dozen samples.
+compared on a few samples.
 """
 
 from __future__ import annotations
