@@ -83,6 +83,8 @@ class MomentAccumulator:
             return self._thin_result()
         if self._count:
             self._merge()
+        self._rows = self._rows[:0].copy()  # of all layers together these are as large as what is kept
+        self._targets = None
         if self._sums is None:
             m = self.layer.m
             return Moments(name=self.layer.output, count=0, mean=np.zeros(m), second=np.zeros((m, m)))
