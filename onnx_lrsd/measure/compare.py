@@ -140,8 +140,8 @@ def compare(
     if labels is not None:
         collect = _whole if callable(metric) else _classes
     baseline = baseline or Baseline(before, samples, most=0)
-    size = LOOKED_AFTER if as_needed and collect is None else None
-    found, kept = _differences(baseline, after, collect, groups, size, progress)
+    some = as_needed and collect is None and samples.count > LOOKED_AFTER
+    found, kept = _differences(baseline, after, collect, groups, LOOKED_AFTER if some else None, progress)
     outputs, warnings = found.errors(), found.warnings()
     score = None
     if labels is not None:
