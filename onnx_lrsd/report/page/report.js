@@ -182,9 +182,17 @@ function figures(report) {
     const alone = parts.length === 1 ? shorten(worst.name, 26) : `${shorten(worst.name, 26)}, the worst of ${parts.length}`;
     const where = worst.relative_error === 0 && parts.length > 1 ? `all ${parts.length} outputs` : alone;
     const sure = worst.interval && worst.relative_error > 0 ? `${format.error(worst.interval[0])} to ${format.error(worst.interval[1])} at 95${THIN}%` : null;
-    list.append(figure('Output error', format.error(worst.relative_error), where, null, sure, `of its ${worst.of ?? 'variance'}${report.data ? '' : ', on samples kept apart'}`));
+    list.append(figure('Output error', format.error(worst.relative_error), where, null, sure, `of its ${worst.of ?? 'variance'}${checkedOn(report)}`));
   }
   return list;
+}
+
+/** Which samples the error was measured on; reports of two models that the user compares do not say it here. */
+function checkedOn(report) {
+  if (report.data) return '';
+  const { samples, given } = report.checked_on ?? {};
+  if (!samples) return ', on samples kept apart';
+  return samples < given ? `, on ${format.integer(samples)} of ${plural(given, 'sample')}, drawn at random` : `, on ${plural(samples, 'sample')}`;
 }
 
 /** What an output is judged by: groups of its channels, or the whole. */
