@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from onnx_lrsd.data.padding import without_padding
 from onnx_lrsd.data.samples import Samples, read_samples
 from onnx_lrsd.graph.model import Model, load
 from onnx_lrsd.graph.subgraph import inputs_of
@@ -69,7 +70,7 @@ def read(folder: Path, limit: int | None = None) -> Prepared:
         scored_by=scored_by,
         source=source,
         calibration=read_samples(folder / "calib.npz", inputs, limit=limit),
-        evaluation=read_samples(arrays, inputs),
+        evaluation=without_padding(source, read_samples(arrays, inputs)),
         labels=labels,
         output=output,
     )
