@@ -19,7 +19,7 @@ _Matrix = npt.NDArray[np.float64]
 
 
 def foldable_batchnorm(node: gs.Node, working: WorkingGraph) -> gs.Node | None:
-    """The inference BatchNormalization that alone reads the output of ``node``, or None."""
+    """The inference BatchNormalization of finite values that alone reads the output of ``node``, or None."""
     output = node.outputs[0]
     if len(output.outputs) != 1 or any(output is o for o in working.outputs):
         return None
@@ -31,7 +31,9 @@ def foldable_batchnorm(node: gs.Node, working: WorkingGraph) -> gs.Node | None:
     for given in norm.inputs[1:]:
         if constant_bias(given) is None or overridable(given, working.overridable):
             return None
-    return norm
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # of a variance below zero, say
+        finite = all(np.isfinite(values).all() for values in _scale_and_shift(norm))
+    return norm if finite else None
 
 
 def fold(last: gs.Node, weight: _Matrix, bias: _Matrix) -> tuple[_Matrix, _Matrix]:

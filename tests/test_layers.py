@@ -225,6 +225,19 @@ def test_batchnorm_and_add_that_others_read_are_not_absorbed() -> None:
     assert find_layers(model.graph())[0][0].output == "h"
 
 
+@pytest.mark.parametrize(("variance", "output"), [(2.0, "n"), (-1.0, "c"), (np.inf, "n"), (np.nan, "c")])
+def test_a_batchnorm_whose_values_are_not_finite_stays_behind_its_layer(variance: float, output: str) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("BatchNormalization", ["c", "one", "one", "one", "variance"], ["n"]),
+        helper.make_node("Relu", ["n"], ["y"]),
+    ]
+    stored = {"w": np.tile(W[:4, :4], (4, 4))[:, :, None, None], "one": np.ones(16, np.float32)}
+    stored["variance"] = np.full(16, variance, np.float32)
+    model = make(nodes, stored, inputs={"x": [1, 16, 8, 8]})
+    assert find_layers(model.graph())[0][0].output == output
+
+
 def test_costs_are_counted_from_shapes() -> None:
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["c"], strides=[2, 2], pads=[1, 1, 1, 1]),

@@ -60,7 +60,7 @@ def test_damage_is_said_in_words() -> None:
         (pads, "Attribute .* is damaged"),
         (none, "gives nothing"),
         (dead, "reads no such tensor, which nothing gives"),
-        (few, "does not open the model"),
+        (few, "reads 1 of the 2 inputs that MatMul has"),
         (wide, "too large"),
     ):
         with pytest.raises(LrsdError, match=says):

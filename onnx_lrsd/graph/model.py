@@ -44,6 +44,7 @@ from onnx_lrsd.graph.external_data import (
 from onnx_lrsd.graph.working_graph import WorkingGraph
 from onnx_lrsd.scratch import Scratch
 from onnx_lrsd.whole_files import PROTOBUF_LIMIT, try_folder, written_whole
+from onnx_lrsd.wording import counted
 
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # it logs to stdout, which belongs to the user
 
@@ -360,7 +361,13 @@ def _must_be_sound(proto: onnx.ModelProto, name: str) -> None:
     for tensor in stored_tensors(proto):
         if not is_whole(tensor):
             raise ModelError(f"Tensor {tensor.name} of {name} is damaged: export or copy the model again.")
+    opset = next((opset.version for opset in proto.opset_import if opset.domain in ("", "ai.onnx")), 1)
     for node in proto.graph.node:
+        if len(node.input) < (fewest := _fewest_inputs(node, opset)):
+            raise ModelError(
+                f"Node {node.name or node.op_type} of {name} reads {len(node.input)} of the "
+                f"{counted(fewest, 'input')} that {node.op_type} has: export the model again."
+            )
         if node.domain in ("", "ai.onnx") and not any(node.output):
             raise ModelError(
                 f"Node {node.name or node.op_type} of {name} gives nothing: export the model again."
@@ -378,6 +385,16 @@ def _must_be_sound(proto: onnx.ModelProto, name: str) -> None:
                     f"Attribute {attribute.name} of {node.name or node.op_type} in {name} is damaged: "
                     "export or copy the model again."
                 )
+
+
+def _fewest_inputs(node: onnx.NodeProto, opset: int) -> int:
+    """How many inputs a node of ONNX's own operators must have; 0 for others."""
+    if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
+        return 0
+    try:
+        return int(onnx.defs.get_schema(node.op_type, opset, "").min_input)
+    except onnx.defs.SchemaError:  # of another opset
+        return 0
 
 
 def _of_its_type(attribute: onnx.AttributeProto) -> bool:
