@@ -392,7 +392,8 @@ def _fewest_inputs(node: onnx.NodeProto, opset: int) -> int:
     if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
         return 0
     try:
-        return int(onnx.defs.get_schema(node.op_type, opset, "").min_input)
+        known = min(max(opset, 1), onnx.defs.onnx_opset_version())  # a damaged file may say anything
+        return int(onnx.defs.get_schema(node.op_type, known, "").min_input)
     except onnx.defs.SchemaError:  # of another opset
         return 0
 
