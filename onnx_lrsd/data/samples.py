@@ -96,6 +96,11 @@ class Samples:
         return self.fixed or 1
 
     @property
+    def _together(self) -> int:
+        """Samples that are taken together or not at all: a batch, and all that share a label."""
+        return lcm(self.smallest_batch, self.labelled)
+
+    @property
     def _counts(self) -> list[int]:
         return [min((len(array) for array in group.values()), default=1) for group in self.groups]
 
@@ -194,7 +199,7 @@ class Samples:
         """
         if self.count <= most:
             return self.take(slice(most))
-        each = lcm(self.smallest_batch, self.labelled)
+        each = self._together
         if not self.ragged:
             return self.take(slice(max(most - most % each, each)))
         blocks = np.linspace(0, self.count // each - 1, max(most // each, 1)).astype(np.int64)
@@ -206,7 +211,7 @@ class Samples:
         Samples that share a label stay together. The second has ``share`` of the samples, or ``share``
         samples when that is a whole number. Raises DataError when there are not enough for two parts.
         """
-        each = lcm(self.smallest_batch, self.labelled)
+        each = self._together
         blocks = self.count // each
         if blocks < 2:
             raise DataError(
@@ -223,7 +228,7 @@ class Samples:
 
     def parts(self, size: int, seed: int = 0) -> Iterator[Samples]:
         """All samples in disjoint parts of about ``size``, drawn at random, each in its old order."""
-        each = lcm(self.smallest_batch, self.labelled)
+        each = self._together
         order = np.random.default_rng(seed).permutation(ceil(self.count / each))
         some = max(size // each, 1)
         for start in range(0, len(order), some):

@@ -231,7 +231,7 @@ def _views(group: OutputGroup, before: FinalOutput) -> list[_View]:
         return [_View.made(logits, before.batches)]
     made = [group.of]
     if group.activation:
-        made.append(group.logits)
+        made.append(lambda rows: group.logits(group.of(rows)))
     return [_View.made(of, before.batches) for of in made]
 
 

@@ -81,10 +81,10 @@ class OutputGroup:
         channels = np.concatenate([np.arange(*ends) for ends in self.ranges])
         return np.take(rows, channels, axis=self.axis)
 
-    def logits(self, rows: Values) -> Values:
-        """What stood in front of the activation of the channels in ``rows``, clipped."""
-        found = self.of(rows)
-        return clipped_logits(np.exp(np.minimum(found, 0)) if self.activation == LOG_SOFTMAX else found)
+    def logits(self, channels: Values) -> Values:
+        """What stood in front of the activation of this group's ``channels``, clipped."""
+        logarithms = self.activation == LOG_SOFTMAX
+        return clipped_logits(np.exp(np.minimum(channels, 0)) if logarithms else channels)
 
 
 GroupsOf = Mapping[str, tuple[OutputGroup, ...]]
@@ -215,7 +215,7 @@ class _Stream:
             if plain is not self.whole:
                 plain.add_rows(old_part, new_part, owner)
             if front is not None:
-                front.add_rows(group.logits(one), group.logits(two), owner)
+                front.add_rows(group.logits(old_part), group.logits(new_part), owner)
                 self._see(group, old_part)
 
     def _decide(self, one: Values, two: Values, owner: Owners, size: int) -> None:
