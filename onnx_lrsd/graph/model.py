@@ -361,7 +361,7 @@ def _must_be_sound(proto: onnx.ModelProto, name: str) -> None:
     for tensor in stored_tensors(proto):
         if not is_whole(tensor):
             raise ModelError(f"Tensor {tensor.name} of {name} is damaged: export or copy the model again.")
-    opset = next((opset.version for opset in proto.opset_import if opset.domain in ("", "ai.onnx")), 1)
+    opset = _opset(proto)
     for node in proto.graph.node:
         if len(node.input) < (fewest := _fewest_inputs(node, opset)):
             raise ModelError(
@@ -385,6 +385,11 @@ def _must_be_sound(proto: onnx.ModelProto, name: str) -> None:
                     f"Attribute {attribute.name} of {node.name or node.op_type} in {name} is damaged: "
                     "export or copy the model again."
                 )
+
+
+def _opset(proto: onnx.ModelProto) -> int:
+    """The version of ONNX's own operators that a model imports."""
+    return max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
 
 
 def _fewest_inputs(node: onnx.NodeProto, opset: int) -> int:
@@ -519,7 +524,7 @@ def raised(model: Model, opset: int, why: str) -> Model:
     caller may override; before it had to be there, so that it leaves the inputs.
     Raises ModelError, which says ``why`` the opset is needed, where onnx cannot convert it.
     """
-    present = max((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
+    present = _opset(model.proto)
     if present >= opset:
         return model
     refusal = ModelError(
