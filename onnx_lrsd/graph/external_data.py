@@ -40,6 +40,17 @@ def tensor_values(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[
     return values.view(dtype).reshape(tuple(tensor.dims))
 
 
+def dense_values(tensor: onnx.SparseTensorProto, folder: Path | None) -> npt.NDArray[Any]:
+    """The values of a sparse ``tensor`` as a dense array."""
+    values, places = tensor_values(tensor.values, folder), tensor_values(tensor.indices, folder)
+    dense = np.zeros(list(tensor.dims), values.dtype)
+    if places.ndim == 1:
+        dense.reshape(-1)[places] = values
+    else:
+        dense[tuple(places.T)] = values
+    return dense
+
+
 def content(tensor: onnx.TensorProto, folder: Path | None) -> npt.NDArray[np.uint8]:
     """The values of ``tensor`` as a file holds them, mapped when they lie in one."""
     if uses_external_data(tensor):

@@ -31,6 +31,7 @@ from onnx_lrsd.graph.external_data import (
     ASIDE_BYTES,
     PLAIN_KINDS,
     content_blocks,
+    dense_values,
     embed,
     is_aside,
     is_whole,
@@ -226,17 +227,11 @@ class _Sparse(_Mapped):
 
     def __init__(self, tensor: onnx.SparseTensorProto, folder: Path | None) -> None:
         super().__init__(tensor.values, folder)
-        self._places, self.shape = tensor.indices, list(tensor.dims)
+        self._sparse, self.shape = tensor, list(tensor.dims)
         self.nbytes = math.prod(self.shape) * self.dtype.itemsize
 
     def load(self) -> npt.NDArray[Any]:
-        places = tensor_values(self._places, self.folder)
-        dense = np.zeros(self.shape, self.dtype)
-        if places.ndim == 1:
-            dense.reshape(-1)[places] = super().load()
-        else:
-            dense[tuple(places.T)] = super().load()
-        return dense
+        return dense_values(self._sparse, self.folder)
 
 
 def _stored(name: str, tensor: gs.Constant) -> onnx.TensorProto:

@@ -28,6 +28,7 @@ from onnx import helper, numpy_helper
 from onnx_lrsd.data.samples import Samples, batch_to_run
 from onnx_lrsd.errors import LrsdError, ModelError
 from onnx_lrsd.fit.sensitivity import Reference
+from onnx_lrsd.graph.external_data import dense_values
 from onnx_lrsd.graph.model import Model, in_memory, model_bytes, raised
 from onnx_lrsd.int8.balance import balanced
 from onnx_lrsd.passes.count import compute_tensors, node_macs
@@ -152,10 +153,8 @@ def _ready(model: Model) -> onnx.ModelProto:
 def _make_dense(proto: onnx.ModelProto) -> None:
     """Write sparse initializers in full: the quantiser sees no others."""
     for sparse in proto.graph.sparse_initializer:
-        values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
-        whole = np.zeros(tuple(sparse.dims), values.dtype)
-        whole[np.unravel_index(places, whole.shape) if places.ndim == 1 else tuple(places.T)] = values
-        proto.graph.initializer.append(numpy_helper.from_array(whole, sparse.values.name))
+        whole = numpy_helper.from_array(dense_values(sparse, None), sparse.values.name)
+        proto.graph.initializer.append(whole)
     del proto.graph.sparse_initializer[:]
 
 
